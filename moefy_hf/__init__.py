@@ -1,0 +1,29 @@
+"""moefy_hf: run a trained dense Transformer as a Mixture of Experts.
+
+Zhang et al., "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts", Findings of ACL 2022.
+"""
+
+from .budgets import allocate_budgets
+from .configuration import MoeficationConfig
+from .conversion import ConversionReport, moefied_class, moefy_
+from .evaluation import Sweep, evaluate
+from .modeling.ffn_sites import find_sites, permute_neurons_
+from .profiling import profile
+from .router_fitting import fit_routers
+from .sparsity import SparsityPenaltyCallback, relufy_
+
+__all__ = [
+    "ConversionReport",
+    "MoeficationConfig",
+    "SparsityPenaltyCallback",
+    "Sweep",
+    "allocate_budgets",
+    "evaluate",
+    "find_sites",
+    "fit_routers",
+    "moefied_class",
+    "moefy_",
+    "permute_neurons_",
+    "profile",
+    "relufy_",
+]

@@ -1,0 +1,81 @@
+"""Spread one budget of experts over layers by what restricting each layer alone does to the model's output."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .evaluation import Quality, predictions, selecting
+from .modeling.moefied import MoefiedMixin
+from .modeling.selection import TopK
+
+GRID = (1 / 48, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # measured shares of a layer's experts
+
+
+def measure_sensitivity(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, progress: bool = True
+) -> dict[str, list[list[float]]]:
+    """How far each layer, restricted alone to k experts, moves the model's predictions.
+
+    Returns:
+        `k`: for each routed layer the measured counts, the last of them E; `loss`: the mean divergence
+        KL(dense || restricted), in nats, of the predicted distribution at each of them (0 at E).
+    """
+    sites = model.moe_sites()
+    grids = [_grid(site.act.num_experts) for site in sites]
+    quality = [[Quality() for _ in ks] for ks in grids]
+    bar = tqdm(desc="sensitivity", unit="batch", disable=not progress)
+    training, positions = model.training, 0
+    model.eval()
+    try:
+        with torch.no_grad(), selecting(model, type="top_k", k=1.0, allocation="uniform"), bar:
+            for batch in batches:
+                dense, _ = predictions(model, batch)
+                positions += len(dense)
+                for site, ks, layer in zip(sites, grids, quality, strict=True):
+                    everything = site.act.selection
+                    for k, found in zip(ks[:-1], layer, strict=False):
+                        site.act.selection = replace(everything, k=k)
+                        found.update_(predictions(model, batch)[0], dense, None)
+                    site.act.selection = everything
+                bar.update()
+    finally:
+        model.train(training)
+    if positions == 0:
+        raise ValueError("sensitivity cannot be measured: no batch, or none with a position that counts, was given")
+    losses = [[found.divergence / found.count for found in layer[:-1]] + [0.0] for layer in quality]
+    return {"k": grids, "loss": losses}
+
+
+def _grid(num_experts: int) -> list[int]:
+    return sorted({max(1, round(share * num_experts)) for share in GRID} | {num_experts})
+
+
+def allocate_budgets(
+    model: PreTrainedModel, data: Iterable[Mapping[str, Any]], share: int | float = 0.2, *, progress: bool = True
+) -> list[int]:
+    """Measure every layer's sensitivity on `data` and select `share` of the experts on average accordingly, in place.
+
+    The measurement is kept in the config, so that `model.set_selection(k=...)` later spreads any other budget, also
+    after saving and loading.
+
+    Args:
+        data: model-ready batches, some thousand tokens; no labels needed.
+        share: average k per layer, as in `set_selection`.
+
+    Returns:
+        k of each routed layer.
+
+    Raises:
+        ValueError: the model is not MoEfied, `share` is out of range, or `data` is empty.
+    """
+    if not isinstance(model, MoefiedMixin):
+        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    with selecting(model, type="top_k", k=share, allocation="uniform"):
+        pass  # finds a bad share before the work
+    model.config.moefication["sensitivity"] = measure_sensitivity(model, data, progress=progress)
+    model.set_selection(type="top_k", k=share, allocation="sensitivity")
+    return [site.act.selection.k for site in model.moe_sites() if isinstance(site.act.selection, TopK)]

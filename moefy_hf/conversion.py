@@ -1,0 +1,240 @@
+"""`moefy_`: a dense model becomes its MoEfied self, in place."""
+
+import importlib
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .budgets import allocate_budgets
+from .configuration import MoeficationConfig
+from .evaluation import predictions
+from .modeling.ffn_sites import SPECS, FfnSite, find_sites, permute_neurons_
+from .modeling.moefied import MoefiedMixin, install_, selected_sites, split_sizes
+from .modeling.routers import ROUTERS
+from .modeling.selection import resolve_selection
+from .profiling import ModelProfile, profile
+from .router_fitting import RouterFit, fit_routers, tokens_needed
+from .splitting import SPLITTERS
+
+logger = logging.get_logger("moefy_hf")
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion did. `fits` is empty where no router could be measured (no calibration data)."""
+
+    experts: list[int]
+    expert_sizes: list[int]
+    k: list[int]
+    calibration_tokens: int
+    sparsity: list[float]
+    fits: list[RouterFit]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def moefied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The MoEfied version of a transformers model class.
+
+    Raises:
+        ValueError: this architecture has no MoEfied version of this head; those it has are named.
+    """
+    model_type = cls.config_class.model_type
+    if model_type not in SPECS:
+        raise ValueError(f"model type {model_type!r} is not supported; supported: {', '.join(sorted(SPECS))}")
+    module = importlib.import_module(f".modeling.modeling_moefied_{model_type.replace('-', '_')}", __package__)
+    heads = {c.stock_class(): c for c in vars(module).values() if isinstance(c, type) and "_auto_class" in vars(c)}
+    if cls not in heads:
+        known = ", ".join(stock.__name__ for stock in heads)
+        raise ValueError(f"{cls.__name__} has no MoEfied version; supported for {model_type!r}: {known}")
+    return heads[cls]
+
+
+def moefy_(
+    model: PreTrainedModel,
+    config: MoeficationConfig | None = None,
+    calibration: Iterable[Mapping[str, Any]] | ModelProfile | None = None,
+    *,
+    progress: bool = True,
+) -> ConversionReport:
+    """MoEfy a dense model in place: profile, split, route, select. The same Python object, now of its Moefied class.
+
+    Parameters stay where they are; neurons are permuted, and routers are added (MoEfication, section 3).
+
+    Args:
+        calibration: model-ready batches (mappings of tensors), shuffled; or a profile of this model, made with
+            `profile`, to convert copies of it in several ways. Methods that learn nothing from data (splits "random"
+            and "parameter_clustering" with routers "similarity" and "random") work without.
+
+    Raises:
+        ValueError: unsupported, already MoEfied or sharded model, settings that do not fit it, or missing or too
+            little calibration data. The model is unchanged then.
+    """
+    config = config or MoeficationConfig()
+    sites, sizes = _check(model, config, calibration)
+    section = config.section()
+    section["selection"].setdefault("allocation", _default_allocation(config, calibration))
+    seconds: dict[str, float] = {}
+    with ExitStack() as stack:
+        found = calibration if isinstance(calibration, ModelProfile) else None
+        if calibration is not None and found is None:
+            limits = {"max_tokens": config.calibration_tokens, "layers": config.layers}
+            with _timed(seconds, "profile"):
+                found = stack.enter_context(profile(model, calibration, **limits, progress=progress))
+        if found is not None:
+            _check_profile(config, sites, sizes, found)
+        if section["selection"]["allocation"] == "sensitivity":
+            _check_predictions(model, found.batches)
+        with _timed(seconds, "split"):
+            orders = _orders(sites, sizes, found, config)
+            for site, order in zip(sites, orders, strict=True):
+                permute_neurons_(site, order)
+        _install(model, section)
+        fits: list[RouterFit] = []
+        if found is not None:
+            with _timed(seconds, "routers"):
+                fits = fit_routers(model, found, seed=config.seed, progress=progress)
+    selection = section["selection"]
+    if selection["allocation"] == "sensitivity":
+        with _timed(seconds, "budgets"):
+            allocate_budgets(model, found.batches, selection["k"], progress=progress)
+    else:
+        model.set_selection(**selection)
+    return ConversionReport(
+        experts=[experts for experts, _ in sizes],
+        expert_sizes=[size for _, size in sizes],
+        k=[site.act.selection.k for site in model.moe_sites()],
+        calibration_tokens=found.tokens if found else 0,
+        sparsity=[stats.sparsity for stats in found.sites] if found else [],
+        fits=fits,
+        seconds=seconds,
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[what] = time.perf_counter() - started
+
+
+def _check(
+    model: PreTrainedModel, config: MoeficationConfig, calibration: Iterable | None
+) -> tuple[list[FfnSite], list[tuple[int, int]]]:
+    """Everything that can be found wrong before any work; the FFNs to convert and their (E, m)."""
+    if isinstance(model, MoefiedMixin):
+        raise ValueError(
+            f"{type(model).__name__} is MoEfied already; use set_selection, fit_routers or allocate_budgets on it"
+        )
+    sites = selected_sites(find_sites(model), config.layers)
+    moefied_class(type(model))
+    sizes = [split_sizes(site, config.num_experts, config.expert_size) for site in sites]
+    resolve_selection({**config.selection, "allocation": "uniform"}, [experts for experts, _ in sizes])
+    for site in sites:
+        for name, param, _, _ in site.neuron_dims():
+            if type(param) is not torch.nn.Parameter or param.is_meta:
+                kind = "on the meta device" if param.is_meta else f"a {type(param).__name__}"
+                raise ValueError(
+                    f"{site.name}.{name} is {kind}: convert a model that is neither sharded, quantised nor offloaded"
+                )
+        if next(site.act.parameters(), None) is not None:
+            raise ValueError(
+                f"{site.name}: its activation {type(site.act).__name__} has parameters, which no split can follow"
+            )
+    if calibration is None:
+        users = []
+        if SPLITTERS[config.splitter].needs_profile:
+            users.append(f"splitter {config.splitter!r}")
+        if ROUTERS[config.router].trainable:
+            users.append(f"router {config.router!r}")
+        if config.selection.get("allocation") == "sensitivity":
+            users.append('allocation "sensitivity"')
+        if users:
+            raise ValueError(
+                f"calibration data is missing: {' and '.join(users)} learns from it; give batches, or choose from "
+                f"splitters {_names(SPLITTERS, 'needs_profile')} and routers {_names(ROUTERS, 'trainable')}"
+            )
+    return sites, sizes
+
+
+def _names(registry: Mapping[str, Any], unwanted: str) -> str:
+    return ", ".join(repr(name) for name, entry in registry.items() if not getattr(entry, unwanted))
+
+
+def _check_profile(
+    config: MoeficationConfig, sites: list[FfnSite], sizes: list[tuple[int, int]], found: ModelProfile
+) -> None:
+    if len(found.sites) != len(sites):
+        raise ValueError(f"the profile has {len(found.sites)} layers, {len(sites)} are to be converted")
+    for site, (experts, _), stats in zip(sites, sizes, found.sites, strict=True):
+        if len(stats.active) != site.sizes[1]:
+            raise ValueError(
+                f"the profile is of another model: {len(stats.active)} neurons, {site.name} has {site.sizes[1]}"
+            )
+        if stats.inputs is None:
+            raise ValueError(
+                f"the profile holds no sample of the inputs of {site.name}: none was kept, or it was closed"
+            )
+        needed = {"router " + repr(config.router): tokens_needed(site.sizes[0], experts)}
+        if not ROUTERS[config.router].trainable:
+            needed.clear()
+        if SPLITTERS[config.splitter].needs_profile:
+            needed["splitter " + repr(config.splitter)] = site.sizes[1]
+        for what, tokens in needed.items():
+            if stats.tokens < tokens:
+                raise ValueError(
+                    f"calibration is too small: {stats.tokens} tokens reached {site.name}, "
+                    f"{what} needs at least {tokens}"
+                )
+
+
+@torch.no_grad()
+def _check_predictions(model: PreTrainedModel, batches: list[Mapping[str, Any]]) -> None:
+    """Sensitivity compares predictions: find out that there are none before anything is changed."""
+    remedy = 'select with "allocation": "uniform" instead of "sensitivity"'
+    try:
+        found = any(len(predictions(model, batch)[0]) for batch in batches)
+    except ValueError as error:
+        raise ValueError(f"{error}; or {remedy}") from error
+    if not found:
+        raise ValueError(f"no position of the calibration data counts, all its labels are -100: {remedy}")
+
+
+def _default_allocation(config: MoeficationConfig, calibration: Iterable | None) -> str:
+    return "uniform" if calibration is None or isinstance(config.selection["k"], list | tuple) else "sensitivity"
+
+
+def _orders(
+    sites: list[FfnSite], sizes: list[tuple[int, int]], found: ModelProfile | None, config: MoeficationConfig
+) -> list[torch.Tensor]:
+    """One order of neurons per FFN, expert by expert."""
+    orders = []
+    for position, (site, (experts, _)) in enumerate(zip(sites, sizes, strict=True)):
+        generator = torch.Generator().manual_seed(config.seed + position)
+        stats = found.sites[position] if found else None
+        orders.append(SPLITTERS[config.splitter].order(site.weights(), stats, experts, generator))
+    return orders
+
+
+def _install(model: PreTrainedModel, section: dict[str, Any]) -> None:
+    """Change the model's class and put routers into it that select everything, initialised from their experts."""
+    model.config.moefication = {**section, "selection": {"type": "top_k", "k": 1.0, "allocation": "uniform"}}
+    model.__class__ = moefied_class(type(model))
+    install_(model)
+    model.config.auto_map = model.auto_map()
+    generator = torch.Generator().manual_seed(section["seed"])
+    for site in model.moe_sites():
+        router = site.act.router
+        with torch.no_grad():
+            for weight in router.parameters():
+                weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+            router.init_from_experts_(site.weights().keys.unflatten(0, (router.num_experts, -1)))
+        router.to(site.down.weight.device)

@@ -1,0 +1,371 @@
+"""Quality against compute: sweep the budget of one converted model, with dense, oracle and random controls."""
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .flops import ffn_flops, model_flops, routed_flops
+from .modeling.ffn_sites import FfnSite, FfnWeights
+from .modeling.moefied import MoefiedMixin
+from .modeling.routers import Router, activation_mass, output_norm
+from .profiling import observed
+
+CONTROLS = ("oracle", "oracle_mass", "random")
+
+
+class OracleRouter(Router):
+    """Scores an expert by what it will do: needs the dense computation, so it bounds what a router can reach.
+
+    Args:
+        targets: `output_norm`, the norm of the expert's output, or `activation_mass`, the paper's ground truth.
+    """
+
+    trainable = False
+
+    def __init__(self, weights: FfnWeights, num_experts: int, targets=output_norm):
+        super().__init__(weights.down.shape[0], num_experts)
+        self.ffn, self.compute = [weights], targets  # in a list: nothing here is a parameter of this module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (ffn,) = self.ffn
+        neurons = ffn.neurons(x.to(ffn.down.dtype)).flatten(0, -2)  # (T, f)
+        scores = self.compute(
+            neurons.unflatten(-1, (self.num_experts, -1)), ffn.down.unflatten(-1, (self.num_experts, -1))
+        )
+        return scores.unflatten(0, x.shape[:-1])
+
+    def flops(self) -> int:
+        return 0  # a bound, not a method: its cost is left out
+
+
+class ChanceRouter(Router):
+    """Draws experts anew for every token: the floor."""
+
+    trainable = False
+
+    def __init__(self, hidden_size: int, num_experts: int, seed: int = 0):
+        super().__init__(hidden_size, num_experts)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.rand(*x.shape[:-1], self.num_experts, generator=self.generator).to(x.device)
+
+    def flops(self) -> int:
+        return 0
+
+
+def control_router(name: str, site: FfnSite) -> Router:
+    """One of `CONTROLS` for a routed FFN."""
+    experts = site.act.num_experts
+    if name == "random":
+        return ChanceRouter(site.sizes[0], experts)
+    return OracleRouter(site.weights(), experts, {"oracle": output_norm, "oracle_mass": activation_mass}[name])
+
+
+@contextlib.contextmanager
+def routed_by(model: PreTrainedModel, control: str | None) -> Iterator[None]:
+    """Use a control in place of every router; None keeps the model's own."""
+    if control is not None and control not in CONTROLS:
+        raise ValueError(f"unknown control {control!r}; choose from {', '.join(CONTROLS)}")
+    own = [(site.act, site.act.router) for site in model.moe_sites()]
+    if control is not None:
+        for site in model.moe_sites():
+            site.act.router = control_router(control, site)
+    try:
+        yield
+    finally:
+        for routed, router in own:
+            routed.router = router
+
+
+@contextlib.contextmanager
+def selecting(model: PreTrainedModel, **selection: Any) -> Iterator[None]:
+    """`model.set_selection(**selection)` for a while."""
+    section = model.config.moefication
+    before = copy.deepcopy(section["selection"])
+    model.set_selection(**selection)
+    try:
+        yield
+    finally:
+        section["selection"] = before  # as a whole: it may lack a key that was set meanwhile
+        model.set_selection()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of a sweep: who routes (None: the model's own routers), and what is selected."""
+
+    control: str | None
+    selection: tuple[tuple[str, Any], ...]
+
+    @property
+    def router(self) -> str:
+        return self.control or "own"
+
+    @contextlib.contextmanager
+    def on(self, model: PreTrainedModel) -> Iterator[None]:
+        with routed_by(model, self.control), selecting(model, **dict(self.selection)):
+            yield
+
+
+class Quality:
+    """Running sums of what one setting predicts, over the labelled positions of all batches."""
+
+    def __init__(self):
+        self.count = self.labelled = 0
+        self.loss = self.correct = self.agree = self.divergence = 0.0
+
+    def update_(self, logits: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor | None) -> None:
+        """logits and the dense model's (N, C), labels (N,) or None."""
+        logits, dense = logits.float(), dense.float()
+        self.count += len(logits)
+        self.agree += float((logits.argmax(-1) == dense.argmax(-1)).sum())
+        reference = dense.log_softmax(-1)
+        self.divergence += float(F.kl_div(logits.log_softmax(-1), reference, log_target=True, reduction="sum"))
+        if labels is not None:
+            self.labelled += len(labels)
+            self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            self.correct += float((logits.argmax(-1) == labels).sum())
+
+    def figures(self) -> dict[str, float]:
+        found = {"agreement": self.agree / self.count, "kl": self.divergence / self.count}
+        if self.labelled:
+            loss = self.loss / self.labelled
+            found |= {
+                "accuracy": self.correct / self.labelled,
+                "loss": loss,
+                "perplexity": float(torch.tensor(loss).exp()),
+            }
+        return found
+
+
+def predictions(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run one batch: logits (N, C) at the positions that count, and their labels (N,) or None."""
+    device = next(model.parameters()).device
+    batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    output = model(**batch)
+    logits, labels = getattr(output, "logits", None), batch.get("labels")
+    if logits is None:
+        raise ValueError(
+            f"{type(model).__name__} returns no logits to compare; evaluate a model with one prediction head"
+        )
+    if logits.dim() == 2:
+        return logits, labels
+    if labels is None:
+        mask = batch.get("attention_mask")
+        return logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:2] else logits.flatten(
+            0, 1
+        ), None
+    if is_causal(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    counts = labels != -100
+    return logits[counts], labels[counts]
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Does position t predict the label of position t + 1?"""
+    stock = model.stock_class() if isinstance(model, MoefiedMixin) else type(model)
+    return stock.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def local_figures(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], settings: list[Setting], max_tokens: int
+) -> list[list[dict[str, float]]]:
+    """What each setting keeps of each FFN, given the dense model's inputs: one list of layers per setting.
+
+    `captured_mass`: share of the summed positive activations (MoEfication's measure). `output_error`: squared norm
+    of what the dropped experts would have added, relative to the FFN's output without bias. `chunk_share`: share of
+    experts that at least one of 8 consecutive tokens needs (BlockFFN), which decides batched and speculative speed.
+    """
+    sites = model.moe_sites()
+    chosen = []
+    for setting in settings:
+        with setting.on(model):
+            chosen.append([(site.act.router, site.act.selection) for site in sites])
+    sums = torch.zeros(len(settings), len(sites), 3, dtype=torch.float64)
+    totals = torch.zeros(len(sites), 3, dtype=torch.float64)
+
+    def seen(position: int, x: torch.Tensor, neurons: torch.Tensor) -> None:
+        site = sites[position]
+        experts = neurons.unflatten(-1, (site.act.num_experts, -1))  # (T, E, m)
+        mass, down = experts.clamp_min(0).sum(-1, dtype=torch.float32), site.weights().down
+        chunks = x.shape[0] // 8
+        output = F.linear(neurons, down).float().square().sum()
+        totals[position] += torch.tensor([float(mass.sum()), float(output), chunks * site.act.num_experts])
+        for each, routing in enumerate(chosen):
+            router, selection = routing[position]
+            scores = router(x)
+            keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, *selection(scores))
+            dropped = F.linear(experts.masked_fill(keep.unsqueeze(-1), 0).flatten(-2), down).float().square().sum()
+            union = keep[: chunks * 8].unflatten(0, (chunks, 8)).any(1).sum()
+            sums[each, position] += torch.tensor([float((mass * keep).sum()), float(dropped), int(union)])
+
+    with selecting(model, type="top_k", k=1.0, allocation="uniform"), observed(model, sites, seen) as run:
+        tokens = 0
+        for batch in batches:
+            run(batch)
+            tokens += next(value for value in batch.values() if torch.is_tensor(value)).shape[:2].numel()
+            if tokens >= max_tokens:
+                break
+    figures = sums / totals.clamp_min(1e-30)
+    names = ("captured_mass", "output_error", "chunk_share")
+    return [[dict(zip(names, layer, strict=True)) for layer in setting] for setting in figures.tolist()]
+
+
+@dataclass
+class Sweep:
+    """What `evaluate` found: one row per setting, the dense model first."""
+
+    rows: list[dict[str, Any]]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"facts": self.facts, "rows": self.rows}
+
+    def save(self, path: str | Path) -> None:
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(self.to_dict(), indent=1))
+        temporary.rename(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Sweep":
+        found = json.loads(Path(path).read_text())
+        return cls(found["rows"], found["facts"])
+
+    def table(self) -> str:
+        """A Markdown table of the figures people compare."""
+        columns = {
+            "router": ("router", "{}"),
+            "allocation": ("allocation", "{}"),
+            "experts": ("experts", "{:.1%}"),
+            "ffn_flops": ("FFN FLOPs", "{:.1%}"),
+            "model_flops": ("model FLOPs", "{:.1%}"),
+            self.facts["quality"]: (self.facts["quality"], "{:.4g}"),
+            "relative_quality": ("of dense", "{:.1%}"),
+            "agreement": ("agreement", "{:.1%}"),
+            "output_error": ("output error", "{:.3f}"),
+            "captured_mass": ("captured mass", "{:.1%}"),
+            "chunk_share": ("chunk of 8", "{:.1%}"),
+        }
+        columns = {key: column for key, column in columns.items() if any(key in row for row in self.rows)}
+        lines = ["| " + " | ".join(title for title, _ in columns.values()) + " |", "|---" * len(columns) + "|"]
+        for row in self.rows:
+            cells = [form.format(row[key]) if key in row else "" for key, (_, form) in columns.items()]
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """Quality against FFN FLOPs, as a picture (needs the `plots` extra)."""
+        from .plots import plot_sweep
+
+        plot_sweep(self, path)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    shares: Iterable[int | float] = (0.1, 0.2, 0.3, 0.5),
+    *,
+    controls: Iterable[str] = ("oracle", "random"),
+    allocations: Iterable[str] | None = None,
+    local_tokens: int = 20_000,
+    progress: bool = True,
+) -> Sweep:
+    """Sweep the budget of one converted model, beside its dense self and the controls; the model comes back as it was.
+
+    Args:
+        batches: model-ready batches, with `labels` for accuracy or perplexity; read more than once.
+        shares: k as `set_selection` takes it.
+        controls: of "oracle" (experts chosen by the norm of their output), "oracle_mass" (by their summed
+            activation, the paper's ground truth) and "random" (drawn per token).
+        allocations: "uniform" and/or "sensitivity"; by default that of the model.
+        local_tokens: tokens on which each layer's captured mass, output error and chunk share are measured; 0 for
+            none.
+
+    Returns:
+        rows with the quality ("accuracy", or "perplexity" for language models), loss, agreement of predictions with
+        the dense model, divergence `kl` of its distribution (nats), mean share of `experts` computed, `ffn_flops` and
+        `model_flops` relative to dense (routers included; a control's own cost is left out).
+
+    Raises:
+        ValueError: the model is not MoEfied, `batches` is empty or can be read only once, or an unknown name.
+    """
+    if not isinstance(model, MoefiedMixin):
+        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    if iter(batches) is batches:
+        raise ValueError("evaluate reads the batches more than once: give a list or a DataLoader, not an iterator")
+    current = model.config.moefication["selection"]
+    allocations = [current.get("allocation", "uniform")] if allocations is None else list(allocations)
+    shares, controls = list(shares), list(controls)
+    settings = [
+        Setting(control, (("type", "top_k"), ("k", share), ("allocation", allocation)))
+        for allocation in allocations
+        for control in (None, *controls)
+        for share in shares
+    ]
+    for setting in settings:  # every bad value is found before work begins
+        with setting.on(model):
+            pass
+    dense = Setting(None, (("type", "top_k"), ("k", 1.0), ("allocation", "uniform")))
+    reference = Quality()
+    results = [Quality() for _ in settings]
+    flops, training = None, model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
+                with dense.on(model):
+                    expected, labels = predictions(model, batch)
+                    flops = flops or model_flops(model, batch)
+                reference.update_(expected, expected, labels)
+                for setting, quality in zip(settings, results, strict=True):
+                    with setting.on(model):
+                        quality.update_(predictions(model, batch)[0], expected, labels)
+    finally:
+        model.train(training)
+    if flops is None or reference.count == 0:
+        raise ValueError("there is nothing to evaluate on: `batches` is empty, or all its labels are -100")
+    local = local_figures(model, batches, settings, local_tokens) if local_tokens else None
+    return _sweep(model, flops, settings, reference, results, local)
+
+
+def _sweep(model, flops, settings, reference, results, local) -> Sweep:
+    dense = reference.figures()
+    quality = ("perplexity" if is_causal(model) else "accuracy") if reference.labelled else "agreement"
+    rows = [
+        {"router": "dense", "experts": 1.0, "ffn_flops": 1.0, "model_flops": 1.0, "relative_quality": 1.0, **dense}
+    ]
+    for position, (setting, result) in enumerate(zip(settings, results, strict=True)):
+        with setting.on(model):
+            sites = model.moe_sites()
+            computed = [site.act.selection.k for site in sites]
+            costs = [routed_flops(site, k) for site, k in zip(sites, computed, strict=True)]
+        untouched = flops.ffn - sum(ffn_flops(site) for site in sites)
+        ffn, whole = flops.ratio(sum(costs) + untouched)
+        figures = result.figures()
+        row = {"router": setting.router, **dict(setting.selection), "k_per_layer": computed}
+        row |= {
+            "experts": sum(computed) / sum(site.act.num_experts for site in sites),
+            "ffn_flops": ffn,
+            "model_flops": whole,
+        }
+        row |= figures
+        if dense[quality]:  # nothing is relative to an accuracy of zero
+            row["relative_quality"] = figures[quality] / dense[quality]
+        if local is not None:
+            row |= {name: sum(layer[name] for layer in local[position]) / len(sites) for name in local[position][0]}
+            row["layers"] = local[position]
+        rows.append(row)
+    facts = {"quality": quality, "positions": reference.count, "router": model.config.moefication["router"]}
+    return Sweep(rows, facts | {"dtype": str(model.dtype).removeprefix("torch."), "flops_per_token": flops.total})

@@ -1,0 +1,73 @@
+"""FLOPs per token, dense and routed. A multiply-add counts as two."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from .modeling.ffn_sites import FfnSite, find_sites
+from .modeling.routed_activation import RoutedActivation
+
+
+def ffn_flops(site: FfnSite) -> int:
+    """What one token costs in this FFN when all neurons are computed."""
+    d, f = site.sizes
+    return 2 * d * f * (2 if site.weights().gate is None else 3)
+
+
+def routed_flops(site: FfnSite, experts: float) -> float:
+    """What one token costs in this FFN with `experts` experts computed, the router included.
+
+    All experts cost what the dense FFN does: nothing is routed then.
+    """
+    routed = site.act
+    if not isinstance(routed, RoutedActivation) or experts >= routed.num_experts:
+        return float(ffn_flops(site))
+    return ffn_flops(site) * experts / routed.num_experts + routed.router.flops()
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """FLOPs per token of a model: all of it, and its FFNs."""
+
+    total: float
+    ffn: float
+
+    def ratio(self, routed_ffn: float) -> tuple[float, float]:
+        """(FFN, whole model) FLOPs relative to dense when the FFNs cost `routed_ffn`."""
+        return routed_ffn / self.ffn, (self.total - self.ffn + routed_ffn) / self.total
+
+
+def model_flops(model: PreTrainedModel, batch: Mapping[str, Any]) -> ModelFlops:
+    """Count one dense forward pass over `batch`, per token of its FFNs (padding counts: it is computed too)."""
+    sites = find_sites(model)
+    tokens = [0] * len(sites)
+
+    def count(position: int, args: tuple) -> None:
+        tokens[position] += args[0].shape[:-1].numel()
+
+    handles = [
+        site.first.register_forward_pre_hook(lambda _, args, i=position: count(i, args))
+        for position, site in enumerate(sites)
+    ]
+    device = next(model.parameters()).device
+    batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(**batch)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    per_token = max(tokens)
+    ffn = sum(count * ffn_flops(site) for count, site in zip(tokens, sites, strict=True)) / per_token
+    total = counter.get_total_flops()
+    for count, site in zip(tokens, sites, strict=True):
+        if isinstance(site.act, RoutedActivation) and not site.act.selection.keeps_all(site.act.num_experts):
+            total -= count * site.act.router.flops()
+    return ModelFlops(total / per_token, ffn)

@@ -1,0 +1,212 @@
+"""Where an architecture keeps its FFNs, what they compute, and the in-place permutation that turns blocks into
+experts.
+
+Symbols: T tokens, d model width, f FFN width (neurons), E experts, m = f / E neurons per expert.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .routed_activation import RoutedActivation
+
+
+@dataclass(frozen=True)
+class FfnSpec:
+    """Names below the module that holds an FFN; any module that has them all is a site.
+
+    `gate` names the gate projection of a gated FFN (SwiGLU, GEGLU). `parts=2` says that `up` is one fused matrix: gate
+    rows first, then up rows.
+    """
+
+    up: str
+    down: str
+    act: str
+    gate: str | None = None
+    parts: int = 1
+
+
+FC = FfnSpec("fc1", "fc2", "activation_fn")
+BERT = FfnSpec("intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
+C_FC = FfnSpec("c_fc", "c_proj", "act")
+H_TO_4H = FfnSpec("dense_h_to_4h", "dense_4h_to_h", "act")
+GATED = FfnSpec("up_proj", "down_proj", "act_fn", gate="gate_proj")
+T5 = (FfnSpec("wi", "wo", "act"), FfnSpec("wi_1", "wo", "act", gate="wi_0"))
+
+# model_type -> the layouts its FFNs may have
+SPECS: dict[str, tuple[FfnSpec, ...]] = {
+    **dict.fromkeys(["t5", "mt5", "umt5"], T5),
+    **dict.fromkeys(["opt", "bart", "mbart", "pegasus", "marian", "whisper", "vit", "clip"], (FC,)),
+    "phi": (FC,),
+    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2"], (BERT,)),
+    "distilbert": (FfnSpec("lin1", "lin2", "activation"),),
+    **dict.fromkeys(["gpt2", "gpt_neo", "starcoder2"], (C_FC,)),
+    **dict.fromkeys(["gpt_neox", "falcon"], (H_TO_4H,)),
+    "gptj": (FfnSpec("fc_in", "fc_out", "act"),),
+    **dict.fromkeys(
+        ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "granite"], (GATED,)
+    ),
+    "phi3": (FfnSpec("gate_up_proj", "down_proj", "activation_fn", parts=2),),
+    "modernbert": (FfnSpec("Wi", "Wo", "act", parts=2),),
+}
+
+
+@dataclass(frozen=True)
+class FfnWeights:
+    """The tensors of one FFN, neurons first, as views of the model's parameters: FFN(x) = neurons(x) @ down.T + bias.
+
+    `up` and `gate` are (f, d), `down` is (d, f), biases are (f,); `gate` is None in an ungated FFN.
+    """
+
+    up: torch.Tensor
+    down: torch.Tensor
+    act: nn.Module
+    up_bias: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+    gate_bias: torch.Tensor | None = None
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """(f, d): the rows that decide which neurons fire, that is gate rows in a gated FFN, else up rows."""
+        return self.up if self.gate is None else self.gate
+
+    def neurons(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., f): the activations that `down` multiplies."""
+        up = F.linear(x, self.up, self.up_bias)
+        return self.act(up) if self.gate is None else self.act(F.linear(x, self.gate, self.gate_bias)) * up
+
+
+@dataclass(frozen=True)
+class FfnSite:
+    """One FFN of a model: the module that owns it, and the names of its parts.
+
+    Parts are typed Any: to a type checker every attribute of an nn.Module may be a Tensor or a Module.
+    """
+
+    name: str
+    owner: nn.Module
+    spec: FfnSpec
+
+    @property
+    def up(self) -> Any:
+        return self.owner.get_submodule(self.spec.up)
+
+    @property
+    def gate(self) -> Any:
+        return self.owner.get_submodule(self.spec.gate) if self.spec.gate else None
+
+    @property
+    def down(self) -> Any:
+        return self.owner.get_submodule(self.spec.down)
+
+    @property
+    def act(self) -> Any:
+        return self.owner.get_submodule(self.spec.act)
+
+    def replace_act(self, module: nn.Module) -> None:
+        parent, _, child = self.spec.act.rpartition(".")
+        setattr(self.owner.get_submodule(parent), child, module)
+
+    @property
+    def first(self) -> Any:
+        """The Linear whose output the activation sees; its input is the FFN's input x."""
+        return self.up if self.gate is None else self.gate
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(d, f)."""
+        down = self.down
+        return (down.nf, down.nx) if isinstance(down, Conv1D) else (down.out_features, down.in_features)
+
+    def neuron_dims(self) -> Iterator[tuple[str, nn.Parameter, int, int]]:
+        """(name, parameter, dimension that counts neurons, blocks of f along it) of every parameter that neurons
+        own."""
+        for path, blocks in ((self.spec.gate, 1), (self.spec.up, self.spec.parts)):
+            for name, param in self.owner.get_submodule(path).named_parameters() if path else ():
+                transposed = param.dim() == 2 and isinstance(self.owner.get_submodule(path), Conv1D)
+                yield f"{path}.{name}", param, int(transposed), blocks
+        yield f"{self.spec.down}.weight", self.down.weight, int(not isinstance(self.down, Conv1D)), 1
+
+    def weights(self) -> FfnWeights:
+        """The FFN as plain tensors, neurons first; parameters keep their gradients and storage."""
+
+        def rows(linear: nn.Module) -> torch.Tensor:
+            return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
+
+        act = self.act.inner if isinstance(self.act, RoutedActivation) else self.act
+        up, gate = self.up, self.gate
+        if self.spec.parts == 2:  # fused: gate rows, then up rows
+            gate_rows, up_rows = rows(up).chunk(2)
+            gate_bias, up_bias = (None, None) if up.bias is None else up.bias.chunk(2)
+            return FfnWeights(up_rows, rows(self.down), act, up_bias, gate_rows, gate_bias)
+        if gate is None:
+            return FfnWeights(rows(up), rows(self.down), act, up.bias)
+        return FfnWeights(rows(up), rows(self.down), act, up.bias, rows(gate), gate.bias)
+
+
+def find_sites(model: nn.Module) -> list[FfnSite]:
+    """Every FFN of a supported transformers model, in forward order of its modules.
+
+    Raises:
+        ValueError: the model type is not supported, or is a Mixture of Experts already; or none of its modules has the
+            expected parts.
+    """
+    model_type = model.config.model_type
+    if model_type not in SPECS:
+        experts = getattr(model.config, "num_local_experts", None) or getattr(model.config, "num_experts", None)
+        what = "already is a Mixture of Experts" if experts else "has no FFN layout that can be split into experts"
+        raise ValueError(f"model type {model_type!r} {what}; supported model types: {', '.join(sorted(SPECS))}")
+    specs = SPECS[model_type]
+    sites = []
+    for name, owner in model.named_modules():
+        below = {path for path, _ in owner.named_modules()}
+        for spec in specs:
+            if below.issuperset(path for path in (spec.up, spec.gate, spec.down, spec.act) if path):
+                sites.append(FfnSite(name, owner, spec))
+                break
+    if not sites:
+        raise ValueError(f"no FFN of a {model_type!r} model found; its modules are not laid out as {specs}")
+    return sites
+
+
+@torch.no_grad()
+def permute_neurons_(site: FfnSite, order: torch.Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Reorder the neurons of one FFN in place, with what the optimizer remembers of them. Its function is unchanged.
+
+    Args:
+        order: (f,) the old index of each new neuron, a permutation of range(f).
+        optimizer: its per-parameter tensors of the parameter's shape (Adam's moments) are permuted alike.
+
+    Raises:
+        ValueError: `order` is no permutation, a parameter is sharded, quantised or adapted, or the optimizer keeps
+            state of another shape (Adafactor, 8-bit); nothing is changed then.
+    """
+    neurons = site.sizes[1]
+    if order.dtype != torch.int64 or not torch.equal(order.cpu().sort().values, torch.arange(neurons)):
+        raise ValueError(
+            f"{site.name}: `order` must be a permutation of range({neurons}), got shape {tuple(order.shape)}"
+        )
+    tensors = []
+    for name, param, dim, blocks in site.neuron_dims():
+        if type(param) is not nn.Parameter or param.shape[dim] != blocks * neurons:
+            kind = f"{type(param).__name__} of shape {tuple(param.shape)}"
+            raise ValueError(
+                f"{site.name}: {name} is a {kind}; sharded, quantised or adapted neurons cannot be permuted"
+            )
+        whole = torch.cat([order + block * neurons for block in range(blocks)]).to(param.device)
+        tensors.append((param, dim, whole))
+        for key, value in (optimizer.state.get(param, {}) if optimizer else {}).items():
+            if torch.is_tensor(value) and value.dim() > 0:
+                if value.shape != param.shape:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for {site.name}.{name} "
+                        f"{tuple(param.shape)}: such state cannot follow a permutation; use AdamW or SGD"
+                    )
+                tensors.append((value, dim, whole))
+    for tensor, dim, whole in tensors:
+        tensor.copy_(tensor.index_select(dim, whole))

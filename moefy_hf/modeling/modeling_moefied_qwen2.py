@@ -1,0 +1,31 @@
+"""MoEfied Qwen2 and Qwen2.5."""
+
+from transformers import (
+    Qwen2ForCausalLM,
+    Qwen2ForQuestionAnswering,
+    Qwen2ForSequenceClassification,
+    Qwen2ForTokenClassification,
+    Qwen2Model,
+)
+
+from .moefied import MoefiedMixin
+
+
+class MoefiedQwen2Model(MoefiedMixin, Qwen2Model):
+    _auto_class = "AutoModel"
+
+
+class MoefiedQwen2ForCausalLM(MoefiedMixin, Qwen2ForCausalLM):
+    _auto_class = "AutoModelForCausalLM"
+
+
+class MoefiedQwen2ForSequenceClassification(MoefiedMixin, Qwen2ForSequenceClassification):
+    _auto_class = "AutoModelForSequenceClassification"
+
+
+class MoefiedQwen2ForTokenClassification(MoefiedMixin, Qwen2ForTokenClassification):
+    _auto_class = "AutoModelForTokenClassification"
+
+
+class MoefiedQwen2ForQuestionAnswering(MoefiedMixin, Qwen2ForQuestionAnswering):
+    _auto_class = "AutoModelForQuestionAnswering"

@@ -1,0 +1,36 @@
+"""MoEfied UMT5."""
+
+from transformers import (
+    UMT5EncoderModel,
+    UMT5ForConditionalGeneration,
+    UMT5ForQuestionAnswering,
+    UMT5ForSequenceClassification,
+    UMT5ForTokenClassification,
+    UMT5Model,
+)
+
+from .moefied import MoefiedMixin
+
+
+class MoefiedUMT5Model(MoefiedMixin, UMT5Model):
+    _auto_class = "AutoModel"
+
+
+class MoefiedUMT5EncoderModel(MoefiedMixin, UMT5EncoderModel):
+    _auto_class = "AutoModelForTextEncoding"
+
+
+class MoefiedUMT5ForConditionalGeneration(MoefiedMixin, UMT5ForConditionalGeneration):
+    _auto_class = "AutoModelForSeq2SeqLM"
+
+
+class MoefiedUMT5ForSequenceClassification(MoefiedMixin, UMT5ForSequenceClassification):
+    _auto_class = "AutoModelForSequenceClassification"
+
+
+class MoefiedUMT5ForTokenClassification(MoefiedMixin, UMT5ForTokenClassification):
+    _auto_class = "AutoModelForTokenClassification"
+
+
+class MoefiedUMT5ForQuestionAnswering(MoefiedMixin, UMT5ForQuestionAnswering):
+    _auto_class = "AutoModelForQuestionAnswering"

@@ -1,0 +1,167 @@
+"""The mixin that makes any supported `PreTrainedModel` class its MoEfied version, driven by `config.moefication`."""
+
+import copy
+import sys
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+from .ffn_sites import FfnSite, find_sites
+from .routed_activation import RoutedActivation
+from .routers import ROUTERS, Router
+from .selection import resolve_selection
+
+FORMAT_VERSION = 1
+
+
+def split_sizes(site: FfnSite, num_experts: int | None, expert_size: int | None) -> tuple[int, int]:
+    """(E, m) of one FFN; `num_experts` wins where both are given.
+
+    Raises:
+        ValueError: the neurons do not divide evenly; the nearest sizes that do are named.
+    """
+    neurons = site.sizes[1]
+    wanted = num_experts if num_experts is not None else expert_size
+    what = "experts" if num_experts is not None else "experts of size"
+    if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= neurons or neurons % wanted:
+        divisors = [n for n in range(1, neurons + 1) if neurons % n == 0]
+        near = sorted(divisors, key=lambda n: abs(n - wanted) if isinstance(wanted, int) else n)[:4]
+        raise ValueError(
+            f"{site.name}: {neurons} neurons do not split into {what} {wanted!r}; nearby divisors: "
+            f"{', '.join(map(str, sorted(near)))}"
+        )
+    return (wanted, neurons // wanted) if num_experts is not None else (neurons // wanted, wanted)
+
+
+def install_(model: nn.Module) -> None:
+    """Put a routed activation into every FFN that `config.moefication` names."""
+    section = getattr(model.config, "moefication", None)
+    if section is None:
+        raise ValueError(
+            f"{type(model).__name__} needs a `moefication` section in its config; "
+            "convert a dense model with moefy_hf.moefy_"
+        )
+    if section["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"this checkpoint has moefication format {section['format_version']}, newer than {FORMAT_VERSION}: "
+            "upgrade moefy-hf"
+        )
+    if section["router"] not in ROUTERS:
+        raise ValueError(f"unknown router {section['router']!r}; choose from {', '.join(ROUTERS)}")
+    sites = selected_sites(find_sites(model), section["layers"])
+    sizes = [split_sizes(site, section["num_experts"], section["expert_size"]) for site in sites]
+    selections = resolve_selection(section["selection"], [experts for experts, _ in sizes], section.get("sensitivity"))
+    for site, (num_experts, expert_size), selection in zip(sites, sizes, selections, strict=True):
+        router = ROUTERS[section["router"]](site.sizes[0], num_experts)
+        router.requires_grad_(False)  # unless their loss is on: an unused trainable parameter stalls DDP
+        site.replace_act(RoutedActivation(site.act, router, expert_size, selection))
+        site.act.connect_(base_layer(site.first))
+        site.owner.register_forward_hook(refuse_bypass(site.act, site.name))
+
+
+def selected_sites(sites: list[FfnSite], layers: list[int] | None) -> list[FfnSite]:
+    """The FFNs that are converted: all of them, or those at the given positions."""
+    if layers is None:
+        return sites
+    if not layers or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(sites) for i in layers):
+        raise ValueError(f"layers={layers} must be a non-empty list of FFN positions from 0 to {len(sites) - 1}")
+    return [sites[i] for i in sorted(set(layers))]
+
+
+class refuse_bypass:
+    """Forward hook of an FFN's owner: a fused MLP kernel that never calls the activation would silently be dense."""
+
+    def __init__(self, routed: RoutedActivation, name: str):
+        self.routed, self.name = routed, name
+
+    def __call__(self, owner: nn.Module, args: tuple, output: Any) -> None:
+        if self.routed.observed.x is not None:
+            self.routed.observed.x = None
+            raise RuntimeError(f"{self.name}: the activation of this routed FFN never ran; disable fused MLP kernels")
+
+
+def base_layer(linear: nn.Module) -> nn.Module:
+    """What adapters wrap: the module that survives `merge_and_unload`."""
+    return base_layer(linear.base_layer) if hasattr(linear, "base_layer") else linear
+
+
+class MoefiedMixin:
+    """`class MoefiedX(MoefiedMixin, X)` is X whose FFNs are routed as `config.moefication` says.
+
+    Keys of the state dict are those of X plus `*.router.*`, so that checkpoints load both ways.
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        stock = cls.stock_class()
+        cls._keep_in_fp32_modules_strict = [*(stock._keep_in_fp32_modules_strict or ()), "router"]
+        # transformers denies its checkpoint renamings (ViT has some) to custom classes: claim them under our name
+        mapping = get_checkpoint_conversion_mapping(stock.__name__)
+        if mapping is None:
+            mapping = get_checkpoint_conversion_mapping(stock.config_class.model_type)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
+
+    @classmethod
+    def stock_class(cls) -> type[PreTrainedModel]:
+        """The transformers class this one MoEfies."""
+        return cls.__mro__[cls.__mro__.index(MoefiedMixin) + 1]
+
+    def post_init(self):
+        install_(self)  # first, so that routers are initialised, counted and loaded like every other module
+        self.config.auto_map = self.auto_map()
+        super().post_init()
+
+    @classmethod
+    def auto_map(cls) -> dict[str, str]:
+        """Every MoEfied head of this architecture: a head missing here would load as the dense model."""
+        module = sys.modules[cls.__module__]
+        classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, MoefiedMixin)]
+        stem = cls.__module__.rpartition(".")[2]
+        return {c._auto_class: f"{stem}.{c.__name__}" for c in classes if "_auto_class" in vars(c)}
+
+    def initialize_weights(self):
+        for module in self.modules():  # a nested stock model would apply its own standard deviation
+            if isinstance(module, Router) and not getattr(module, "_is_hf_initialized", False):
+                module.reset_parameters()
+                module._is_hf_initialized = True
+        super().initialize_weights()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).connect_()  # quantisers replace Linears after __init__
+        return loaded
+
+    def _get_name(self):  # Trainer's label smoother compares this with the library's causal LM names
+        return self.stock_class().__name__
+
+    def moe_sites(self) -> list[FfnSite]:
+        """The routed FFNs, in forward order."""
+        return [site for site in find_sites(self) if isinstance(site.act, RoutedActivation)]
+
+    def connect_(self) -> None:
+        """(Re)attach routers to the first Linear of their FFN, after something replaced Linear modules."""
+        for site in self.moe_sites():
+            site.act.connect_(base_layer(site.first))
+
+    def set_selection(self, **changes) -> None:
+        """Change which experts run, now and in checkpoints saved from here on: the run-time budget.
+
+        `model.set_selection(k=0.3)` keeps type and allocation as they are; k is a number of experts (int), a share of
+        them (float in (0, 1]), or a list with one of these per layer; `allocation="sensitivity"` spreads one average
+        k over layers by what `allocate_budgets` measured, "uniform" gives each the same.
+
+        Raises:
+            ValueError: see `resolve_selection`; the selection stays as it was.
+        """
+        section, sites = self.config.moefication, self.moe_sites()
+        selection = {**section["selection"], **changes}
+        if isinstance(changes.get("k"), list | tuple) and "allocation" not in changes:
+            selection["allocation"] = "uniform"
+        resolved = resolve_selection(selection, [site.act.num_experts for site in sites], section.get("sensitivity"))
+        section["selection"] = copy.deepcopy(selection)
+        for site, each in zip(sites, resolved, strict=True):
+            site.act.selection = each

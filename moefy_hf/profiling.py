@@ -1,0 +1,222 @@
+"""Profile a model's FFNs on calibration data: streaming sums per layer, and a bounded sample of FFN inputs on disk.
+
+Everything a splitter or router learns from is a function of an FFN's weights and its inputs x, so the sample of x is
+all that is kept; activations are recomputed from it, one layer and one chunk of tokens at a time.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .modeling.ffn_sites import FfnSite, FfnWeights, find_sites
+from .modeling.moefied import selected_sites
+
+CHUNK = 4096  # tokens whose activations are in memory at once
+KEPT_TOKENS = 4096  # of the batches that a profile keeps as they are, padding included
+
+
+class SiteProfile:
+    """What calibration tokens do in one FFN.
+
+    Attributes:
+        tokens: number of tokens seen.
+        active: (f,) how often each neuron was positive.
+        mass: (f,) sum of |activation|.
+        total: (f,) sum of activations.
+        square: (f,) sum of squared activations.
+        inputs: (T, d) sample of FFN inputs, memory-mapped, in the model's dtype; T <= tokens.
+    """
+
+    def __init__(self, neurons: int):
+        self.tokens = 0
+        self.active, self.mass, self.total, self.square = (torch.zeros(neurons, dtype=torch.float64) for _ in range(4))
+        self.inputs: torch.Tensor | None = None
+
+    def update_(self, neurons: torch.Tensor) -> None:
+        """neurons (T, f): add these tokens to the sums."""
+        a = neurons.float()
+        self.tokens += len(a)
+        self.active += (a > 0).sum(0).double().cpu()
+        self.mass += a.abs().sum(0).double().cpu()
+        self.total += a.sum(0).double().cpu()
+        self.square += a.square().sum(0).double().cpu()
+
+    @property
+    def sparsity(self) -> float:
+        """Share of activations that are not positive: exact zeros for ReLU."""
+        return 1 - float(self.active.sum()) / max(self.tokens * len(self.active), 1)
+
+    def activations(self, weights: FfnWeights) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Chunks of the sample: inputs (t, d) and what the FFN's neurons do on them (t, f), on the weights' device."""
+        if self.inputs is None:
+            raise ValueError("this profile kept no sample of FFN inputs; profile with sample_tokens > 0")
+        for x in self.inputs.split(CHUNK):
+            x = x.to(weights.down.device, weights.down.dtype)
+            with torch.no_grad():  # left before each yield: readers keep their own gradient mode
+                neurons = weights.neurons(x)
+            yield x, neurons
+
+
+@dataclass
+class ModelProfile:
+    """One `SiteProfile` per FFN, in forward order. Use as a context manager: leaving it deletes the sample on disk.
+
+    `batches` are the first batches that were read, some thousand tokens, for what needs whole sequences.
+    """
+
+    sites: list[SiteProfile]
+    batches: list[Mapping[str, Any]] = field(default_factory=list, repr=False)
+    directory: tempfile.TemporaryDirectory | None = field(default=None, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        return max((site.tokens for site in self.sites), default=0)
+
+    def close(self) -> None:
+        for site in self.sites:
+            site.inputs = None
+        if self.directory is not None:
+            self.directory.cleanup()
+
+    def __enter__(self) -> "ModelProfile":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def count_tokens(batch: Mapping[str, Any]) -> int:
+    """Tokens in a batch, padding included, by the shape of its first tensor.
+
+    Raises:
+        TypeError: the batch is not model-ready.
+    """
+    tensors = [value for value in batch.values() if torch.is_tensor(value)] if isinstance(batch, Mapping) else []
+    if not tensors:
+        raise TypeError(f"a batch must be a mapping of tensors, ready for the model; got a {type(batch).__name__}")
+    return tensors[0].shape[:2].numel()
+
+
+def real_tokens(model: PreTrainedModel, site: FfnSite, batch: Mapping[str, Any], tokens: int) -> torch.Tensor | None:
+    """(tokens,) bool: which of the tokens this FFN sees are no padding; None where nothing is padded.
+
+    A mask of another length belongs to another sequence (CLIP's image tower beside its text) and is ignored.
+    """
+    mask = batch.get("attention_mask")
+    if model.config.is_encoder_decoder and "decoder" in site.name.split("."):
+        mask = batch.get("decoder_attention_mask")
+        if mask is None and batch.get("labels") is not None:
+            mask = batch["labels"] != -100
+    return mask.reshape(-1).bool() if mask is not None and mask.numel() == tokens else None
+
+
+@contextmanager
+def observed(
+    model: PreTrainedModel, sites: list[FfnSite], seen: Callable[[int, torch.Tensor, torch.Tensor], None]
+) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
+    """Run batches through the model in evaluation mode and show `seen(position, x (T, d), neurons (T, f))` each FFN.
+
+    Yields a function that runs one batch; tokens that are padding are left out. Hooks and the training mode are
+    restored when the context ends.
+    """
+    handles, training, current, inputs = [], model.training, {}, {}
+    device = next(model.parameters()).device
+
+    def on_input(position: int, args: tuple) -> None:
+        inputs[position] = args[0]
+
+    def on_neurons(position: int, args: tuple) -> None:
+        x, a = inputs.pop(position), args[0]
+        x, a = x.reshape(-1, x.shape[-1]), a.reshape(-1, a.shape[-1])
+        real = real_tokens(model, sites[position], current, len(x))
+        seen(position, *((x, a) if real is None else (x[real], a[real])))
+
+    def run(batch: Mapping[str, Any]) -> Any:
+        nonlocal current
+        current = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+        return model(**current)
+
+    for position, site in enumerate(sites):
+        handles.append(site.first.register_forward_pre_hook(lambda _, args, i=position: on_input(i, args)))
+        handles.append(site.down.register_forward_pre_hook(lambda _, args, i=position: on_neurons(i, args)))
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield run
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+
+
+def profile(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    max_tokens: int = 100_000,
+    sample: bool = True,
+    layers: list[int] | None = None,
+    progress: bool = True,
+) -> ModelProfile:
+    """Run calibration batches through the model once and describe what its FFNs do.
+
+    Args:
+        batches: model-ready batches (mappings of tensors); padding is left out by their `attention_mask`. Shuffle
+            first: reading stops once `max_tokens` tokens were seen.
+        sample: keep the FFN inputs of these tokens in a temporary directory on disk (`max_tokens * d` numbers per
+            layer), for splitters and routers that learn from data. Memory does not grow with the number of tokens.
+        layers: positions of the FFNs to profile; all by default.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: unsupported model type, or no token in `batches`.
+    """
+    sites = selected_sites(find_sites(model), layers)
+    result = ModelProfile([SiteProfile(site.sizes[1]) for site in sites])
+    paths = []
+    if sample:
+        result.directory = tempfile.TemporaryDirectory(prefix="moefy_profile_")
+        paths = [Path(result.directory.name, f"{position}.bin") for position in range(len(sites))]
+    bar = tqdm(total=max_tokens, unit="token", unit_scale=True, desc="profile", disable=not progress)
+
+    def seen(position: int, x: torch.Tensor, neurons: torch.Tensor) -> None:
+        stats = result.sites[position]
+        x, neurons = x[: max_tokens - stats.tokens], neurons[: max_tokens - stats.tokens]
+        if sample and len(x):
+            if stats.inputs is None:
+                stats.inputs = mapped_tensor(paths[position], max_tokens, x.shape[1], x.dtype)
+            stats.inputs[stats.tokens : stats.tokens + len(x)] = x.cpu()
+        stats.update_(neurons)
+
+    with bar, observed(model, sites, seen) as run:
+        kept = 0
+        for batch in batches:
+            tokens = count_tokens(batch)
+            run(batch)
+            if kept < KEPT_TOKENS:
+                result.batches.append(batch)
+                kept += tokens
+            bar.update(result.tokens - bar.n)
+            if result.tokens >= max_tokens:
+                break
+    if result.tokens == 0:
+        result.close()
+        raise ValueError("calibration is empty: no batch held a token that is not padding")
+    for stats in result.sites:
+        if stats.inputs is not None:
+            stats.inputs = stats.inputs[: stats.tokens]
+    return result
+
+
+def mapped_tensor(path: Path, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """An (rows, columns) tensor that lives in a (sparse) file."""
+    with open(path, "wb") as file:
+        file.truncate(rows * columns * dtype.itemsize)
+    return torch.from_file(str(path), shared=True, size=rows * columns, dtype=dtype).view(rows, columns)

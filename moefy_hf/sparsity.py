@@ -1,0 +1,119 @@
+"""Make FFN activations sparse before or while a model is MoEfied: swap the activation for ReLU, penalise activity."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.activations import ACT2FN
+
+from .modeling.ffn_sites import find_sites
+from .modeling.routed_activation import RoutedActivation
+
+# config fields that name an FFN's activation, over all supported model types
+_ACTIVATION_FIELDS = (
+    "hidden_act",
+    "activation_function",
+    "hidden_activation",
+    "activation",
+    "dense_act_fn",
+)
+
+
+def relufy_(model: PreTrainedModel, activation: str = "relu") -> PreTrainedModel:
+    """Replace the activation of every FFN, in the modules and in the config, in place (ReLU-fication).
+
+    The model needs fine-tuning afterwards: the swap changes its function.
+
+    Raises:
+        ValueError: unknown activation, or a model type whose config does not name its FFN activation.
+    """
+    if activation not in ACT2FN:
+        raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(sorted(ACT2FN))}")
+    sites = find_sites(model)
+    fields = [field for field in _ACTIVATION_FIELDS if isinstance(getattr(model.config, field, None), str)]
+    if not fields:
+        raise ValueError(f"the config of model type {model.config.model_type!r} does not name its FFN activation")
+    for site in sites:
+        if isinstance(site.act, RoutedActivation):
+            raise ValueError(f"{site.name} is routed already; swap the activation before converting")
+    for site in sites:
+        site.replace_act(ACT2FN[activation])
+    for field in fields:
+        setattr(model.config, field, activation)
+    if hasattr(model.config, "feed_forward_proj"):  # T5 derives its activation from this one when loaded
+        gated = model.config.feed_forward_proj.startswith("gated-")
+        model.config.feed_forward_proj = f"gated-{activation}" if gated else activation
+    return model
+
+
+def square_hoyer(a: torch.Tensor) -> torch.Tensor:
+    """(T, f) -> (T,): (sum|a|)^2 / (f sum a^2), the share of neurons that are effectively active, in [1/f, 1]
+    (D2DMoE)."""
+    a = a.float()
+    return a.abs().sum(-1).square() / (a.square().sum(-1) * a.shape[-1]).clamp_min(1e-12)
+
+
+def l1(a: torch.Tensor) -> torch.Tensor:
+    """(T, f) -> (T,): mean |a|."""
+    return a.float().abs().mean(-1)
+
+
+PENALTIES = {"square_hoyer": square_hoyer, "l1": l1}
+
+
+class SparsityPenaltyCallback(TrainerCallback):
+    """Adds `weight` times the mean activity of all FFNs to the training loss, and logs that activity.
+
+    The penalty is added to the loss the model itself returns, so gradient accumulation, loss scaling and DDP treat
+    it as part of that loss. Usable with any Trainer whose model computes its own loss.
+
+    Args:
+        penalty: "square_hoyer" or "l1".
+        weight: its factor; a mean over tokens and layers is multiplied, so one weight suits every width and depth.
+
+    Raises:
+        ValueError: unknown penalty or negative weight; in training, when the model returns no loss.
+    """
+
+    def __init__(self, penalty: str = "square_hoyer", weight: float = 0.1):
+        if penalty not in PENALTIES:
+            raise ValueError(f"unknown penalty {penalty!r}; choose from {', '.join(PENALTIES)}")
+        if not weight >= 0:
+            raise ValueError(f"the penalty's weight must not be negative, got {weight}")
+        self.penalty, self.weight = PENALTIES[penalty], weight
+        self.handles: list = []
+        self.values: list[torch.Tensor] = []
+        self.logged, self.steps = 0.0, 0
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.on_train_end(args, state, control)
+        self.handles = [site.down.register_forward_pre_hook(self._collect) for site in find_sites(model)]
+        self.handles.append(model.register_forward_pre_hook(self._start))
+        self.handles.append(model.register_forward_hook(self._add))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is not None and self.steps and "loss" in logs:
+            logs["sparsity_penalty"] = float(self.logged) / self.steps
+            self.logged, self.steps = 0.0, 0
+
+    def _start(self, model: nn.Module, args: tuple) -> None:
+        self.values = []
+
+    def _collect(self, down: nn.Module, args: tuple) -> None:
+        if down.training:
+            self.values.append(self.penalty(args[0]).mean())
+
+    def _add(self, model: nn.Module, args: tuple, output):
+        if not (model.training and self.values):
+            return
+        if getattr(output, "loss", None) is None:
+            raise ValueError(
+                "the sparsity penalty needs a model that returns its loss; label smoothing hides the labels from it"
+            )
+        value = torch.stack(self.values).mean()
+        self.logged, self.steps = self.logged + value.detach(), self.steps + 1
+        output["loss"] = output.loss + self.weight * value

@@ -1,0 +1,32 @@
+"""Splitters: which neurons form an expert. One file per method; `SPLITTERS` is their registry."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..modeling.ffn_sites import FfnWeights
+from ..profiling import SiteProfile
+from .coactivation import coactivation
+from .parameter_clustering import parameter_clustering
+from .random import random
+
+
+@dataclass(frozen=True)
+class Splitter:
+    """A way to group neurons.
+
+    Attributes:
+        order: (weights, profile, num_experts, generator) -> (f,) the neurons, expert by expert.
+        needs_profile: whether it looks at calibration data; `profile` may be None where it does not.
+    """
+
+    order: Callable[[FfnWeights, SiteProfile | None, int, torch.Generator], torch.Tensor]
+    needs_profile: bool
+
+
+SPLITTERS: dict[str, Splitter] = {
+    "random": Splitter(random, needs_profile=False),
+    "parameter_clustering": Splitter(parameter_clustering, needs_profile=False),
+    "coactivation": Splitter(coactivation, needs_profile=True),
+}

@@ -1,0 +1,13 @@
+"""Random split: the control every other split must beat."""
+
+import torch
+
+from ..modeling.ffn_sites import FfnWeights
+from ..profiling import SiteProfile
+
+
+def random(
+    weights: FfnWeights, profile: SiteProfile | None, num_experts: int, generator: torch.Generator
+) -> torch.Tensor:
+    """(f,): a seeded random permutation of the neurons (MoEfication, section 3.2)."""
+    return torch.randperm(weights.down.shape[1], generator=generator)

@@ -1,0 +1,15 @@
+"""From labels to an order of neurons, expert by expert."""
+
+import torch
+
+
+def order_from_labels(labels: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """labels (f,) in [0, num_experts) -> (f,): the neurons of part 0, then of part 1, ..., each in their old order.
+
+    Raises:
+        ValueError: the parts are not equally large.
+    """
+    counts = torch.bincount(labels, minlength=num_experts)
+    if len(counts) != num_experts or (counts != len(labels) // num_experts).any() or len(labels) % num_experts:
+        raise ValueError(f"{num_experts} parts of equal size are needed, got sizes {counts.tolist()}")
+    return torch.argsort(labels, stable=True)
