@@ -1,0 +1,241 @@
+"""What the recipes share: arguments from a YAML file and the command line, labelled text, finished stages."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import real_inputs
+import torch
+import yaml
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+
+MARKER = "moefy_run.json"
+
+
+@dataclass
+class ModelArguments:
+    """The dense model to start from."""
+
+    model_name_or_path: str = field(metadata={"help": "Hub id, local directory, or package:NAME (see real_inputs.py)"})
+    model_revision: str = field(default="main", metadata={"help": "branch, tag or commit on the Hub"})
+    dtype: str = field(default="float32", metadata={"help": "dtype the weights are loaded in"})
+    attn_implementation: str | None = field(default=None, metadata={"help": "attention implementation"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run modeling code that comes with the model"})
+    activation: str | None = field(
+        default=None, metadata={"help": "swap the FFN activation for this one before training, e.g. relu"}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Labelled text."""
+
+    dataset_name: str = field(metadata={"help": "Hub id, local directory of csv/parquet files, or package:NAME"})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
+    text_column: str = field(default="text", metadata={"help": "column with the text"})
+    label_column: str = field(default="label", metadata={"help": "column with the label"})
+    max_seq_length: int = field(default=128, metadata={"help": "longer texts are cut to so many tokens"})
+    validation_split: str = field(default="validation", metadata={"help": "name of the validation split"})
+    test_split: str = field(default="test", metadata={"help": "name of the test split"})
+
+
+@dataclass
+class MoeficationArguments:
+    """The conversion and what is measured afterwards."""
+
+    num_experts: int | None = field(default=None, metadata={"help": "experts per FFN; by default from expert_size"})
+    expert_size: int = field(default=32, metadata={"help": "neurons per expert"})
+    splitter: str = field(
+        default="parameter_clustering", metadata={"help": "random, parameter_clustering, coactivation"}
+    )
+    router: str = field(default="linear", metadata={"help": "linear, mlp, similarity, random"})
+    share: float = field(
+        default=0.2, metadata={"help": "share of the experts a token computes, on average over layers"}
+    )
+    allocation: str = field(default="sensitivity", metadata={"help": "budget per layer: sensitivity or uniform"})
+    calibration_tokens: int = field(
+        default=100_000, metadata={"help": "training tokens to profile and fit routers on"}
+    )
+    sparsity_penalty: str | None = field(
+        default=None, metadata={"help": "while training the dense model: square_hoyer or l1"}
+    )
+    sparsity_weight: float = field(default=0.0, metadata={"help": "factor of that penalty"})
+    shares: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3], metadata={"help": "shares to sweep"})
+    controls: list[str] = field(
+        default_factory=lambda: ["oracle", "random"], metadata={"help": "of oracle, oracle_mass, random"}
+    )
+    redo: bool = field(default=False, metadata={"help": "run finished stages again"})
+
+
+def parse(types: tuple[type, ...], description: str, arguments: list[str] | None = None) -> list[Any]:
+    """Dataclasses from `--config FILE.yaml` and the command line, which wins. Unknown names are errors in both."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    from_file: list[str] = []
+    while "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 >= len(arguments):
+            sys.exit("--config needs a YAML file")
+        for name, value in yaml.safe_load(Path(arguments[at + 1]).read_text()).items():
+            if value is not None:
+                from_file += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        del arguments[at : at + 2]
+    if not torch.accelerator.is_available():
+        from_file += ["--use_cpu", "true"]  # bf16 training on a CPU must be asked for
+    parser = HfArgumentParser(
+        types, description=description + "\n\n--config FILE.yaml sets any of these; the command line wins."
+    )
+    return list(parser.parse_args_into_dataclasses(from_file + arguments))
+
+
+def load_texts(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[DatasetDict, list[str]]:
+    """Tokenised train, validation and test splits with `labels`, and the names of the classes.
+
+    Raises:
+        ValueError: a split or column is missing; those that exist are named.
+    """
+    raw = load_dataset(real_inputs.resolve(data.dataset_name), data.dataset_config_name)
+    splits = {"train": "train", "validation": data.validation_split, "test": data.test_split}
+    for split in splits.values():
+        if split not in raw:
+            raise ValueError(f"{data.dataset_name} has no split {split!r}; it has {', '.join(raw)}")
+        for column in (data.text_column, data.label_column):
+            if column not in raw[split].column_names:
+                raise ValueError(
+                    f"split {split!r} of {data.dataset_name} has no column {column!r}; it has "
+                    f"{', '.join(raw[split].column_names)}"
+                )
+    feature = raw["train"].features[data.label_column]
+    names = (
+        feature.names if isinstance(feature, ClassLabel) else sorted(map(str, set(raw["train"][data.label_column])))
+    )
+    index = {name: position for position, name in enumerate(names)}
+
+    def encode(rows: dict[str, list]) -> dict[str, list]:
+        encoded = tokenizer(rows[data.text_column], truncation=True, max_length=data.max_seq_length)
+        labels = rows[data.label_column]
+        if not isinstance(feature, ClassLabel):
+            labels = [index[str(label)] for label in labels]
+        return {**encoded, "labels": labels, "length": [len(ids) for ids in encoded["input_ids"]]}
+
+    return DatasetDict(
+        {
+            ours: raw[theirs].map(
+                encode, batched=True, remove_columns=raw[theirs].column_names, desc=f"tokenize {ours}"
+            )
+            for ours, theirs in splits.items()
+        }
+    ), names
+
+
+class Batches:
+    """A dataset as padded, model-ready batches of rows of similar length; can be read any number of times.
+
+    Args:
+        shuffle: mix rows and batches with `seed`, so that any first part is a fair sample; otherwise shortest first.
+    """
+
+    WINDOW = 32  # batches among which rows are sorted by length when shuffling
+
+    def __init__(
+        self,
+        rows: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 64,
+        shuffle: bool = False,
+        seed: int = 0,
+    ):
+        self.rows, self.tokenizer = rows, tokenizer
+        lengths = torch.tensor(rows["length"])
+        order = torch.arange(len(rows))
+        generator = torch.Generator().manual_seed(seed)
+        window = len(rows)
+        if shuffle:
+            order, window = torch.randperm(len(rows), generator=generator), self.WINDOW * batch_size
+        self.batches = [
+            batch
+            for part in order.split(max(window, 1))
+            for batch in part[lengths[part].argsort(stable=True)].split(batch_size)
+        ]
+        if shuffle:
+            self.batches = [self.batches[i] for i in torch.randperm(len(self.batches), generator=generator)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in self.batches:
+            rows = self.rows[batch.tolist()]
+            rows.pop("length")
+            labels = torch.tensor(rows.pop("labels"))
+            yield {**self.tokenizer.pad(rows, return_tensors="pt"), "labels": labels}
+
+
+def load_tokenizer(model: ModelArguments) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(
+        real_inputs.resolve(model.model_name_or_path),
+        revision=model.model_revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+class Stages:
+    """Named steps of a run, each leaving one file or folder in the output directory; finished ones are not run again.
+
+    Raises:
+        ValueError: the directory holds something else, or results of other settings.
+    """
+
+    def __init__(self, directory: str | Path, settings: dict[str, Any], redo: bool = False):
+        self.directory, self.redo = Path(directory), redo
+        marker = self.directory / MARKER
+        if self.directory.exists() and any(self.directory.iterdir()):
+            if not marker.exists():
+                raise ValueError(
+                    f"{directory} exists and is not the output of a moefy recipe: choose another output_dir"
+                )
+            before = json.loads(marker.read_text())
+            changed = sorted(key for key in before | settings if before.get(key) != settings.get(key))
+            if changed and not redo:
+                raise ValueError(
+                    f"{directory} holds results of other settings ({', '.join(changed)} changed): "
+                    "choose another output_dir, or pass --redo true to replace them"
+                )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_json(marker, settings)
+
+    def finished(self, name: str) -> bool:
+        """Whether a stage can be skipped; says so."""
+        done = (self.directory / name).exists() and not self.redo
+        if done:
+            print(f"{name}: done before, skipped (pass --redo true to run it again)", flush=True)
+        return done
+
+    def run(self, name: str, make: Callable[[Path], None]) -> Path:
+        """Let `make` write to a temporary sibling of `name`, then rename it; nothing is done where `name` is there."""
+        path = self.directory / name
+        if self.finished(name):
+            return path
+        temporary = self.directory / f".{name}.unfinished"
+        _remove(temporary)
+        make(temporary)
+        _remove(path)
+        temporary.rename(path)
+        return path
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, facts: Any) -> None:
+    temporary = path.with_name(path.name + ".unfinished")
+    temporary.write_text(json.dumps(facts, indent=1))
+    temporary.rename(path)

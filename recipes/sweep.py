@@ -1,0 +1,183 @@
+"""Compare splits and routers on one task: quality against compute, over seeds, without training after conversion.
+
+    python recipes/sweep.py --config recipes/configs/minilm_movie/moefication.yaml --seeds 0 1 2 --facts facts.json
+
+For every seed the dense model is fine-tuned as moefy_classification.py does (or found finished), profiled once, and
+converted with every split; every router is fitted on every split. Finished cells are not computed again. FACTS gets
+every figure, averaged over seeds; the tables are printed, and printed again by
+
+    python recipes/sweep.py --table facts.json
+"""
+
+import copy
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from common import (
+    Batches,
+    DataArguments,
+    ModelArguments,
+    MoeficationArguments,
+    Stages,
+    load_texts,
+    load_tokenizer,
+    parse,
+    write_json,
+)
+from datasets import concatenate_datasets
+from moefy_classification import moefication_config, run_settings, train_dense
+from transformers import AutoModelForSequenceClassification, TrainingArguments
+
+from moefy_hf import evaluate, moefy_, profile
+from moefy_hf.profiling import ModelProfile
+
+AVERAGED = ("accuracy", "relative_quality", "agreement", "output_error", "captured_mass", "ffn_flops", "experts")
+
+
+@dataclass
+class SweepArguments:
+    """The grid."""
+
+    facts: str = field(metadata={"help": "JSON file that gets the figures"})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "seeds of fine-tuning, split and routers"})
+    eval_rows: int | None = field(
+        default=None,
+        metadata={"help": "measure on so many rows of validation and test together (seeded); default all"},
+    )
+    splitters: list[str] = field(
+        default_factory=lambda: ["random", "parameter_clustering", "coactivation"],
+        metadata={"help": "splits to compare"},
+    )
+    routers: list[str] = field(
+        default_factory=lambda: ["linear", "mlp", "similarity"], metadata={"help": "routers to compare"}
+    )
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--table"]:
+        print(tables(json.loads(Path(sys.argv[2]).read_text())))
+        return
+    model_args, data_args, moe_args, training_args, grid = parse(
+        (ModelArguments, DataArguments, MoeficationArguments, TrainingArguments, SweepArguments), __doc__
+    )
+    training_args.remove_unused_columns = False
+    tokenizer = load_tokenizer(model_args)
+    splits, names = load_texts(data_args, tokenizer)
+    rows = concatenate_datasets([splits["validation"], splits["test"]])
+    if grid.eval_rows is not None:
+        rows = rows.shuffle(seed=0).select(range(min(grid.eval_rows, len(rows))))
+    held_out = Batches(rows, tokenizer)
+    cells = []
+    for seed in grid.seeds:
+        ours = copy.deepcopy(training_args)
+        ours.seed, ours.output_dir = seed, f"{training_args.output_dir}/seed_{seed}"
+        settings = run_settings(model_args, data_args, moe_args, ours) | {"eval_rows": grid.eval_rows}
+        stages = Stages(ours.output_dir, settings, moe_args.redo)
+        dense = train_dense(stages, model_args, moe_args, ours, tokenizer, splits, names)
+        calibration = Calibration(dense, Batches(splits["train"], tokenizer, shuffle=True, seed=seed), moe_args)
+        for splitter in grid.splitters:
+            for position, router in enumerate(grid.routers):
+                cell = replace(
+                    moe_args, splitter=splitter, router=router, controls=[] if position else moe_args.controls
+                )
+                found = stages.run(
+                    f"{splitter}-{router}.json", partial(measure, dense, calibration, cell, ours, held_out)
+                )
+                cells += [{"seed": seed, "splitter": splitter, **row} for row in rows_of(found, router, position)]
+        calibration.close()
+    command = "python recipes/sweep.py " + " ".join(sys.argv[1:])
+    write_json(
+        Path(grid.facts),
+        {"command": command, "dataset": data_args.dataset_name, "eval_rows": len(rows), "rows": average(cells)},
+    )
+    print(tables(json.loads(Path(grid.facts).read_text())))
+
+
+class Calibration:
+    """The profile of one dense model, made when it is first needed and shared by all its conversions."""
+
+    def __init__(self, dense: Path, batches: Batches, moe_args: MoeficationArguments):
+        self.dense, self.batches, self.tokens = dense, batches, moe_args.calibration_tokens
+        self.found: ModelProfile | None = None
+
+    def get(self) -> ModelProfile:
+        if self.found is None:
+            model = AutoModelForSequenceClassification.from_pretrained(self.dense)
+            self.found = profile(model, self.batches, max_tokens=self.tokens)
+        return self.found
+
+    def close(self) -> None:
+        if self.found is not None:
+            self.found.close()
+
+
+def measure(
+    dense: Path,
+    calibration: Calibration,
+    cell: MoeficationArguments,
+    training_args: TrainingArguments,
+    held_out: Batches,
+    path: Path,
+) -> None:
+    """Convert in one way and sweep it, under autocast where training was."""
+    print(f"seed {training_args.seed}: {cell.splitter} split, {cell.router} router", flush=True)
+    model = AutoModelForSequenceClassification.from_pretrained(dense)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=training_args.bf16):
+        report = moefy_(model, moefication_config(cell, training_args.seed), calibration.get())
+        found = evaluate(model, held_out, cell.shares, controls=cell.controls, allocations=["uniform", "sensitivity"])
+    found.facts["conversion"] = report.to_dict()
+    found.save(path)
+
+
+def rows_of(path: Path, router: str, position: int) -> list[dict]:
+    """A cell's rows under the router's name; the dense row once per split."""
+    rows = json.loads(path.read_text())["rows"]
+    return [{**row, "router": router if row["router"] == "own" else row["router"]} for row in rows[bool(position) :]]
+
+
+def average(cells: list[dict]) -> list[dict]:
+    """Mean over seeds of every (split, router, allocation, share); the spread of the quality is kept."""
+    groups: dict[tuple, list[dict]] = {}
+    for cell in cells:
+        key = (cell["splitter"], cell["router"], cell.get("allocation", ""), cell.get("k", 1.0))
+        groups.setdefault(key, []).append(cell)
+    rows = []
+    for (splitter, router, allocation, share), found in groups.items():
+        row = {"splitter": splitter, "router": router, "allocation": allocation, "share": share}
+        row["seeds"] = [cell["seed"] for cell in found]
+        row |= {name: mean(cell[name] for cell in found) for name in AVERAGED if name in found[0]}
+        row["accuracy_sd"] = stdev([cell["accuracy"] for cell in found]) if len(found) > 1 else None
+        rows.append(row)
+    return rows
+
+
+def tables(facts: dict) -> str:
+    """Markdown: for each allocation, quality relative to dense and FFN output error by split, router and share."""
+    rows = facts["rows"]
+    dense = next(row for row in rows if row["router"] == "dense")
+    shares = sorted({row["share"] for row in rows if row["router"] != "dense"})
+    text = [f"{facts['dataset']}: dense accuracy {dense['accuracy']:.2%}, seeds {dense['seeds']}"]
+    for allocation in ("uniform", "sensitivity"):
+        text += ["", f"Budgets: {allocation}. Cells: accuracy relative to dense / relative squared output error", ""]
+        text.append("| split | router | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
+        text.append("|---" * (2 + len(shares)) + "|")
+        found: dict[tuple[str, str], dict[float, dict]] = {}
+        for row in rows:
+            if row["allocation"] == allocation:
+                found.setdefault((row["splitter"], row["router"]), {})[row["share"]] = row
+        for (splitter, router), line in found.items():
+            cells = [
+                f"{line[share]['relative_quality']:.1%} / {line[share]['output_error']:.3f}" if share in line else ""
+                for share in shares
+            ]
+            text.append(f"| {splitter} | {router} | " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    main()
