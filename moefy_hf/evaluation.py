@@ -279,7 +279,7 @@ def evaluate(
     *,
     controls: Iterable[str] = ("oracle", "random"),
     allocations: Iterable[str] | None = None,
-    local_tokens: int = 20_000,
+    local_tokens: int = 5_000,
     progress: bool = True,
 ) -> Sweep:
     """Sweep the budget of one converted model, beside its dense self and the controls; the model comes back as it was.

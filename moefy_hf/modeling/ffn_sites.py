@@ -203,9 +203,10 @@ def permute_neurons_(site: FfnSite, order: torch.Tensor, optimizer: torch.optim.
         for key, value in (optimizer.state.get(param, {}) if optimizer else {}).items():
             if torch.is_tensor(value) and value.dim() > 0:
                 if value.shape != param.shape:
+                    what = f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)}"
                     raise ValueError(
-                        f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for {site.name}.{name} "
-                        f"{tuple(param.shape)}: such state cannot follow a permutation; use AdamW or SGD"
+                        f"{what} for {site.name}.{name} of shape {tuple(param.shape)}: such state cannot follow a "
+                        "permutation; use AdamW or SGD"
                     )
                 tensors.append((value, dim, whole))
     for tensor, dim, whole in tensors:

@@ -1,7 +1,6 @@
-"""The co-activation graph of an FFN's neurons, and its partition into equal parts."""
+"""The co-activation graph: its weights, and its partition into parts of exactly equal size."""
 
 from collections.abc import Iterable
-from importlib.util import find_spec
 
 import torch
 from transformers.utils import logging
@@ -10,94 +9,174 @@ from .equal_parts import labels_of, multilevel_parts, swap_rows
 
 logger = logging.get_logger("moefy_hf")
 
-METHODS = ("metis", "swaps")
-_LARGEST_WEIGHT = 2**20  # METIS adds integer weights up; their sums must stay far from overflow
+METHODS = ("multilevel", "metis")
+KINDS = ("product", "count")
+
+# METIS adds up edge weights in 32 bits in some builds
+_METIS_TOTAL = 2**30
 
 
-def coactivation_matrix(neurons: Iterable[torch.Tensor], f: int) -> torch.Tensor:
-    """Chunks (t, f) of activations -> (f, f): sum over tokens of h_n h_m where both are positive, zero diagonal
-    (MoEfication, section 3.2)."""
-    total = torch.zeros(f, f)
-    for chunk in neurons:
-        positive = chunk.detach().float().clamp_min(0).cpu()
-        total.addmm_(positive.T, positive)
+def coactivation_matrix(
+    neuron_chunks: Iterable[torch.Tensor], num_neurons: int, kind: str = "product"
+) -> torch.Tensor:
+    """Chunks (T, f) of neuron activations -> (f, f): how strongly two neurons fire together; zero diagonal.
+
+    The edge weights of MoEfication (section 3.2): sum over tokens of relu(h_n) * relu(h_m), so only tokens at which
+    both are positive count. Accumulated in float32 on the device of the chunks.
+
+    Args:
+        kind: "product" as above; "count" for the number of those tokens, which the reference code approximates.
+
+    Raises:
+        ValueError: unknown kind, a chunk that is not (T, f), or no chunk.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}")
+    total = None
+    for chunk in neuron_chunks:
+        if chunk.dim() != 2 or chunk.shape[1] != num_neurons:
+            raise ValueError(f"expected chunks of shape (T, {num_neurons}), got {tuple(chunk.shape)}")
+        fired = chunk.detach().float().relu() if kind == "product" else (chunk > 0).float()  # (T, f)
+        if total is None:
+            total = fired.new_zeros(num_neurons, num_neurons)
+        total.addmm_(fired.T, fired)
+    if total is None:
+        raise ValueError("no activations to compute a co-activation matrix from")
     return total.fill_diagonal_(0)
 
 
 def partition_graph(
-    weights: torch.Tensor, num_parts: int, generator: torch.Generator, method: str | None = None
+    weights: torch.Tensor,
+    num_parts: int,
+    generator: torch.Generator,
+    method: str | None = None,
+    edges_per_neuron: int = 256,
+    max_sweeps: int = 10,
 ) -> torch.Tensor:
-    """Cut a graph into parts of exactly equal size, with little edge weight between them.
+    """weights (f, f) symmetric, non-negative -> labels (f,): `num_parts` parts of exactly equal size with much weight
+    inside them (MoEfication, section 3.2).
+
+    Whatever the method starts from, swaps of two neurons that raise the weight inside follow (`equal_parts.swap_rows`).
 
     Args:
-        weights: (f, f) symmetric, not negative, zero diagonal.
-        method: "metis", a METIS partition repaired to equal sizes (needs the `metis` extra), or "swaps", our multilevel
-            local search. Default: METIS where it is installed. Either is finished by swapping neurons between parts.
-
-    Returns:
-        (f,) the part of each neuron.
+        generator: on any device; the same seed gives the same labels.
+        method: "multilevel", the default, needs nothing but torch; "metis" is the paper's, through pymetis, its parts
+            then repaired to equal sizes. Without pymetis, "metis" warns and becomes "multilevel".
+        edges_per_neuron: METIS sees only this many of a neuron's strongest edges. Swaps always see all.
+        max_sweeps: most sweeps of swaps over all pairs of parts.
 
     Raises:
-        ValueError: f is not a multiple of `num_parts`, or the method is unknown.
-        ImportError: "metis" was asked for and pymetis is not installed.
+        ValueError: f is not a multiple of num_parts, weights that are not symmetric, finite and non-negative, or an
+            unknown method.
     """
-    if num_parts < 1 or len(weights) % num_parts:
-        raise ValueError(f"{len(weights)} neurons do not split into {num_parts} parts of equal size")
-    if method is None:
-        method = "metis" if find_spec("pymetis") else "swaps"
-        if method == "swaps":
-            logger.warning_once(
-                "METIS is not installed (pip install 'moefy-hf[metis]'): using our own graph partition"
-            )
-    if method not in METHODS:
-        raise ValueError(f"unknown partition method {method!r}; choose from {', '.join(METHODS)}")
-    if method == "swaps" or num_parts == 1 or not weights.any():
-        return labels_of(multilevel_parts(weights, num_parts, generator))
-    labels = repair_sizes(weights, _metis(weights, num_parts, generator), num_parts)
-    members = labels.argsort(stable=True).view(num_parts, -1)
-    return labels_of(swap_rows(weights, members, generator))
+    _check_graph(weights, num_parts)
+    if method not in (None, *METHODS):
+        raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    weights = weights.detach().to(torch.promote_types(weights.dtype, torch.float32))
+    if method == "metis" and _metis_available():
+        labels = metis_partition(weights, num_parts, generator, edges_per_neuron)
+        members = repair_sizes(weights, labels, num_parts).argsort(stable=True).view(num_parts, -1)
+        return labels_of(swap_rows(weights, members, generator, max_sweeps))
+    return labels_of(multilevel_parts(weights, num_parts, generator, max_sweeps))
 
 
-def _metis(weights: torch.Tensor, num_parts: int, generator: torch.Generator) -> torch.Tensor:
-    """(f,): parts of nearly equal size. Weights become integers in units of a low percentile of the non-zeros, as in
-    the authors' code; edges below one unit are dropped."""
+def _check_graph(weights: torch.Tensor, num_parts: int) -> None:
+    if weights.dim() != 2 or weights.shape[0] != weights.shape[1] or not weights.is_floating_point():
+        raise ValueError(f"expected a square floating-point matrix, got {weights.dtype} {tuple(weights.shape)}")
+    f = len(weights)
+    if num_parts < 1 or f == 0 or f % num_parts:
+        raise ValueError(f"{f} neurons cannot be put into {num_parts} parts of equal size")
+    low, high = weights.aminmax()
+    if not (low >= 0 and high < torch.inf):
+        raise ValueError("edge weights must be finite and non-negative")
+    for start in range(0, f, 1024):
+        rows, columns = weights[start : start + 1024], weights[:, start : start + 1024]
+        if not torch.allclose(rows, columns.T, rtol=1e-3, atol=float(high) * 1e-6):
+            raise ValueError("edge weights must be symmetric")
+
+
+def _metis_available() -> bool:
     try:
-        import pymetis
+        import pymetis  # noqa: F401
     except ImportError as error:
-        raise ImportError("the METIS partition needs pymetis: pip install 'moefy-hf[metis]'") from error
-    sample = weights[weights > 0]
-    unit = sample[:: max(1, len(sample) // 1_000_000)].quantile(0.01)
-    neighbours, edges, starts = [], [], [0]
-    for row in weights:
-        whole = (row / unit).clamp_max(_LARGEST_WEIGHT).long()
-        (index,) = whole.nonzero(as_tuple=True)
-        neighbours.append(index)
-        edges.append(whole[index])
-        starts.append(starts[-1] + len(index))
-    graph = pymetis.CSRAdjacency(starts, torch.cat(neighbours).numpy())
-    seed = int(torch.randint(2**31 - 1, (), generator=generator))
-    options = pymetis.Options(seed=seed)
-    _, parts = pymetis.part_graph(num_parts, adjacency=graph, eweights=torch.cat(edges).numpy(), options=options)
-    return torch.tensor(parts)
+        logger.warning_once(
+            f"METIS is not available ({error}; pip install pymetis): partitioning with 'multilevel' instead, which "
+            "leaves about as much weight inside the parts."
+        )
+        return False
+    return True
+
+
+def strongest_edges(weights: torch.Tensor, edges_per_neuron: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """weights (f, f) -> rows (nnz,), columns (nnz,), values (nnz,) in CSR order: the positive edges that are among the
+    strongest of either end, both ways."""
+    f = len(weights)
+    keep = min(edges_per_neuron, f)
+    keys = []
+    for start in range(0, f, 1024):
+        block = weights[start : start + 1024]
+        value, column = block.topk(keep, dim=1)
+        row = torch.arange(start, start + len(block), device=weights.device)[:, None].expand_as(column)
+        wanted = (value > 0) & (row != column)
+        row, column = row[wanted], column[wanted]
+        keys += [row * f + column, column * f + row]
+    edges = torch.cat(keys).unique()
+    rows, columns = edges // f, edges % f
+    return rows, columns, torch.maximum(weights[rows, columns], weights[columns, rows])
+
+
+def metis_partition(
+    weights: torch.Tensor, num_parts: int, generator: torch.Generator, edges_per_neuron: int = 256
+) -> torch.Tensor:
+    """weights (f, f) symmetric -> labels (f,): METIS's recursive bisection of the strongest edges, in parts of nearly
+    equal size.
+
+    As in the reference code, weights become integers by division by their first percentile, and those below 1 go.
+
+    Raises:
+        ImportError: pymetis is not installed.
+    """
+    import pymetis
+
+    f = len(weights)
+    rows, columns, values = strongest_edges(weights, edges_per_neuron)
+    if len(values):
+        values = values.double() / values.kthvalue(1 + len(values) // 100).values
+        values = (values * min(1.0, _METIS_TOTAL / values.sum().item())).floor()
+    heavy = values >= 1
+    rows, columns, values = rows[heavy].cpu(), columns[heavy].cpu(), values[heavy].long().cpu()
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(rows, minlength=f).cumsum(0)])
+    seed = int(torch.randint(2**31 - 1, (1,), generator=generator, device=generator.device))
+    _, labels = pymetis.part_graph(
+        num_parts,
+        pymetis.CSRAdjacency(starts.numpy(), columns.numpy()),
+        eweights=values.numpy(),
+        recursive=True,
+        options=pymetis.Options(seed=seed),
+    )
+    return torch.tensor(labels, dtype=torch.long, device=weights.device)
 
 
 def repair_sizes(weights: torch.Tensor, labels: torch.Tensor, num_parts: int) -> torch.Tensor:
-    """labels (f,) -> (f,) with equal sizes: out of the parts that are too large, the neuron goes whose move to a part with
-    room loses the least edge weight, one after the other."""
+    """weights (f, f) symmetric, labels (f,) -> labels (f,) of equally large parts: moves surplus neurons one by one,
+    always the one whose move to a part with room loses the least edge weight (or wins the most)."""
     labels = labels.clone()
-    f = len(labels)
-    size = f // num_parts
-    counts = torch.bincount(labels, minlength=num_parts)
-    ties = weights.new_zeros(num_parts, f).index_add_(0, labels, weights)  # (parts, f): weight to each part
-    while (counts > size).any():
-        room = counts < size
-        gain = ties.masked_fill(~room[:, None], -torch.inf) - ties.gather(0, labels[None])  # (parts, f)
-        gain = gain.masked_fill((counts[labels] <= size)[None], -torch.inf)
-        to, neuron = divmod(int(gain.argmax()), f)
-        old = int(labels[neuron])
+    target = len(labels) // num_parts
+    sizes = torch.bincount(labels, minlength=num_parts)
+    order = labels.argsort(stable=True)
+    offsets = sizes.cumsum(0) - sizes
+    reach = torch.nn.functional.embedding_bag(order, weights, offsets, mode="sum")  # (k, f)
+    while (sizes > target).any():
+        surplus = (sizes[labels] > target).nonzero()[:, 0]  # (s,)
+        room = (sizes < target).nonzero()[:, 0]  # (r,)
+        stay = reach[labels[surplus], surplus] - weights.diagonal()[surplus]
+        gain = reach[room][:, surplus] - stay  # (r, s)
+        best = int(gain.argmax())
+        to, neuron = room[best // len(surplus)], surplus[best % len(surplus)]
+        home = labels[neuron].clone()
+        reach[home] -= weights[neuron]
+        reach[to] += weights[neuron]
+        sizes[home] -= 1
+        sizes[to] += 1
         labels[neuron] = to
-        counts[old] -= 1
-        counts[to] += 1
-        ties[old] -= weights[neuron]
-        ties[to] += weights[neuron]
     return labels
