@@ -8,9 +8,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .evaluation import Quality, predictions, selecting
-from .modeling.moefied import MoefiedMixin
-from .modeling.selection import TopK
+from .controls import selecting
+from .modeling.moefied import is_moefied
+from .modeling.selection import count_experts
+from .quality import Quality, predictions
 
 GRID = (1 / 48, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # measured shares of a layer's experts
 
@@ -72,10 +73,10 @@ def allocate_budgets(
     Raises:
         ValueError: the model is not MoEfied, `share` is out of range, or `data` is empty.
     """
-    if not isinstance(model, MoefiedMixin):
+    if not is_moefied(model):
         raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
-    with selecting(model, type="top_k", k=share, allocation="uniform"):
-        pass  # finds a bad share before the work
+    for site in model.moe_sites():  # finds a bad share before the work
+        count_experts(share, site.act.num_experts)
     model.config.moefication["sensitivity"] = measure_sensitivity(model, data, progress=progress)
     model.set_selection(type="top_k", k=share, allocation="sensitivity")
-    return [site.act.selection.k for site in model.moe_sites() if isinstance(site.act.selection, TopK)]
+    return [site.act.selection.k for site in model.moe_sites()]

@@ -13,12 +13,12 @@ from transformers.utils import logging
 
 from .budgets import allocate_budgets
 from .configuration import MoeficationConfig
-from .evaluation import predictions
 from .modeling.ffn_sites import SPECS, FfnSite, find_sites, permute_neurons_
-from .modeling.moefied import MoefiedMixin, install_, selected_sites, split_sizes
+from .modeling.moefied import install_, is_moefied, selected_sites, split_sizes
 from .modeling.routers import ROUTERS
 from .modeling.selection import resolve_selection
 from .profiling import ModelProfile, profile
+from .quality import predictions
 from .router_fitting import RouterFit, fit_routers, tokens_needed
 from .splitting import SPLITTERS
 
@@ -39,6 +39,17 @@ class ConversionReport:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def table(self) -> str:
+        """A Markdown table, a line per FFN: sizes, budget, and how well its router finds the experts that matter."""
+        lines = ["| FFN | experts | k | not active | captured | oracle | random |", "|---|---|---|---|---|---|---|"]
+        for position, (experts, size, k) in enumerate(zip(self.experts, self.expert_sizes, self.k, strict=True)):
+            cells = [str(position), f"{experts} of {size}", str(k)]
+            if self.fits:
+                fit = self.fits[position]
+                cells += [f"{share:.1%}" for share in (self.sparsity[position], fit.captured, fit.oracle, fit.random)]
+            lines.append("| " + " | ".join(cells + [""] * (7 - len(cells))) + " |")
+        return "\n".join(lines)
 
 
 def moefied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -81,7 +92,7 @@ def moefy_(
     config = config or MoeficationConfig()
     sites, sizes = _check(model, config, calibration)
     section = config.section()
-    section["selection"].setdefault("allocation", _default_allocation(config, calibration))
+    section["selection"].setdefault("allocation", _default_allocation(model, config, calibration))
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         found = calibration if isinstance(calibration, ModelProfile) else None
@@ -130,7 +141,7 @@ def _check(
     model: PreTrainedModel, config: MoeficationConfig, calibration: Iterable | None
 ) -> tuple[list[FfnSite], list[tuple[int, int]]]:
     """Everything that can be found wrong before any work; the FFNs to convert and their (E, m)."""
-    if isinstance(model, MoefiedMixin):
+    if is_moefied(model):
         raise ValueError(
             f"{type(model).__name__} is MoEfied already; use set_selection, fit_routers or allocate_budgets on it"
         )
@@ -149,6 +160,11 @@ def _check(
             raise ValueError(
                 f"{site.name}: its activation {type(site.act).__name__} has parameters, which no split can follow"
             )
+    if config.selection.get("allocation") == "sensitivity" and model.base_model is model:
+        raise ValueError(
+            f'allocation "sensitivity" compares predictions and {type(model).__name__} has no head: convert one '
+            'that has, or use allocation "uniform"'
+        )
     if calibration is None:
         users = []
         if SPLITTERS[config.splitter].needs_profile:
@@ -208,8 +224,13 @@ def _check_predictions(model: PreTrainedModel, batches: list[Mapping[str, Any]])
         raise ValueError(f"no position of the calibration data counts, all its labels are -100: {remedy}")
 
 
-def _default_allocation(config: MoeficationConfig, calibration: Iterable | None) -> str:
-    return "uniform" if calibration is None or isinstance(config.selection["k"], list | tuple) else "sensitivity"
+def _default_allocation(model: PreTrainedModel, config: MoeficationConfig, calibration: Iterable | None) -> str:
+    if calibration is None or isinstance(config.selection["k"], list | tuple):
+        return "uniform"
+    if model.base_model is model:
+        logger.warning_once(f"{type(model).__name__} predicts nothing to measure sensitivity by: budgets are uniform")
+        return "uniform"
+    return "sensitivity"
 
 
 def _orders(
@@ -220,7 +241,8 @@ def _orders(
     for position, (site, (experts, _)) in enumerate(zip(sites, sizes, strict=True)):
         generator = torch.Generator().manual_seed(config.seed + position)
         stats = found.sites[position] if found else None
-        orders.append(SPLITTERS[config.splitter].order(site.weights(), stats, experts, generator))
+        with torch.autocast(site.down.weight.device.type, enabled=False):  # half-precision sums scramble a split
+            orders.append(SPLITTERS[config.splitter].order(site.weights(), stats, experts, generator))
     return orders
 
 
@@ -238,3 +260,4 @@ def _install(model: PreTrainedModel, section: dict[str, Any]) -> None:
                 weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
             router.init_from_experts_(site.weights().keys.unflatten(0, (router.num_experts, -1)))
         router.to(site.down.weight.device)
+        site.act.train(site.owner.training)

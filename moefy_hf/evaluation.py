@@ -1,7 +1,6 @@
 """Quality against compute: sweep the budget of one converted model, with dense, oracle and random controls."""
 
 import contextlib
-import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,93 +11,12 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .controls import routed_by, selecting
 from .flops import ffn_flops, model_flops, routed_flops
-from .modeling.ffn_sites import FfnSite, FfnWeights
-from .modeling.moefied import MoefiedMixin
-from .modeling.routers import Router, activation_mass, output_norm
+from .modeling.moefied import is_moefied
 from .profiling import observed
-
-CONTROLS = ("oracle", "oracle_mass", "random")
-
-
-class OracleRouter(Router):
-    """Scores an expert by what it will do: needs the dense computation, so it bounds what a router can reach.
-
-    Args:
-        targets: `output_norm`, the norm of the expert's output, or `activation_mass`, the paper's ground truth.
-    """
-
-    trainable = False
-
-    def __init__(self, weights: FfnWeights, num_experts: int, targets=output_norm):
-        super().__init__(weights.down.shape[0], num_experts)
-        self.ffn, self.compute = [weights], targets  # in a list: nothing here is a parameter of this module
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        (ffn,) = self.ffn
-        neurons = ffn.neurons(x.to(ffn.down.dtype)).flatten(0, -2)  # (T, f)
-        scores = self.compute(
-            neurons.unflatten(-1, (self.num_experts, -1)), ffn.down.unflatten(-1, (self.num_experts, -1))
-        )
-        return scores.unflatten(0, x.shape[:-1])
-
-    def flops(self) -> int:
-        return 0  # a bound, not a method: its cost is left out
-
-
-class ChanceRouter(Router):
-    """Draws experts anew for every token: the floor."""
-
-    trainable = False
-
-    def __init__(self, hidden_size: int, num_experts: int, seed: int = 0):
-        super().__init__(hidden_size, num_experts)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.rand(*x.shape[:-1], self.num_experts, generator=self.generator).to(x.device)
-
-    def flops(self) -> int:
-        return 0
-
-
-def control_router(name: str, site: FfnSite) -> Router:
-    """One of `CONTROLS` for a routed FFN."""
-    experts = site.act.num_experts
-    if name == "random":
-        return ChanceRouter(site.sizes[0], experts)
-    return OracleRouter(site.weights(), experts, {"oracle": output_norm, "oracle_mass": activation_mass}[name])
-
-
-@contextlib.contextmanager
-def routed_by(model: PreTrainedModel, control: str | None) -> Iterator[None]:
-    """Use a control in place of every router; None keeps the model's own."""
-    if control is not None and control not in CONTROLS:
-        raise ValueError(f"unknown control {control!r}; choose from {', '.join(CONTROLS)}")
-    own = [(site.act, site.act.router) for site in model.moe_sites()]
-    if control is not None:
-        for site in model.moe_sites():
-            site.act.router = control_router(control, site)
-    try:
-        yield
-    finally:
-        for routed, router in own:
-            routed.router = router
-
-
-@contextlib.contextmanager
-def selecting(model: PreTrainedModel, **selection: Any) -> Iterator[None]:
-    """`model.set_selection(**selection)` for a while."""
-    section = model.config.moefication
-    before = copy.deepcopy(section["selection"])
-    model.set_selection(**selection)
-    try:
-        yield
-    finally:
-        section["selection"] = before  # as a whole: it may lack a key that was set meanwhile
-        model.set_selection()
+from .quality import Quality, is_causal, predictions
 
 
 @dataclass(frozen=True)
@@ -116,66 +34,6 @@ class Setting:
     def on(self, model: PreTrainedModel) -> Iterator[None]:
         with routed_by(model, self.control), selecting(model, **dict(self.selection)):
             yield
-
-
-class Quality:
-    """Running sums of what one setting predicts, over the labelled positions of all batches."""
-
-    def __init__(self):
-        self.count = self.labelled = 0
-        self.loss = self.correct = self.agree = self.divergence = 0.0
-
-    def update_(self, logits: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor | None) -> None:
-        """logits and the dense model's (N, C), labels (N,) or None."""
-        logits, dense = logits.float(), dense.float()
-        self.count += len(logits)
-        self.agree += float((logits.argmax(-1) == dense.argmax(-1)).sum())
-        reference = dense.log_softmax(-1)
-        self.divergence += float(F.kl_div(logits.log_softmax(-1), reference, log_target=True, reduction="sum"))
-        if labels is not None:
-            self.labelled += len(labels)
-            self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            self.correct += float((logits.argmax(-1) == labels).sum())
-
-    def figures(self) -> dict[str, float]:
-        found = {"agreement": self.agree / self.count, "kl": self.divergence / self.count}
-        if self.labelled:
-            loss = self.loss / self.labelled
-            found |= {
-                "accuracy": self.correct / self.labelled,
-                "loss": loss,
-                "perplexity": float(torch.tensor(loss).exp()),
-            }
-        return found
-
-
-def predictions(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run one batch: logits (N, C) at the positions that count, and their labels (N,) or None."""
-    device = next(model.parameters()).device
-    batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-    output = model(**batch)
-    logits, labels = getattr(output, "logits", None), batch.get("labels")
-    if logits is None:
-        raise ValueError(
-            f"{type(model).__name__} returns no logits to compare; evaluate a model with one prediction head"
-        )
-    if logits.dim() == 2:
-        return logits, labels
-    if labels is None:
-        mask = batch.get("attention_mask")
-        return logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:2] else logits.flatten(
-            0, 1
-        ), None
-    if is_causal(model):
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    counts = labels != -100
-    return logits[counts], labels[counts]
-
-
-def is_causal(model: PreTrainedModel) -> bool:
-    """Does position t predict the label of position t + 1?"""
-    stock = model.stock_class() if isinstance(model, MoefiedMixin) else type(model)
-    return stock.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def local_figures(
@@ -301,7 +159,7 @@ def evaluate(
     Raises:
         ValueError: the model is not MoEfied, `batches` is empty or can be read only once, or an unknown name.
     """
-    if not isinstance(model, MoefiedMixin):
+    if not is_moefied(model):
         raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
     if iter(batches) is batches:
         raise ValueError("evaluate reads the batches more than once: give a list or a DataLoader, not an iterator")

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from .modeling.ffn_sites import FfnSite, find_sites
-from .modeling.routed_activation import RoutedActivation
+from .modeling.routed_activation import is_routed
 
 
 def ffn_flops(site: FfnSite) -> int:
@@ -24,7 +24,7 @@ def routed_flops(site: FfnSite, experts: float) -> float:
     All experts cost what the dense FFN does: nothing is routed then.
     """
     routed = site.act
-    if not isinstance(routed, RoutedActivation) or experts >= routed.num_experts:
+    if not is_routed(routed) or experts >= routed.num_experts:
         return float(ffn_flops(site))
     return ffn_flops(site) * experts / routed.num_experts + routed.router.flops()
 
@@ -39,6 +39,15 @@ class ModelFlops:
     def ratio(self, routed_ffn: float) -> tuple[float, float]:
         """(FFN, whole model) FLOPs relative to dense when the FFNs cost `routed_ffn`."""
         return routed_ffn / self.ffn, (self.total - self.ffn + routed_ffn) / self.total
+
+
+def _cpu_attention(query: torch.Size, key: torch.Size, value: torch.Size, *args, **kwargs) -> int:
+    """Shapes (B, heads, T, ...) -> FLOPs of the fused attention on a CPU, which torch's counter does not know."""
+    batch, heads, tokens, width = query
+    return 2 * batch * heads * tokens * key[-2] * (width + value[-1])
+
+
+_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
 
 
 def model_flops(model: PreTrainedModel, batch: Mapping[str, Any]) -> ModelFlops:
@@ -58,7 +67,7 @@ def model_flops(model: PreTrainedModel, batch: Mapping[str, Any]) -> ModelFlops:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
             model(**batch)
     finally:
         model.train(training)
@@ -68,6 +77,6 @@ def model_flops(model: PreTrainedModel, batch: Mapping[str, Any]) -> ModelFlops:
     ffn = sum(count * ffn_flops(site) for count, site in zip(tokens, sites, strict=True)) / per_token
     total = counter.get_total_flops()
     for count, site in zip(tokens, sites, strict=True):
-        if isinstance(site.act, RoutedActivation) and not site.act.selection.keeps_all(site.act.num_experts):
+        if is_routed(site.act) and not site.act.selection.keeps_all(site.act.num_experts):
             total -= count * site.act.router.flops()
     return ModelFlops(total / per_token, ffn)

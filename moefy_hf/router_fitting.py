@@ -84,7 +84,8 @@ def fit_routers(
         tqdm(sites, desc="routers", unit="layer", disable=not progress), profile.sites, strict=True
     ):
         directory = Path(profile.directory.name)
-        fits.append(_fit_layer(site, stats, directory, epochs, lr, torch.Generator().manual_seed(seed)))
+        with torch.autocast(site.down.weight.device.type, enabled=False):  # targets and losses in full precision
+            fits.append(_fit_layer(site, stats, directory, epochs, lr, torch.Generator().manual_seed(seed)))
     return fits
 
 

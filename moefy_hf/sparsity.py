@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.activations import ACT2FN
 
 from .modeling.ffn_sites import find_sites
-from .modeling.routed_activation import RoutedActivation
+from .modeling.routed_activation import is_routed
 
 # config fields that name an FFN's activation, over all supported model types
 _ACTIVATION_FIELDS = (
@@ -33,7 +33,7 @@ def relufy_(model: PreTrainedModel, activation: str = "relu") -> PreTrainedModel
     if not fields:
         raise ValueError(f"the config of model type {model.config.model_type!r} does not name its FFN activation")
     for site in sites:
-        if isinstance(site.act, RoutedActivation):
+        if is_routed(site.act):
             raise ValueError(f"{site.name} is routed already; swap the activation before converting")
     for site in sites:
         site.replace_act(ACT2FN[activation])
@@ -63,8 +63,8 @@ PENALTIES = {"square_hoyer": square_hoyer, "l1": l1}
 class SparsityPenaltyCallback(TrainerCallback):
     """Adds `weight` times the mean activity of all FFNs to the training loss, and logs that activity.
 
-    The penalty is added to the loss the model itself returns, so gradient accumulation, loss scaling and DDP treat
-    it as part of that loss. Usable with any Trainer whose model computes its own loss.
+    The penalty is added to the loss the model itself returns, so loss scaling and DDP treat it as part of that loss;
+    over accumulated batches and processes it is a mean. Usable with any Trainer whose model computes its own loss.
 
     Args:
         penalty: "square_hoyer" or "l1".
@@ -83,11 +83,13 @@ class SparsityPenaltyCallback(TrainerCallback):
         self.handles: list = []
         self.values: list[torch.Tensor] = []
         self.logged, self.steps = 0.0, 0
+        self.summed, self.share = 1, 1.0
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         self.on_train_end(args, state, control)
+        self.summed = args.gradient_accumulation_steps * (args.world_size if args.average_tokens_across_devices else 1)
         self.handles = [site.down.register_forward_pre_hook(self._collect) for site in find_sites(model)]
-        self.handles.append(model.register_forward_pre_hook(self._start))
+        self.handles.append(model.register_forward_pre_hook(self._start, with_kwargs=True))
         self.handles.append(model.register_forward_hook(self._add))
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -98,10 +100,14 @@ class SparsityPenaltyCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None and self.steps and "loss" in logs:
             logs["sparsity_penalty"] = float(self.logged) / self.steps
+            state.log_history[-1]["sparsity_penalty"] = logs["sparsity_penalty"]  # written before callbacks are asked
             self.logged, self.steps = 0.0, 0
 
-    def _start(self, model: nn.Module, args: tuple) -> None:
+    def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.values = []
+        # given the number of items of all accumulated batches, a loss is a part of their mean: the Trainer adds such
+        # losses up, where it would average others
+        self.share = 1.0 if kwargs.get("num_items_in_batch") is None else 1 / self.summed
 
     def _collect(self, down: nn.Module, args: tuple) -> None:
         if down.training:
@@ -116,4 +122,4 @@ class SparsityPenaltyCallback(TrainerCallback):
             )
         value = torch.stack(self.values).mean()
         self.logged, self.steps = self.logged + value.detach(), self.steps + 1
-        output["loss"] = output.loss + self.weight * value
+        output["loss"] = output.loss + self.share * self.weight * value

@@ -87,7 +87,9 @@ def parse(types: tuple[type, ...], description: str, arguments: list[str] | None
     if not torch.accelerator.is_available():
         from_file += ["--use_cpu", "true"]  # bf16 training on a CPU must be asked for
     parser = HfArgumentParser(
-        types, description=description + "\n\n--config FILE.yaml sets any of these; the command line wins."
+        types,
+        description=description + "\n\n--config FILE.yaml sets any of these; the command line wins.",
+        allow_abbrev=False,
     )
     return list(parser.parse_args_into_dataclasses(from_file + arguments))
 
@@ -96,7 +98,7 @@ def load_texts(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple
     """Tokenised train, validation and test splits with `labels`, and the names of the classes.
 
     Raises:
-        ValueError: a split or column is missing; those that exist are named.
+        ValueError: a split or column is missing, or a label is unknown; those that exist are named.
     """
     raw = load_dataset(real_inputs.resolve(data.dataset_name), data.dataset_config_name)
     splits = {"train": "train", "validation": data.validation_split, "test": data.test_split}
@@ -113,6 +115,13 @@ def load_texts(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple
     names = (
         feature.names if isinstance(feature, ClassLabel) else sorted(map(str, set(raw["train"][data.label_column])))
     )
+    known = set(range(len(names))) if isinstance(feature, ClassLabel) else set(raw["train"][data.label_column])
+    for split in splits.values():
+        if unknown := set(raw[split][data.label_column]) - known:
+            raise ValueError(
+                f"split {split!r} of {data.dataset_name} has labels {', '.join(sorted(map(str, unknown)))}, "
+                f"which are none of its classes: {', '.join(names)}"
+            )
     index = {name: position for position, name in enumerate(names)}
 
     def encode(rows: dict[str, list]) -> dict[str, list]:

@@ -142,6 +142,7 @@ def convert(
     report = moefy_(model, config, Batches(splits["train"], tokenizer, shuffle=True, seed=config.seed))
     save(model, tokenizer, path)
     write_json(path / "conversion.json", report.to_dict())
+    print(report.table(), flush=True)
 
 
 def sweep(
@@ -155,10 +156,11 @@ def sweep(
     """Validation and test together, under autocast where training was."""
     model = AutoModelForSequenceClassification.from_pretrained(moefied, trust_remote_code=True)
     rows = Batches(concatenate_datasets([splits["validation"], splits["test"]]), tokenizer)
+    allocations = (
+        ["uniform", "sensitivity"] if moe_args.allocation == "sensitivity" else ["uniform"]
+    )  # what is measured
     with torch.autocast(model.device.type, torch.bfloat16, enabled=training_args.bf16):
-        found = evaluate(
-            model, rows, moe_args.shares, controls=moe_args.controls, allocations=["uniform", "sensitivity"]
-        )
+        found = evaluate(model, rows, moe_args.shares, controls=moe_args.controls, allocations=allocations)
     found.save(path)
 
 

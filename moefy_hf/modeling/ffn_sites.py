@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .routed_activation import RoutedActivation
+from .routed_activation import is_routed
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class FfnSite:
         def rows(linear: nn.Module) -> torch.Tensor:
             return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
 
-        act = self.act.inner if isinstance(self.act, RoutedActivation) else self.act
+        act = self.act.inner if is_routed(self.act) else self.act
         up, gate = self.up, self.gate
         if self.spec.parts == 2:  # fused: gate rows, then up rows
             gate_rows, up_rows = rows(up).chunk(2)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .ffn_sites import FfnSite, find_sites
-from .routed_activation import RoutedActivation
+from .routed_activation import RoutedActivation, is_routed
 from .routers import ROUTERS, Router
 from .selection import resolve_selection
 
@@ -87,6 +87,12 @@ def base_layer(linear: nn.Module) -> nn.Module:
     return base_layer(linear.base_layer) if hasattr(linear, "base_layer") else linear
 
 
+def is_moefied(model: nn.Module) -> bool:
+    """Whether a model's FFNs are routed; by name, for a copy of this file that came with a checkpoint makes its own
+    class of the mixin."""
+    return any(base.__name__ == "MoefiedMixin" for base in type(model).__mro__)
+
+
 class MoefiedMixin:
     """`class MoefiedX(MoefiedMixin, X)` is X whose FFNs are routed as `config.moefication` says.
 
@@ -140,7 +146,7 @@ class MoefiedMixin:
 
     def moe_sites(self) -> list[FfnSite]:
         """The routed FFNs, in forward order."""
-        return [site for site in find_sites(self) if isinstance(site.act, RoutedActivation)]
+        return [site for site in find_sites(self) if is_routed(site.act)]
 
     def connect_(self) -> None:
         """(Re)attach routers to the first Linear of their FFN, after something replaced Linear modules."""

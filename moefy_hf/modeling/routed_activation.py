@@ -84,3 +84,9 @@ class RoutedActivation(nn.Module):
         """(..., f), (..., E) -> (..., f)"""
         experts = neurons.unflatten(-1, (self.num_experts, self.expert_size))
         return experts.masked_fill(~keep.unsqueeze(-1), 0).flatten(-2)
+
+
+def is_routed(act: nn.Module) -> bool:
+    """Whether an activation is routed; by name, for a copy of this file that came with a checkpoint makes its own
+    class of it."""
+    return type(act).__name__ == RoutedActivation.__name__

@@ -82,6 +82,11 @@ def resolve_selection(
         raise ValueError(
             'allocation "sensitivity" needs measured layers: call moefy_hf.allocate_budgets(model, data) first'
         )
+    if len(sensitivity["k"]) != len(num_experts):  # another head: an encoder alone, a decoder alone
+        raise ValueError(
+            f"sensitivity was measured on {len(sensitivity['k'])} layers, this model has {len(num_experts)}: "
+            'use allocation "uniform"'
+        )
     return [TopK(count) for count in allocate(sensitivity["k"], sensitivity["loss"], sum(counts))]
 
 

@@ -159,7 +159,8 @@ def multilevel_parts(
     else:
         couples = grow_parts(weights, n // 2, generator)  # (n/2, 2)
         coarse = coarsen(weights, couples)
-        above = multilevel_parts(coarse, num_parts, generator, max_sweeps=max_sweeps, levels=levels - 1)
+        # three sweeps are enough where the level below goes on
+        above = multilevel_parts(coarse, num_parts, generator, min(max_sweeps, 3), levels - 1)
         del coarse
         members = couples[above].flatten(1)
     return swap_rows(weights, members, generator, max_sweeps)

@@ -50,13 +50,14 @@ def partition_graph(
     num_parts: int,
     generator: torch.Generator,
     method: str | None = None,
-    edges_per_neuron: int = 256,
+    edges_per_neuron: int = 128,
     max_sweeps: int = 10,
 ) -> torch.Tensor:
     """weights (f, f) symmetric, non-negative -> labels (f,): `num_parts` parts of exactly equal size with much weight
     inside them (MoEfication, section 3.2).
 
-    Whatever the method starts from, swaps of two neurons that raise the weight inside follow (`equal_parts.swap_rows`).
+    Either method ends in swaps of two neurons that raise the weight inside (`equal_parts.swap_rows`), which decide the
+    quality: on co-activations of MiniLM METIS alone is 2 to 10 % below both.
 
     Args:
         generator: on any device; the same seed gives the same labels.
@@ -126,7 +127,7 @@ def strongest_edges(weights: torch.Tensor, edges_per_neuron: int) -> tuple[torch
 
 
 def metis_partition(
-    weights: torch.Tensor, num_parts: int, generator: torch.Generator, edges_per_neuron: int = 256
+    weights: torch.Tensor, num_parts: int, generator: torch.Generator, edges_per_neuron: int = 128
 ) -> torch.Tensor:
     """weights (f, f) symmetric -> labels (f,): METIS's recursive bisection of the strongest edges, in parts of nearly
     equal size.

@@ -1,0 +1,92 @@
+"""Stand-ins for a model's routers and selection while something is measured."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .modeling.ffn_sites import FfnSite, FfnWeights
+from .modeling.routers import Router, activation_mass, output_norm
+
+CONTROLS = ("oracle", "oracle_mass", "random")
+
+
+class OracleRouter(Router):
+    """Scores an expert by what it will do: needs the dense computation, so it bounds what a router can reach.
+
+    Args:
+        targets: `output_norm`, the norm of the expert's output, or `activation_mass`, the paper's ground truth.
+    """
+
+    trainable = False
+
+    def __init__(self, weights: FfnWeights, num_experts: int, targets=output_norm):
+        super().__init__(weights.down.shape[0], num_experts)
+        self.ffn, self.compute = [weights], targets  # in a list: nothing here is a parameter of this module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (ffn,) = self.ffn
+        neurons = ffn.neurons(x.to(ffn.down.dtype)).flatten(0, -2)  # (T, f)
+        scores = self.compute(
+            neurons.unflatten(-1, (self.num_experts, -1)), ffn.down.unflatten(-1, (self.num_experts, -1))
+        )
+        return scores.unflatten(0, x.shape[:-1])
+
+    def flops(self) -> int:
+        return 0  # a bound, not a method: its cost is left out
+
+
+class ChanceRouter(Router):
+    """Draws experts anew for every token: the floor."""
+
+    trainable = False
+
+    def __init__(self, hidden_size: int, num_experts: int, seed: int = 0):
+        super().__init__(hidden_size, num_experts)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.rand(*x.shape[:-1], self.num_experts, generator=self.generator).to(x.device)
+
+    def flops(self) -> int:
+        return 0
+
+
+def control_router(name: str, site: FfnSite) -> Router:
+    """One of `CONTROLS` for a routed FFN."""
+    experts = site.act.num_experts
+    if name == "random":
+        return ChanceRouter(site.sizes[0], experts)
+    return OracleRouter(site.weights(), experts, {"oracle": output_norm, "oracle_mass": activation_mass}[name])
+
+
+@contextlib.contextmanager
+def routed_by(model: PreTrainedModel, control: str | None) -> Iterator[None]:
+    """Use a control in place of every router; None keeps the model's own."""
+    if control is not None and control not in CONTROLS:
+        raise ValueError(f"unknown control {control!r}; choose from {', '.join(CONTROLS)}")
+    own = [(site.act, site.act.router) for site in model.moe_sites()]
+    if control is not None:
+        for site in model.moe_sites():
+            site.act.router = control_router(control, site)
+    try:
+        yield
+    finally:
+        for routed, router in own:
+            routed.router = router
+
+
+@contextlib.contextmanager
+def selecting(model: PreTrainedModel, **selection: Any) -> Iterator[None]:
+    """`model.set_selection(**selection)` for a while."""
+    section = model.config.moefication
+    before = copy.deepcopy(section["selection"])
+    model.set_selection(**selection)
+    try:
+        yield
+    finally:
+        section["selection"] = before  # as a whole: it may lack a key that was set meanwhile
+        model.set_selection()

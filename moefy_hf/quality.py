@@ -1,0 +1,75 @@
+"""What a model predicts on a batch, and how good that is: labels, and the dense model's own predictions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .modeling.moefied import is_moefied
+
+
+class Quality:
+    """Running sums of what one setting predicts, over the labelled positions of all batches."""
+
+    def __init__(self):
+        self.count = self.labelled = 0
+        self.loss = self.correct = self.agree = self.divergence = 0.0
+
+    def update_(self, logits: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor | None) -> None:
+        """logits and the dense model's (N, C), labels (N,) or None."""
+        logits, dense = logits.float(), dense.float()
+        self.count += len(logits)
+        self.agree += float((logits.argmax(-1) == dense.argmax(-1)).sum())
+        reference = dense.log_softmax(-1)
+        self.divergence += float(F.kl_div(logits.log_softmax(-1), reference, log_target=True, reduction="sum"))
+        if labels is not None:
+            self.labelled += len(labels)
+            self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            self.correct += float((logits.argmax(-1) == labels).sum())
+
+    def figures(self) -> dict[str, float]:
+        found = {"agreement": self.agree / self.count, "kl": self.divergence / self.count}
+        if self.labelled:
+            loss = self.loss / self.labelled
+            found |= {
+                "accuracy": self.correct / self.labelled,
+                "loss": loss,
+                "perplexity": float(torch.tensor(loss).exp()),
+            }
+        return found
+
+
+def predictions(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run one batch: logits (N, C) at the positions that count, and their labels (N,) or None."""
+    device = next(model.parameters()).device
+    batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    output = model(**batch)
+    if hasattr(output, "start_logits"):  # question answering: two choices among the tokens
+        positions = [batch.get("start_positions"), batch.get("end_positions")]
+        labels = None if positions[0] is None else torch.cat(positions)
+        return torch.cat([output.start_logits, output.end_logits]), labels
+    logits, labels = getattr(output, "logits", None), batch.get("labels")
+    if logits is None:
+        raise ValueError(
+            f"{type(model).__name__} returns no logits to compare; evaluate a model with one prediction head"
+        )
+    if logits.dim() == 2:
+        return logits, labels
+    if labels is None:
+        mask = batch.get("attention_mask")
+        return logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:2] else logits.flatten(
+            0, 1
+        ), None
+    if is_causal(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    counts = labels != -100
+    return logits[counts], labels[counts]
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Does position t predict the label of position t + 1?"""
+    stock = model.stock_class() if is_moefied(model) else type(model)
+    return stock.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
