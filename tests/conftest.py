@@ -1,0 +1,12 @@
+"""Shared by all tests: no network, no progress bars, one thread (tiny models only lose by more)."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import torch  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
