@@ -1,9 +1,12 @@
 """Shared by all tests: no network, no progress bars, one thread (tiny models only lose by more)."""
 
 import os
+import tempfile
 
+MODULES = tempfile.TemporaryDirectory(prefix="moefy_modules_")  # for code that comes with checkpoints; per process
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_MODULES_CACHE"] = MODULES.name
 
 import torch  # noqa: E402
 from transformers.utils import logging  # noqa: E402

@@ -211,3 +211,4 @@ def permute_neurons_(site: FfnSite, order: torch.Tensor, optimizer: torch.optim.
                 tensors.append((value, dim, whole))
     for tensor, dim, whole in tensors:
         tensor.copy_(tensor.index_select(dim, whole))
+    torch.clear_autocast_cache()  # it may hold half-precision copies in the old order

@@ -1,0 +1,269 @@
+"""The recipe end to end, in this process: a tiny BERT learns from small csv files, is MoEfied and swept."""
+
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import transformers
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+import common  # noqa: E402
+import moefy_classification  # noqa: E402
+
+from moefy_hf import Sweep, find_sites  # noqa: E402
+from moefy_hf.modeling.moefied import is_moefied  # noqa: E402
+
+NEUTRAL = [f"word{number}" for number in range(20)]
+MOOD = {"good": ["superb", "fine"], "bad": ["awful", "dull"]}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict[str, str]:
+    """A tiny checkpoint with its tokenizer, and a folder of csv files in which one word decides the label."""
+    folder, choose = tmp_path_factory.mktemp("inputs"), random.Random(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *NEUTRAL, *MOOD["good"], *MOOD["bad"]]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=0,
+        initializer_range=0.1,
+    )
+    transformers.BertModel(config).save_pretrained(folder / "model")
+    (folder / "texts").mkdir()
+    for split, rows in (("train", 256), ("validation", 24), ("test", 24)):
+        lines = ["text,label"]
+        for _ in range(rows):
+            label = choose.choice(["good", "bad"])
+            text = choose.choices(NEUTRAL, k=choose.randint(1, 9)) + [choose.choice(MOOD[label])]
+            choose.shuffle(text)
+            lines.append(f"{' '.join(text)},{label}")
+        (folder / "texts" / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    return {"model": str(folder / "model"), "texts": str(folder / "texts")}
+
+
+@pytest.fixture(scope="module")
+def recipe(inputs, tmp_path_factory):
+    """Run `main` with these settings in place of the defaults below."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+    def run(output_dir: Path, *flags: str, **settings) -> None:
+        defaults = {
+            "model_name_or_path": inputs["model"],
+            "dataset_name": inputs["texts"],
+            "max_seq_length": 10,
+            "activation": "relu",
+            "sparsity_penalty": "square_hoyer",
+            "sparsity_weight": 0.1,
+            "num_train_epochs": 3,
+            "learning_rate": 0.003,
+            "per_device_train_batch_size": 16,
+            "train_sampling_strategy": "group_by_length",
+            "save_strategy": "no",
+            "logging_steps": 5,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "expert_size": 8,
+            "splitter": "coactivation",
+            "router": "linear",
+            "share": 0.5,
+            "calibration_tokens": 900,
+        }
+        config = tmp_path_factory.mktemp("config") / "config.yaml"
+        given = {**defaults, "output_dir": str(output_dir), **settings}
+        config.write_text(yaml.safe_dump(given))
+        shares = [] if "shares" in settings else ["--shares", "0.25", "0.5"]
+        patch.setattr(sys, "argv", ["moefy_classification.py", "--config", str(config), *shares, *flags])
+        moefy_classification.main()
+
+    yield run
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    recipe(folder)
+    return folder
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When the results were written; the picture is drawn anew each time."""
+    results = [*folder.glob("dense/*"), *folder.glob("moefied/*"), folder / "sweep.json"]
+    return {str(path): path.stat().st_mtime_ns for path in results}
+
+
+def test_leaves_models_sweep_and_picture(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        *("dense", "moefied", "sweep.json", "sweep.png", common.MARKER)
+    }
+    assert (finished / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    dense = AutoModelForSequenceClassification.from_pretrained(finished / "dense")
+    assert not is_moefied(dense) and dense.config.id2label == {0: "bad", 1: "good"}
+    assert dense.config.hidden_act == "relu"
+    assert all(isinstance(site.act, torch.nn.ReLU) for site in find_sites(dense))
+    for name in ("dense", "moefied"):
+        assert AutoTokenizer.from_pretrained(finished / name).pad_token == "[PAD]"
+
+
+def test_the_converted_model_is_the_trained_one(finished):
+    dense = AutoModelForSequenceClassification.from_pretrained(finished / "dense").eval()
+    model = AutoModelForSequenceClassification.from_pretrained(finished / "moefied", trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished / "moefied")
+    batch = tokenizer(["word1 superb word2", "dull word3"], padding=True, return_tensors="pt")
+    assert type(model).__name__ == "MoefiedBertForSequenceClassification"
+    section = model.config.moefication
+    assert section["splitter"] == "coactivation" and section["expert_size"] == 8
+    assert section["selection"] == {"type": "top_k", "k": 0.5, "allocation": "sensitivity"}
+    assert sum(site.act.selection.k for site in model.moe_sites()) == 8
+    model.set_selection(k=1.0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, dense(**batch).logits, rtol=1e-4, atol=1e-5)
+    report = json.loads((finished / "moefied" / "conversion.json").read_text())
+    assert report["experts"] == [8, 8] and report["calibration_tokens"] == 900 and len(report["fits"]) == 2
+
+
+def test_the_sweep_is_of_validation_and_test(finished):
+    sweep = Sweep.load(finished / "sweep.json")
+    assert sweep.facts["positions"] == 48 and sweep.facts["quality"] == "accuracy"
+    settings = {(row["router"], row["allocation"], row["k"]) for row in sweep.rows[1:]}
+    assert len(sweep.rows) == 1 + 12 and settings == {
+        (router, allocation, share)
+        for router in ("own", "oracle", "random")
+        for allocation in ("uniform", "sensitivity")
+        for share in (0.25, 0.5)
+    }
+    assert sweep.rows[0]["accuracy"] > 0.9  # it has learnt something, so that there is something to lose
+    own, dice = (sum(row["kl"] for row in sweep.rows[1:] if row["router"] == router) for router in ("own", "random"))
+    assert own < dice
+    dense = AutoModelForSequenceClassification.from_pretrained(finished / "dense").eval()
+    tokenizer, right = AutoTokenizer.from_pretrained(finished / "dense"), 0
+    texts = Path(json.loads((finished / common.MARKER).read_text())["dataset_name"])
+    for split in ("validation", "test"):
+        for line in (texts / f"{split}.csv").read_text().splitlines()[1:]:
+            text, label = line.split(",")
+            batch = tokenizer(text, truncation=True, max_length=10, return_tensors="pt")
+            right += dense.config.id2label[int(dense(**batch).logits.argmax())] == label
+    assert sweep.rows[0]["accuracy"] == pytest.approx(right / 48)
+
+
+def test_a_second_run_skips_what_is_finished(recipe, finished, capsys):
+    before = times(finished)
+    recipe(finished)
+    assert times(finished) == before and len(before) > 10
+    out = capsys.readouterr().out
+    assert [f"{name}: done before, skipped" in out for name in ("dense", "moefied", "sweep.json")] == [True] * 3
+    assert "| router |" in out  # and still shows the table
+
+
+def test_an_unfinished_run_goes_on(recipe, finished, tmp_path):
+    """Without the sweep and the conversion: they are made again from the dense model that is there."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "sweep.json").unlink()
+    shutil.rmtree(folder / "moefied")
+    before = {path.name: path.stat().st_mtime_ns for path in (folder / "dense").iterdir()}
+    recipe(folder)
+    assert {path.name: path.stat().st_mtime_ns for path in (folder / "dense").iterdir()} == before
+    again = Sweep.load(folder / "sweep.json")
+    for a, b in zip(again.rows, Sweep.load(finished / "sweep.json").rows, strict=True):  # and give the same results
+        assert a["accuracy"] == b["accuracy"] and a["kl"] == pytest.approx(b["kl"], rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"share": 0.25}, "share"), ({"learning_rate": 0.1}, "learning_rate"), ({"seed": 1}, "seed")],
+)
+def test_changed_settings_are_refused(recipe, finished, settings, named):
+    before = times(finished), (finished / common.MARKER).read_text()
+    with pytest.raises(ValueError, match=rf"other settings \({named} changed\)"):
+        recipe(finished, **settings)
+    assert (times(finished), (finished / common.MARKER).read_text()) == before
+
+
+def test_a_foreign_folder_is_refused(recipe, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not the output of a moefy recipe"):
+        recipe(tmp_path, redo=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"text_column": "sentence"}, "no column 'sentence'.*text, label"),
+        ({"splitter": "kmeans"}, "unknown splitter 'kmeans'.*coactivation"),
+        ({"router": "softmax"}, "unknown router 'softmax'.*linear"),
+        ({"share": 0.0}, "0.0"),
+        ({"share": 1.5}, "1.5"),
+        ({"allocation": "greedy"}, "unknown allocation 'greedy'.*sensitivity"),
+        ({"activation": "rely"}, "unknown activation 'rely'.*relu"),
+        ({"sparsity_penalty": "l2"}, "unknown penalty 'l2'.*l1"),
+        ({"expert_sizes": 8}, "expert_sizes"),
+    ],
+)
+def test_mistakes_are_named_before_training(recipe, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(tmp_path / "run", **settings)
+    assert not (tmp_path / "run" / "dense").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"expert_size": 7}, "64 neurons.*7"),
+        ({"controls": "orakel"}, "unknown control 'orakel'"),
+        ({"shares": 1.5}, "1.5"),
+    ],
+)
+def test_mistakes_that_are_found_late_today(recipe, tmp_path, settings, message):
+    """After training; the dense model is kept, so only a corrected run's settings differ."""
+    with pytest.raises(ValueError, match=message):
+        recipe(tmp_path / "run", max_steps=1, **settings)
+
+
+def test_redo_replaces_everything(recipe, tmp_path):
+    folder = tmp_path / "run"
+    recipe(folder, max_steps=2)
+    before = times(folder)
+    recipe(folder, "--redo", max_steps=2, share=0.25)
+    after = times(folder)
+    assert all(after[path] != before[path] for path in before)
+    config = json.loads((folder / "moefied" / "config.json").read_text())
+    assert config["moefication"]["selection"]["k"] == 0.25
+    recipe(folder, max_steps=2, share=0.25)  # these are its settings now
+    assert times(folder) == after
+
+
+def test_uniform_budgets_need_no_sensitivity(recipe, tmp_path):
+    recipe(tmp_path / "run", max_steps=1, allocation="uniform", router="mlp", splitter="parameter_clustering")
+    rows = Sweep.load(tmp_path / "run" / "sweep.json").rows
+    assert {row["allocation"] for row in rows[1:]} == {"uniform"}
+
+
+def test_reduced_precision(recipe, tmp_path):
+    recipe(tmp_path / "run", max_steps=1, bf16=True)
+    assert len(Sweep.load(tmp_path / "run" / "sweep.json").rows) == 13

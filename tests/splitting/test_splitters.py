@@ -1,0 +1,193 @@
+"""Every registered splitter returns equal parts, the same ones under a seed, and finds groups that were planted."""
+
+import copy
+
+import pytest
+import torch
+from batches import text_batches
+from tiny import tiny_model
+from torch import nn
+
+from moefy_hf import find_sites, profile
+from moefy_hf.modeling.ffn_sites import FfnWeights
+from moefy_hf.profiling import SiteProfile
+from moefy_hf.splitting import SPLITTERS
+
+
+def weights_of(neurons: int, width: int = 16, gated: bool = False, seed: int = 0) -> FfnWeights:
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    gate = (noise(neurons, width), noise(neurons)) if gated else (None, None)
+    return FfnWeights(noise(neurons, width), noise(width, neurons), nn.ReLU(), noise(neurons), *gate)
+
+
+def profile_of(weights: FfnWeights, tokens: int = 300, inputs: torch.Tensor | None = None) -> SiteProfile:
+    stats = SiteProfile(weights.down.shape[1])
+    if inputs is None:
+        inputs = torch.randn(tokens, weights.down.shape[0], generator=torch.Generator().manual_seed(9))
+    stats.inputs = inputs
+    for _, neurons in stats.activations(weights):
+        stats.update_(neurons)
+    return stats
+
+
+def split(name: str, weights: FfnWeights, experts: int, stats: SiteProfile | None = None, seed: int = 0):
+    stats = stats or profile_of(weights)
+    return SPLITTERS[name].order(weights, stats, experts, torch.Generator().manual_seed(seed))
+
+
+def groups(order: torch.Tensor, experts: int) -> set[frozenset[int]]:
+    return {frozenset(part.tolist()) for part in order.view(experts, -1)}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("neurons", "experts"), [(48, 6), (48, 1), (48, 48), (45, 5), (49, 7), (64, 32), (2, 2), (1, 1)]
+)
+@pytest.mark.parametrize("name", SPLITTERS)
+def test_a_permutation_of_all_neurons(name, neurons, experts, gated):
+    order = split(name, weights_of(neurons, gated=gated), experts)
+    assert order.dtype == torch.int64 and order.shape == (neurons,)
+    assert order.sort().values.tolist() == list(range(neurons))
+
+
+@pytest.mark.parametrize("name", SPLITTERS)
+def test_the_seed_decides(name):
+    weights = weights_of(64)
+    stats = profile_of(weights)
+    torch.manual_seed(1)
+    first = split(name, weights, 8, stats, seed=3)
+    torch.manual_seed(2)
+    assert torch.equal(first, split(name, weights, 8, stats, seed=3))
+
+
+def test_another_seed_is_another_random_split():
+    weights = weights_of(64)
+    assert groups(split("random", weights, 8, seed=0), 8) != groups(split("random", weights, 8, seed=1), 8)
+    order = split("random", weights, 8)
+    assert (order.view(8, 8).sort(1).values.diff() > 1).any()  # no contiguous blocks
+
+
+@pytest.mark.parametrize("name", SPLITTERS)
+def test_nothing_is_modified(name):
+    weights = weights_of(48, gated=True)
+    stats = profile_of(weights)
+    before, sums = copy.deepcopy(weights), stats.mass.clone()
+    inputs = stats.inputs.clone()
+    split(name, weights, 6, stats)
+    for field in ("up", "down", "up_bias", "gate", "gate_bias"):
+        assert torch.equal(getattr(weights, field), getattr(before, field))
+    assert torch.equal(stats.inputs, inputs) and torch.equal(stats.mass, sums)
+
+
+@pytest.mark.parametrize("name", [name for name, splitter in SPLITTERS.items() if splitter.needs_profile])
+def test_data_are_asked_for(name):
+    with pytest.raises(ValueError, match=f"{name}.*calibration"):
+        SPLITTERS[name].order(weights_of(48), None, 6, torch.Generator())
+
+
+@pytest.mark.parametrize("name", [name for name, splitter in SPLITTERS.items() if not splitter.needs_profile])
+def test_no_data_are_needed(name):
+    weights = weights_of(48)
+    order = SPLITTERS[name].order(weights, None, 6, torch.Generator().manual_seed(0))
+    assert torch.equal(order, split(name, weights, 6))
+
+
+@pytest.mark.parametrize("name", SPLITTERS)
+def test_degenerate_neurons(name):
+    """Neurons that are equal, are zero, or never fire."""
+    weights = weights_of(48)
+    weights.up[:20] = weights.up[0]
+    weights.up[20:30] = 0
+    weights.up_bias[20:40] = -1000
+    weights.up_bias[40:] = 0
+    weights.up[40:] = 0
+    assert split(name, weights, 6).sort().values.tolist() == list(range(48))
+    silent = FfnWeights(weights.up, weights.down, nn.ReLU(), torch.full((48,), -1000.0))
+    assert split(name, silent, 6).sort().values.tolist() == list(range(48))
+
+
+@pytest.mark.parametrize("model", ["bert", "gpt2", "phi3", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SPLITTERS)
+def test_weights_of_real_models(name, dtype, model):
+    """Views of parameters that require gradients, transposed and fused layouts, half precision."""
+    model = tiny_model(model).to(dtype)
+    with profile(model, text_batches(8), progress=False) as found:
+        for site, stats in zip(find_sites(model), found.sites, strict=True):
+            order = split(name, site.weights(), 6, stats)
+            assert order.sort().values.tolist() == list(range(48)) and not order.requires_grad
+
+
+# ---- planted groups
+
+
+def planted(experts: int, size: int, seed: int) -> torch.Tensor:
+    """(f,) the group of each neuron, shuffled."""
+    labels = torch.arange(experts).repeat_interleave(size)
+    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+
+
+def groups_of(labels: torch.Tensor) -> set[frozenset[int]]:
+    return {frozenset((labels == label).nonzero().flatten().tolist()) for label in labels.unique()}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("experts", "size"), [(4, 8), (8, 8), (12, 5), (16, 2)])
+def test_parameter_clustering_finds_rows_of_one_direction(experts, size, gated):
+    """Whatever their length, their bias and `down`; in a gated FFN by the gate alone."""
+    labels = planted(experts, size, seed=experts)
+    generator = torch.Generator().manual_seed(size)
+    directions = torch.linalg.qr(torch.randn(32, experts, generator=generator))[0].T
+    rows = directions[labels] + 0.05 * torch.randn(len(labels), 32, generator=generator)
+    rows *= torch.rand(len(labels), 1, generator=generator) * 5 + 0.1
+    weights = weights_of(len(labels), width=32, gated=gated)
+    (weights.gate if gated else weights.up).copy_(rows)
+    found = [groups(split("parameter_clustering", weights, experts, seed=seed), experts) for seed in range(3)]
+    assert found == [groups_of(labels)] * 3
+
+
+def firing_together(experts: int, size: int, gated: bool) -> tuple[FfnWeights, SiteProfile, torch.Tensor]:
+    """Neurons of a group fire on the same tokens, though their rows have nothing else in common."""
+    labels = planted(experts, size, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    width = 3 * experts
+    basis = torch.linalg.qr(torch.randn(width, width, generator=generator))[0].T
+    topics, rest = basis[:experts], basis[experts:]  # tokens have topics; the rest of a row they never see
+    fires = (labels[:, None] == torch.arange(experts)).float() * 2 - 1  # (f, E)
+    fires += 0.3 * torch.randn(fires.shape, generator=generator)
+    rows = fires @ topics + 10 * torch.randn(len(labels), len(rest), generator=generator) @ rest
+    weights = weights_of(len(labels), width, gated)
+    weights.up_bias.zero_()
+    (weights.gate if gated else weights.up).copy_(rows)
+    if gated:
+        weights.gate_bias.zero_()
+        weights.up.zero_()
+        weights.up_bias.fill_(1)
+    topic = torch.randint(experts, (400,), generator=generator)
+    inputs = topics[topic] * (1 + torch.rand(400, 1, generator=generator))
+    return weights, profile_of(weights, inputs=inputs), labels
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("experts", "size"), [(4, 8), (8, 8), (6, 5)])
+def test_coactivation_finds_neurons_that_fire_together(experts, size, gated):
+    weights, stats, labels = firing_together(experts, size, gated)
+    found = [groups(split("coactivation", weights, experts, stats, seed=seed), experts) for seed in range(3)]
+    assert found == [groups_of(labels)] * 3
+
+
+def test_rows_alone_would_not_tell_which_neurons_fire_together():
+    """Or the test above would not be about co-activation."""
+    weights, stats, labels = firing_together(8, 8, gated=False)
+    assert groups(split("parameter_clustering", weights, 8, stats), 8) != groups_of(labels)
+
+
+def test_coactivation_does_not_depend_on_chunks(monkeypatch):
+    weights, stats, _ = firing_together(8, 8, gated=False)
+    whole = groups(split("coactivation", weights, 8, stats), 8)
+    monkeypatch.setattr("moefy_hf.profiling.CHUNK", 7)
+    assert groups(split("coactivation", weights, 8, stats), 8) == whole
