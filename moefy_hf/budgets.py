@@ -52,7 +52,7 @@ def measure_sensitivity(
 
 
 def _grid(num_experts: int) -> list[int]:
-    return sorted({max(1, round(share * num_experts)) for share in GRID} | {num_experts})
+    return sorted({max(1, round(share * num_experts)) for share in GRID} | {1, num_experts})
 
 
 def allocate_budgets(

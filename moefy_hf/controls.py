@@ -29,7 +29,7 @@ class OracleRouter(Router):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (ffn,) = self.ffn
-        neurons = ffn.neurons(x.to(ffn.down.dtype)).flatten(0, -2)  # (T, f)
+        neurons = ffn.neurons(x).flatten(0, -2)  # (T, f)
         scores = self.compute(
             neurons.unflatten(-1, (self.num_experts, -1)), ffn.down.unflatten(-1, (self.num_experts, -1))
         )

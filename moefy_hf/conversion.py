@@ -90,16 +90,17 @@ def moefy_(
             little calibration data. The model is unchanged then.
     """
     config = config or MoeficationConfig()
-    sites, sizes = _check(model, config, calibration)
+    sites, sizes = check_convertible(model, config, calibration)
     section = config.section()
     section["selection"].setdefault("allocation", _default_allocation(model, config, calibration))
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         found = calibration if isinstance(calibration, ModelProfile) else None
-        if calibration is not None and found is None:
-            limits = {"max_tokens": config.calibration_tokens, "layers": config.layers}
+        if calibration is not None and not isinstance(calibration, ModelProfile):
+            tokens, layers = config.calibration_tokens, config.layers
             with _timed(seconds, "profile"):
-                found = stack.enter_context(profile(model, calibration, **limits, progress=progress))
+                found = profile(model, calibration, max_tokens=tokens, layers=layers, progress=progress)
+            stack.enter_context(found)
         if found is not None:
             _check_profile(config, sites, sizes, found)
         if section["selection"]["allocation"] == "sensitivity":
@@ -137,10 +138,17 @@ def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
     seconds[what] = time.perf_counter() - started
 
 
-def _check(
-    model: PreTrainedModel, config: MoeficationConfig, calibration: Iterable | None
+def check_convertible(
+    model: PreTrainedModel, config: MoeficationConfig, calibration: Any
 ) -> tuple[list[FfnSite], list[tuple[int, int]]]:
-    """Everything that can be found wrong before any work; the FFNs to convert and their (E, m)."""
+    """Find whatever can be found wrong before any work.
+
+    Returns:
+        the FFNs to convert, and (E, m) of each.
+
+    Raises:
+        ValueError: as `moefy_`, but for what only reading the calibration data shows.
+    """
     if is_moefied(model):
         raise ValueError(
             f"{type(model).__name__} is MoEfied already; use set_selection, fit_routers or allocate_budgets on it"
@@ -160,7 +168,7 @@ def _check(
             raise ValueError(
                 f"{site.name}: its activation {type(site.act).__name__} has parameters, which no split can follow"
             )
-    if config.selection.get("allocation") == "sensitivity" and model.base_model is model:
+    if config.selection.get("allocation") == "sensitivity" and _headless(model):
         raise ValueError(
             f'allocation "sensitivity" compares predictions and {type(model).__name__} has no head: convert one '
             'that has, or use allocation "uniform"'
@@ -224,10 +232,14 @@ def _check_predictions(model: PreTrainedModel, batches: list[Mapping[str, Any]])
         raise ValueError(f"no position of the calibration data counts, all its labels are -100: {remedy}")
 
 
-def _default_allocation(model: PreTrainedModel, config: MoeficationConfig, calibration: Iterable | None) -> str:
+def _headless(model: PreTrainedModel) -> bool:
+    return moefied_class(type(model))._auto_class in ("AutoModel", "AutoModelForTextEncoding")
+
+
+def _default_allocation(model: PreTrainedModel, config: MoeficationConfig, calibration: Any) -> str:
     if calibration is None or isinstance(config.selection["k"], list | tuple):
         return "uniform"
-    if model.base_model is model:
+    if _headless(model):
         logger.warning_once(f"{type(model).__name__} predicts nothing to measure sensitivity by: budgets are uniform")
         return "uniform"
     return "sensitivity"

@@ -51,7 +51,10 @@ _UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_a
 
 
 def model_flops(model: PreTrainedModel, batch: Mapping[str, Any]) -> ModelFlops:
-    """Count one dense forward pass over `batch`, per token of its FFNs (padding counts: it is computed too)."""
+    """Count one forward pass over `batch`, per token of its FFNs (padding counts: it is computed too).
+
+    The model must be dense, or have all its experts selected.
+    """
     sites = find_sites(model)
     tokens = [0] * len(sites)
 
@@ -74,9 +77,5 @@ def model_flops(model: PreTrainedModel, batch: Mapping[str, Any]) -> ModelFlops:
         for handle in handles:
             handle.remove()
     per_token = max(tokens)
-    ffn = sum(count * ffn_flops(site) for count, site in zip(tokens, sites, strict=True)) / per_token
-    total = counter.get_total_flops()
-    for count, site in zip(tokens, sites, strict=True):
-        if is_routed(site.act) and not site.act.selection.keeps_all(site.act.num_experts):
-            total -= count * site.act.router.flops()
-    return ModelFlops(total / per_token, ffn)
+    ffn = sum(seen * ffn_flops(site) for seen, site in zip(tokens, sites, strict=True)) / per_token
+    return ModelFlops(counter.get_total_flops() / per_token, ffn)

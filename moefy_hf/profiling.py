@@ -49,6 +49,11 @@ class SiteProfile:
         self.square += a.square().sum(0).double().cpu()
 
     @property
+    def sampled(self) -> int:
+        """Number of tokens whose inputs were kept."""
+        return 0 if self.inputs is None else len(self.inputs)
+
+    @property
     def sparsity(self) -> float:
         """Share of activations that are not positive: exact zeros for ReLU."""
         return 1 - float(self.active.sum()) / max(self.tokens * len(self.active), 1)
@@ -58,7 +63,7 @@ class SiteProfile:
         if self.inputs is None:
             raise ValueError("this profile kept no sample of FFN inputs; profile with sample_tokens > 0")
         for x in self.inputs.split(CHUNK):
-            x = x.to(weights.down.device, weights.down.dtype)
+            x = x.to(weights.down.device)
             with torch.no_grad():  # left before each yield: readers keep their own gradient mode
                 neurons = weights.neurons(x)
             yield x, neurons
@@ -126,7 +131,9 @@ def observed(
     Yields a function that runs one batch; tokens that are padding are left out. Hooks and the training mode are
     restored when the context ends.
     """
-    handles, training, current, inputs = [], model.training, {}, {}
+    handles, training = [], model.training
+    current: Mapping[str, Any] = {}
+    inputs: dict[int, torch.Tensor] = {}
     device = next(model.parameters()).device
 
     def on_input(position: int, args: tuple) -> None:

@@ -48,8 +48,9 @@ def predictions(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch
     batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
     output = model(**batch)
     if hasattr(output, "start_logits"):  # question answering: two choices among the tokens
-        positions = [batch.get("start_positions"), batch.get("end_positions")]
-        labels = None if positions[0] is None else torch.cat(positions)
+        labels = None
+        if batch.get("start_positions") is not None:
+            labels = torch.cat([batch["start_positions"], batch["end_positions"]])
         return torch.cat([output.start_logits, output.end_logits]), labels
     logits, labels = getattr(output, "logits", None), batch.get("labels")
     if logits is None:

@@ -84,7 +84,10 @@ def fit_routers(
         tqdm(sites, desc="routers", unit="layer", disable=not progress), profile.sites, strict=True
     ):
         directory = Path(profile.directory.name)
-        with torch.autocast(site.down.weight.device.type, enabled=False):  # targets and losses in full precision
+        with (
+            torch.enable_grad(),
+            torch.autocast(site.down.weight.device.type, enabled=False),
+        ):  # targets and losses in full precision
             fits.append(_fit_layer(site, stats, directory, epochs, lr, torch.Generator().manual_seed(seed)))
     return fits
 
@@ -93,18 +96,20 @@ def _fit_layer(
     site: FfnSite, stats: SiteProfile, directory: Path, epochs: int, lr: float, generator: torch.Generator
 ) -> RouterFit:
     router: Router = site.act.router
+    inputs = stats.inputs
+    assert inputs is not None, "fit_routers checks that there is a sample"
     targets = _targets(site, stats, directory / "targets.bin")
-    fitting = len(stats.inputs) - max(1, int(len(stats.inputs) * HELD_OUT))
+    fitting = len(inputs) - max(1, int(len(inputs) * HELD_OUT))
     k = min(site.act.selection.k, max(1, site.act.num_experts // 5))  # the paper's 20 % while everything is selected
-    held_out = stats.inputs[fitting:], targets[fitting:]
+    held_out = inputs[fitting:], targets[fitting:]
     best, best_epoch, best_weights = _captured(router, *held_out, k), 0, copy.deepcopy(router.state_dict())
     if router.trainable and epochs:
-        steps = epochs * sum(1 for _ in _batches(stats.inputs[:fitting], targets[:fitting], None))
+        steps = epochs * sum(1 for _ in _batches(inputs[:fitting], targets[:fitting], None))
         optimizer = torch.optim.Adam(router.parameters(), lr=lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         router.requires_grad_(True)
         for epoch in range(1, epochs + 1):
-            for x, y in _batches(stats.inputs[:fitting], targets[:fitting], generator):
+            for x, y in _batches(inputs[:fitting], targets[:fitting], generator):
                 optimizer.zero_grad()
                 router.loss(router(x.to(site.down.weight.device)), y.to(site.down.weight.device)).backward()
                 optimizer.step()
@@ -122,7 +127,7 @@ def _targets(site: FfnSite, stats: SiteProfile, path: Path) -> torch.Tensor:
     """(T, E) in a file: what each expert does on each sampled token."""
     routed, weights = site.act, site.weights()
     down = weights.down.detach().unflatten(-1, (routed.num_experts, routed.expert_size))
-    targets = mapped_tensor(path, len(stats.inputs), routed.num_experts, torch.float32)
+    targets = mapped_tensor(path, stats.sampled, routed.num_experts, torch.float32)
     start = 0
     for _, neurons in stats.activations(weights):
         experts = neurons.unflatten(-1, (routed.num_experts, routed.expert_size))

@@ -82,7 +82,7 @@ class SparsityPenaltyCallback(TrainerCallback):
         self.penalty, self.weight = PENALTIES[penalty], weight
         self.handles: list = []
         self.values: list[torch.Tensor] = []
-        self.logged, self.steps = 0.0, 0
+        self.logged, self.steps = torch.zeros(()), 0
         self.summed, self.share = 1, 1.0
 
     def on_train_begin(self, args, state, control, model, **kwargs):
@@ -101,7 +101,7 @@ class SparsityPenaltyCallback(TrainerCallback):
         if logs is not None and self.steps and "loss" in logs:
             logs["sparsity_penalty"] = float(self.logged) / self.steps
             state.log_history[-1]["sparsity_penalty"] = logs["sparsity_penalty"]  # written before callbacks are asked
-            self.logged, self.steps = 0.0, 0
+            self.logged, self.steps = torch.zeros(()), 0
 
     def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.values = []
@@ -121,5 +121,5 @@ class SparsityPenaltyCallback(TrainerCallback):
                 "the sparsity penalty needs a model that returns its loss; label smoothing hides the labels from it"
             )
         value = torch.stack(self.values).mean()
-        self.logged, self.steps = self.logged + value.detach(), self.steps + 1
+        self.logged, self.steps = self.logged + value.detach().cpu(), self.steps + 1
         output["loss"] = output.loss + self.share * self.weight * value

@@ -214,8 +214,12 @@ class Stages:
                     f"{directory} holds results of other settings ({', '.join(changed)} changed): "
                     "choose another output_dir, or pass --redo true to replace them"
                 )
+        self.settings = settings
+
+    def begin(self) -> None:
+        """Make the directory and note the settings: one process' work, once nothing can be found wrong any more."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_json(marker, settings)
+        write_json(self.directory / MARKER, self.settings)
 
     def finished(self, name: str) -> bool:
         """Whether a stage can be skipped; says so."""
@@ -229,6 +233,7 @@ class Stages:
         path = self.directory / name
         if self.finished(name):
             return path
+        self.begin()
         temporary = self.directory / f".{name}.unfinished"
         _remove(temporary)
         make(temporary)

@@ -36,7 +36,8 @@ from transformers import (
     set_seed,
 )
 
-from moefy_hf import MoeficationConfig, SparsityPenaltyCallback, Sweep, evaluate, find_sites, moefy_, relufy_
+from moefy_hf import MoeficationConfig, SparsityPenaltyCallback, Sweep, evaluate, moefy_, relufy_
+from moefy_hf.conversion import check_convertible
 
 
 def main() -> None:
@@ -46,11 +47,12 @@ def main() -> None:
     training_args.remove_unused_columns = False
     config = moefication_config(moe_args, training_args.seed)  # bad settings end the run here
     settings = run_settings(model_args, data_args, moe_args, training_args)
-    with training_args.main_process_first(desc="output directory"):
-        stages = Stages(training_args.output_dir, settings, moe_args.redo)
+    stages = Stages(training_args.output_dir, settings, moe_args.redo)
     tokenizer = load_tokenizer(model_args)
     with training_args.main_process_first(desc="tokenisation"):
         splits, names = load_texts(data_args, tokenizer)
+    if training_args.should_save:
+        stages.begin()
 
     dense = train_dense(stages, model_args, moe_args, training_args, tokenizer, splits, names)
     if not training_args.should_save:
@@ -115,7 +117,7 @@ def train_dense(
         id2label=dict(enumerate(names)),
         label2id={name: position for position, name in enumerate(names)},
     )
-    find_sites(model)  # an unsupported architecture is refused before it is trained
+    check_convertible(model, moefication_config(moe_args, training_args.seed), splits["train"])  # before training it
     if model_args.activation:
         relufy_(model, model_args.activation)
     penalty = moe_args.sparsity_penalty
@@ -155,7 +157,7 @@ def sweep(
 ) -> None:
     """Validation and test together, under autocast where training was."""
     model = AutoModelForSequenceClassification.from_pretrained(moefied, trust_remote_code=True)
-    rows = Batches(concatenate_datasets([splits["validation"], splits["test"]]), tokenizer)
+    rows = Batches(concatenate_datasets([splits["validation"], splits["test"]]), tokenizer, shuffle=True)
     allocations = (
         ["uniform", "sensitivity"] if moe_args.allocation == "sensitivity" else ["uniform"]
     )  # what is measured

@@ -71,13 +71,14 @@ def main() -> None:
     rows = concatenate_datasets([splits["validation"], splits["test"]])
     if grid.eval_rows is not None:
         rows = rows.shuffle(seed=0).select(range(min(grid.eval_rows, len(rows))))
-    held_out = Batches(rows, tokenizer)
+    held_out = Batches(rows, tokenizer, shuffle=True)
     cells = []
     for seed in grid.seeds:
         ours = copy.deepcopy(training_args)
-        ours.seed, ours.output_dir = seed, f"{training_args.output_dir}/seed_{seed}"
+        ours.seed, ours.output_dir = seed, f"{training_args.output_dir}_sweep/seed_{seed}"
         settings = run_settings(model_args, data_args, moe_args, ours) | {"eval_rows": grid.eval_rows}
         stages = Stages(ours.output_dir, settings, moe_args.redo)
+        stages.begin()
         dense = train_dense(stages, model_args, moe_args, ours, tokenizer, splits, names)
         calibration = Calibration(dense, Batches(splits["train"], tokenizer, shuffle=True, seed=seed), moe_args)
         for splitter in grid.splitters:
@@ -90,6 +91,7 @@ def main() -> None:
                 )
                 cells += [{"seed": seed, "splitter": splitter, **row} for row in rows_of(found, router, position)]
         calibration.close()
+    Path(grid.facts).parent.mkdir(parents=True, exist_ok=True)
     command = "python recipes/sweep.py " + " ".join(sys.argv[1:])
     write_json(
         Path(grid.facts),

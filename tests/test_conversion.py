@@ -473,3 +473,17 @@ def test_half_precision_around_a_conversion_changes_neither_split_nor_router(spl
         with torch.autocast("cpu", torch.bfloat16):
             moefy_(mixed, config, found, progress=False)
     assert all(torch.equal(value, mixed.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+def test_a_model_for_generation_has_predictions_to_be_sensitive_in():
+    model = build("t5")
+    moefy_(model, settings(k=0.5, allocation="sensitivity", router="similarity"), data("t5"), progress=False)
+    assert model.config.moefication["selection"]["allocation"] == "sensitivity"
+    assert any(loss > 0 for layer in model.config.moefication["sensitivity"]["loss"] for loss in layer)
+
+
+def test_conversion_works_where_gradients_are_off():
+    model = build()
+    with torch.no_grad():
+        report = moefy_(model, settings(router="linear", allocation="uniform"), data(), progress=False)
+    assert any(fit.best_epoch > 0 for fit in report.fits)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from batches import real_count, text_batches
 from tiny import tiny_model
+from transformers.activations import ACT2FN
 
 from moefy_hf import find_sites, profile
 from moefy_hf.profiling import SiteProfile, observed
@@ -26,7 +27,7 @@ def bert_by_hand(model, batches) -> list[tuple[torch.Tensor, torch.Tensor]]:
                 x = layer.attention(before)[0][0]
                 dense = layer.intermediate.dense
                 inputs.append(x)
-                neurons.append(F.gelu(x @ dense.weight.T + dense.bias))
+                neurons.append(ACT2FN[model.config.hidden_act](x @ dense.weight.T + dense.bias))
     return [(torch.cat(inputs), torch.cat(neurons)) for inputs, neurons in layers]
 
 
@@ -47,11 +48,12 @@ def bert():
     return tiny_model("bert")
 
 
-def test_sums_and_sample_are_those_of_the_real_tokens(bert):
-    batches = text_batches()
-    with profile(bert, batches, progress=False) as found:
+@pytest.mark.parametrize("activation", ["gelu", "relu"])  # ReLU's zeros are not active
+def test_sums_and_sample_are_those_of_the_real_tokens(activation):
+    model, batches = tiny_model("bert", hidden_act=activation), text_batches()
+    with profile(model, batches, progress=False) as found:
         assert found.tokens == real_count(batches) < sum(batch["input_ids"].numel() for batch in batches)
-        for stats, (inputs, neurons) in zip(found.sites, bert_by_hand(bert, batches), strict=True):
+        for stats, (inputs, neurons) in zip(found.sites, bert_by_hand(model, batches), strict=True):
             assert_sums(stats, neurons)
             torch.testing.assert_close(stats.inputs, inputs, rtol=1e-5, atol=1e-5)  # and in this order
             assert stats.sparsity == pytest.approx(float((neurons <= 0).double().mean()))

@@ -77,8 +77,10 @@ class FfnWeights:
 
     def neurons(self, x: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., f): the activations that `down` multiplies."""
-        up = F.linear(x, self.up, self.up_bias)
-        return self.act(up) if self.gate is None else self.act(F.linear(x, self.gate, self.gate_bias)) * up
+        x = x.to(self.up.dtype)
+        a = F.linear(x, self.up, self.up_bias)
+        a = self.act(a) if self.gate is None else self.act(F.linear(x, self.gate, self.gate_bias)) * a
+        return a.to(self.down.dtype)  # T5 keeps `wo` in float32 in a half-precision model
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,9 @@ class FfnSite:
         """(name, parameter, dimension that counts neurons, blocks of f along it) of every parameter that neurons
         own."""
         for path, blocks in ((self.spec.gate, 1), (self.spec.up, self.spec.parts)):
-            for name, param in self.owner.get_submodule(path).named_parameters() if path else ():
+            if path is None:
+                continue
+            for name, param in self.owner.get_submodule(path).named_parameters():
                 transposed = param.dim() == 2 and isinstance(self.owner.get_submodule(path), Conv1D)
                 yield f"{path}.{name}", param, int(transposed), blocks
         yield f"{self.spec.down}.weight", self.down.weight, int(not isinstance(self.down, Conv1D)), 1
@@ -135,7 +139,7 @@ class FfnSite:
     def weights(self) -> FfnWeights:
         """The FFN as plain tensors, neurons first; parameters keep their gradients and storage."""
 
-        def rows(linear: nn.Module) -> torch.Tensor:
+        def rows(linear: Any) -> Any:
             return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
 
         act = self.act.inner if is_routed(self.act) else self.act
@@ -156,17 +160,18 @@ def find_sites(model: nn.Module) -> list[FfnSite]:
         ValueError: the model type is not supported, or is a Mixture of Experts already; or none of its modules has the
             expected parts.
     """
-    model_type = model.config.model_type
+    model_type = str(model.config.model_type)
     if model_type not in SPECS:
         experts = getattr(model.config, "num_local_experts", None) or getattr(model.config, "num_experts", None)
         what = "already is a Mixture of Experts" if experts else "has no FFN layout that can be split into experts"
         raise ValueError(f"model type {model_type!r} {what}; supported model types: {', '.join(sorted(SPECS))}")
     specs = SPECS[model_type]
     sites = []
-    for name, owner in model.named_modules():
-        below = {path for path, _ in owner.named_modules()}
+    modules = dict(model.named_modules())
+    for name, owner in modules.items():
+        prefix = f"{name}." if name else ""
         for spec in specs:
-            if below.issuperset(path for path in (spec.up, spec.gate, spec.down, spec.act) if path):
+            if all(prefix + path in modules for path in (spec.up, spec.gate, spec.down, spec.act) if path):
                 sites.append(FfnSite(name, owner, spec))
                 break
     if not sites:
@@ -191,7 +196,7 @@ def permute_neurons_(site: FfnSite, order: torch.Tensor, optimizer: torch.optim.
         raise ValueError(
             f"{site.name}: `order` must be a permutation of range({neurons}), got shape {tuple(order.shape)}"
         )
-    tensors = []
+    tensors: list[tuple[torch.Tensor, int, torch.Tensor]] = []
     for name, param, dim, blocks in site.neuron_dims():
         if type(param) is not nn.Parameter or param.shape[dim] != blocks * neurons:
             kind = f"{type(param).__name__} of shape {tuple(param.shape)}"

@@ -82,7 +82,7 @@ class refuse_bypass:
             raise RuntimeError(f"{self.name}: the activation of this routed FFN never ran; disable fused MLP kernels")
 
 
-def base_layer(linear: nn.Module) -> nn.Module:
+def base_layer(linear: Any) -> Any:
     """What adapters wrap: the module that survives `merge_and_unload`."""
     return base_layer(linear.base_layer) if hasattr(linear, "base_layer") else linear
 
@@ -146,7 +146,7 @@ class MoefiedMixin:
 
     def moe_sites(self) -> list[FfnSite]:
         """The routed FFNs, in forward order."""
-        return [site for site in find_sites(self) if is_routed(site.act)]
+        return [site for site in find_sites(self) if is_routed(site.act)]  # type: ignore[arg-type]
 
     def connect_(self) -> None:
         """(Re)attach routers to the first Linear of their FFN, after something replaced Linear modules."""

@@ -4,6 +4,7 @@ Expert e owns the neurons [e*m, (e+1)*m) of the FFN's own Linear modules, whose 
 """
 
 import threading
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +42,8 @@ class RoutedActivation(nn.Module):
         self.selection = selection
         with torch.device("cpu"):  # the model may be under construction on the meta device
             self.zero_at_zero = bool(act(torch.zeros(1)) == 0)
-        self.observed, self.tap = Observed(), None
+        self.observed = Observed()
+        self.tap: Any = None
 
     def connect_(self, linear: nn.Module) -> None:
         """(Re)attach to the Linear whose input the router reads; needed again after something replaced it."""

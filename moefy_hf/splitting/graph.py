@@ -57,7 +57,7 @@ def partition_graph(
     inside them (MoEfication, section 3.2).
 
     Either method ends in swaps of two neurons that raise the weight inside (`equal_parts.swap_rows`), which decide the
-    quality: on co-activations of MiniLM METIS alone is 2 to 10 % below both.
+    quality: on co-activations of MiniLM METIS and repair alone are 1 to 10 % below.
 
     Args:
         generator: on any device; the same seed gives the same labels.
