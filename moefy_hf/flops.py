@@ -51,10 +51,7 @@ _UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_a
 
 
 def model_flops(model: PreTrainedModel, batch: Mapping[str, Any]) -> ModelFlops:
-    """Count one forward pass over `batch`, per token of its FFNs (padding counts: it is computed too).
-
-    The model must be dense, or have all its experts selected.
-    """
+    """Count one forward pass over `batch`, per token of its FFNs (padding counts: it is computed too)."""
     sites = find_sites(model)
     tokens = [0] * len(sites)
 
@@ -78,4 +75,9 @@ def model_flops(model: PreTrainedModel, batch: Mapping[str, Any]) -> ModelFlops:
             handle.remove()
     per_token = max(tokens)
     ffn = sum(seen * ffn_flops(site) for seen, site in zip(tokens, sites, strict=True)) / per_token
-    return ModelFlops(counter.get_total_flops() / per_token, ffn)
+    total = counter.get_total_flops()
+    for seen, site in zip(tokens, sites, strict=True):
+        routed = site.act
+        if is_routed(routed) and not routed.selection.keeps_all(routed.num_experts):
+            total -= seen * routed.router.flops()  # what counts is the dense model
+    return ModelFlops(total / per_token, ffn)

@@ -325,5 +325,7 @@ def test_a_foreign_folder_is_refused_with_nothing_written(tmp_path, redo):
 
 def test_an_empty_folder_and_nested_ones_are_fine(tmp_path):
     common.Stages(tmp_path, SETTINGS)
-    common.Stages(tmp_path / "a" / "b", SETTINGS)
+    stages = common.Stages(tmp_path / "a" / "b", SETTINGS)
+    assert not (tmp_path / "a").exists()  # nothing is written before the work begins
+    stages.begin()
     assert (tmp_path / "a" / "b" / common.MARKER).exists()
