@@ -232,6 +232,11 @@ def test_shuffling_follows_the_seed(rows):
         return [int(label) for batch in batches for label in batch["labels"]]
 
     assert order(shuffle=True, seed=1) == order(shuffle=True, seed=1) != order(shuffle=True, seed=2)
+    together = [
+        {frozenset(batch["labels"].tolist()) for batch in common.Batches(rows, word_tokenizer(), 8, True, seed)}
+        for seed in (1, 2)
+    ]
+    assert together[0] != together[1]  # rows are mixed, too, not only whole batches
 
 
 def test_the_first_batches_of_a_shuffle_are_a_fair_sample():
