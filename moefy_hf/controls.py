@@ -55,11 +55,11 @@ class ChanceRouter(Router):
         return 0
 
 
-def control_router(name: str, site: FfnSite) -> Router:
-    """One of `CONTROLS` for a routed FFN."""
+def control_router(name: str, site: FfnSite, seed: int = 0) -> Router:
+    """One of `CONTROLS` for a routed FFN; `seed` is of its random numbers."""
     experts = site.act.num_experts
     if name == "random":
-        return ChanceRouter(site.sizes[0], experts)
+        return ChanceRouter(site.sizes[0], experts, seed)
     return OracleRouter(site.weights(), experts, {"oracle": output_norm, "oracle_mass": activation_mass}[name])
 
 
@@ -70,8 +70,8 @@ def routed_by(model: PreTrainedModel, control: str | None) -> Iterator[None]:
         raise ValueError(f"unknown control {control!r}; choose from {', '.join(CONTROLS)}")
     own = [(site.act, site.act.router) for site in model.moe_sites()]
     if control is not None:
-        for site in model.moe_sites():
-            site.act.router = control_router(control, site)
+        for position, site in enumerate(model.moe_sites()):
+            site.act.router = control_router(control, site, seed=position)
     try:
         yield
     finally:

@@ -43,7 +43,8 @@ def local_figures(
 
     `captured_mass`: share of the summed positive activations (MoEfication's measure). `output_error`: squared norm
     of what the dropped experts would have added, relative to the FFN's output without bias. `chunk_share`: share of
-    experts that at least one of 8 consecutive tokens needs (BlockFFN), which decides batched and speculative speed.
+    experts that at least one of 8 consecutive tokens of a text needs (BlockFFN), which decides batched and speculative
+    speed; absent where no text has 8 tokens.
     """
     sites = model.moe_sites()
     chosen = []
@@ -53,19 +54,19 @@ def local_figures(
     sums = torch.zeros(len(settings), len(sites), 3, dtype=torch.float64)
     totals = torch.zeros(len(sites), 3, dtype=torch.float64)
 
-    def seen(position: int, x: torch.Tensor, neurons: torch.Tensor) -> None:
+    def seen(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
         site = sites[position]
         experts = neurons.unflatten(-1, (site.act.num_experts, -1))  # (T, E, m)
         mass, down = experts.clamp_min(0).sum(-1, dtype=torch.float32), site.weights().down
-        chunks = x.shape[0] // 8
+        chunks = chunks_of(text, 8)  # (C, 8)
         output = F.linear(neurons, down).float().square().sum()
-        totals[position] += torch.tensor([float(mass.sum()), float(output), chunks * site.act.num_experts])
+        totals[position] += torch.tensor([float(mass.sum()), float(output), len(chunks) * site.act.num_experts])
         for each, routing in enumerate(chosen):
             router, selection = routing[position]
             scores = router(x)
             keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, *selection(scores))
             dropped = F.linear(experts.masked_fill(keep.unsqueeze(-1), 0).flatten(-2), down).float().square().sum()
-            union = keep[: chunks * 8].unflatten(0, (chunks, 8)).any(1).sum()
+            union = keep[chunks].any(1).sum()
             sums[each, position] += torch.tensor([float((mass * keep).sum()), float(dropped), int(union)])
 
     with selecting(model, type="top_k", k=1.0, allocation="uniform"), observed(model, sites, seen) as run:
@@ -76,8 +77,18 @@ def local_figures(
             if tokens >= max_tokens:
                 break
     figures = sums / totals.clamp_min(1e-30)
-    names = ("captured_mass", "output_error", "chunk_share")
-    return [[dict(zip(names, layer, strict=True)) for layer in setting] for setting in figures.tolist()]
+    names = ("captured_mass", "output_error", "chunk_share")[: None if totals[:, 2].all() else 2]
+    return [[dict(zip(names, layer, strict=False)) for layer in setting] for setting in figures.tolist()]
+
+
+def chunks_of(text: torch.Tensor, size: int) -> torch.Tensor:
+    """text (T,), the number of the text each token is of, not decreasing -> (C, size): positions of consecutive tokens
+    of one text; what is left over at a text's end is left out."""
+    _, lengths = text.unique_consecutive(return_counts=True)
+    starts = lengths.cumsum(0) - lengths
+    place = torch.arange(len(text), device=text.device) - starts.repeat_interleave(lengths)  # within its text
+    whole = (lengths - lengths % size).repeat_interleave(lengths)
+    return (place < whole).nonzero()[:, 0].view(-1, size)
 
 
 @dataclass

@@ -124,9 +124,10 @@ def real_tokens(model: PreTrainedModel, site: FfnSite, batch: Mapping[str, Any],
 
 @contextmanager
 def observed(
-    model: PreTrainedModel, sites: list[FfnSite], seen: Callable[[int, torch.Tensor, torch.Tensor], None]
+    model: PreTrainedModel, sites: list[FfnSite], seen: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 ) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
-    """Run batches through the model in evaluation mode and show `seen(position, x (T, d), neurons (T, f))` each FFN.
+    """Run batches through the model in evaluation mode and show each FFN to
+    `seen(position, x (T, d), neurons (T, f), text (T,))`; `text` numbers the rows of the batch that tokens are of.
 
     Yields a function that runs one batch; tokens that are padding are left out. Hooks and the training mode are
     restored when the context ends.
@@ -141,9 +142,11 @@ def observed(
 
     def on_neurons(position: int, args: tuple) -> None:
         x, a = inputs.pop(position), args[0]
+        length = x.shape[-2]
         x, a = x.reshape(-1, x.shape[-1]), a.reshape(-1, a.shape[-1])
+        text = torch.arange(len(x), device=x.device) // length
         real = real_tokens(model, sites[position], current, len(x))
-        seen(position, *((x, a) if real is None else (x[real], a[real])))
+        seen(position, *((x, a, text) if real is None else (x[real], a[real], text[real])))
 
     def run(batch: Mapping[str, Any]) -> Any:
         nonlocal current
@@ -193,7 +196,7 @@ def profile(
         paths = [Path(result.directory.name, f"{position}.bin") for position in range(len(sites))]
     bar = tqdm(total=max_tokens, unit="token", unit_scale=True, desc="profile", disable=not progress)
 
-    def seen(position: int, x: torch.Tensor, neurons: torch.Tensor) -> None:
+    def seen(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
         stats = result.sites[position]
         x, neurons = x[: max_tokens - stats.tokens], neurons[: max_tokens - stats.tokens]
         if sample and len(x):

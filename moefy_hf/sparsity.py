@@ -5,8 +5,9 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.activations import ACT2FN
 
-from .modeling.ffn_sites import find_sites
+from .modeling.ffn_sites import FfnSite, find_sites
 from .modeling.routed_activation import is_routed
+from .profiling import real_tokens
 
 # config fields that name an FFN's activation, over all supported model types
 _ACTIVATION_FIELDS = (
@@ -64,7 +65,8 @@ class SparsityPenaltyCallback(TrainerCallback):
     """Adds `weight` times the mean activity of all FFNs to the training loss, and logs that activity.
 
     The penalty is added to the loss the model itself returns, so loss scaling and DDP treat it as part of that loss;
-    over accumulated batches and processes it is a mean. Usable with any Trainer whose model computes its own loss.
+    over accumulated batches and processes it is a mean. Padding does not count. Usable with any Trainer whose model
+    computes its own loss.
 
     Args:
         penalty: "square_hoyer" or "l1".
@@ -82,20 +84,24 @@ class SparsityPenaltyCallback(TrainerCallback):
         self.penalty, self.weight = PENALTIES[penalty], weight
         self.handles: list = []
         self.values: list[torch.Tensor] = []
+        self.batch: dict = {}
         self.logged, self.steps = torch.zeros(()), 0
         self.summed, self.share = 1, 1.0
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         self.on_train_end(args, state, control)
         self.summed = args.gradient_accumulation_steps * (args.world_size if args.average_tokens_across_devices else 1)
-        self.handles = [site.down.register_forward_pre_hook(self._collect) for site in find_sites(model)]
+        self.handles = [
+            site.down.register_forward_pre_hook(lambda _, args, site=site: self._collect(model, site, args[0]))
+            for site in find_sites(model)
+        ]
         self.handles.append(model.register_forward_pre_hook(self._start, with_kwargs=True))
         self.handles.append(model.register_forward_hook(self._add))
 
     def on_train_end(self, args, state, control, **kwargs):
         for handle in self.handles:
             handle.remove()
-        self.handles = []
+        self.handles, self.batch = [], {}
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None and self.steps and "loss" in logs:
@@ -104,14 +110,16 @@ class SparsityPenaltyCallback(TrainerCallback):
             self.logged, self.steps = torch.zeros(()), 0
 
     def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.values = []
+        self.values, self.batch = [], kwargs
         # given the number of items of all accumulated batches, a loss is a part of their mean: the Trainer adds such
         # losses up, where it would average others
         self.share = 1.0 if kwargs.get("num_items_in_batch") is None else 1 / self.summed
 
-    def _collect(self, down: nn.Module, args: tuple) -> None:
-        if down.training:
-            self.values.append(self.penalty(args[0]).mean())
+    def _collect(self, model: nn.Module, site: FfnSite, neurons: torch.Tensor) -> None:
+        if site.owner.training:
+            each = self.penalty(neurons).flatten()  # (T,)
+            real = real_tokens(model, site, self.batch, len(each))
+            self.values.append(each.mean() if real is None else (each * real).sum() / real.sum().clamp_min(1))
 
     def _add(self, model: nn.Module, args: tuple, output):
         if not (model.training and self.values):

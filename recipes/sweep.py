@@ -76,8 +76,7 @@ def main() -> None:
     for seed in grid.seeds:
         ours = copy.deepcopy(training_args)
         ours.seed, ours.output_dir = seed, f"{training_args.output_dir}_sweep/seed_{seed}"
-        settings = run_settings(model_args, data_args, moe_args, ours) | {"eval_rows": grid.eval_rows}
-        stages = Stages(ours.output_dir, settings, moe_args.redo)
+        stages = Stages(ours.output_dir, run_settings(model_args, data_args, moe_args, ours), moe_args.redo)
         stages.begin()
         dense = train_dense(stages, model_args, moe_args, ours, tokenizer, splits, names)
         calibration = Calibration(dense, Batches(splits["train"], tokenizer, shuffle=True, seed=seed), moe_args)
@@ -86,9 +85,8 @@ def main() -> None:
                 cell = replace(
                     moe_args, splitter=splitter, router=router, controls=[] if position else moe_args.controls
                 )
-                found = stages.run(
-                    f"{splitter}-{router}.json", partial(measure, dense, calibration, cell, ours, held_out)
-                )
+                name = f"{splitter}-{router}" + ("" if grid.eval_rows is None else f"-{grid.eval_rows}")
+                found = stages.run(f"{name}.json", partial(measure, dense, calibration, cell, ours, held_out))
                 cells += [{"seed": seed, "splitter": splitter, **row} for row in rows_of(found, router, position)]
         calibration.close()
     Path(grid.facts).parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from tiny import tiny_model
 
 from moefy_hf import MoeficationConfig, Sweep, allocate_budgets, evaluate, fit_routers, moefy_, profile
 from moefy_hf.controls import CONTROLS, control_router, routed_by, selecting
-from moefy_hf.evaluation import local_figures
+from moefy_hf.evaluation import chunks_of, local_figures
 from moefy_hf.modeling.moefied import is_moefied
 from moefy_hf.modeling.routed_activation import RoutedActivation
 from moefy_hf.quality import is_causal, predictions
@@ -212,9 +212,11 @@ def local_by_hand(model, batches, k: int, control: str | None) -> list[dict[str,
                     total["kept"] += sum(masses[e] for e in best)
                     total["output"] += float(sum(outputs).square().sum())
                     total["dropped"] += float(sum(outputs[e] for e in range(EXPERTS) if e not in best).square().sum())
-                for start in range(0, len(chosen) - 7, 8):
-                    total["chunks"] += EXPERTS
-                    total["union"] += len(set().union(*chosen[start : start + 8]))
+                for length in batch["attention_mask"].sum(1).tolist():  # no chunk reaches into the next text
+                    text, chosen = chosen[:length], chosen[length:]
+                    for start in range(0, length - 7, 8):
+                        total["chunks"] += EXPERTS
+                        total["union"] += len(set().union(*text[start : start + 8]))
     return [
         {
             "captured_mass": total["kept"] / total["mass"],
@@ -223,6 +225,18 @@ def local_by_hand(model, batches, k: int, control: str | None) -> list[dict[str,
         }
         for total in sums
     ]
+
+
+def test_chunks_do_not_cross_texts():
+    text = torch.tensor([0] * 5 + [1] * 3 + [2] * 2 + [5] * 7)
+    assert chunks_of(text, 3).tolist() == [[0, 1, 2], [5, 6, 7], [10, 11, 12], [13, 14, 15]]
+    assert chunks_of(text, 8).shape == (0, 8)
+
+
+def test_without_long_texts_there_are_no_chunks():
+    model, _ = routed()
+    (row,) = evaluate(model, data(length=7), [2], controls=[], progress=False).rows[1:]
+    assert "chunk_share" not in row and 0 < row["output_error"] < 1
 
 
 @pytest.mark.parametrize("control", [None, "oracle", "oracle_mass"])

@@ -220,10 +220,14 @@ def test_gradients_stay_on_for_readers_of_activations(bert):
 
 def test_observed_shows_layers_in_order_and_returns_the_output(bert):
     batch, positions = text_batches(1)[0], []
-    with observed(bert, find_sites(bert), lambda i, x, a: positions.append((i, len(x), len(a)))) as run:
+
+    def seen(position, x, neurons, text):
+        positions.append((position, len(x), len(neurons), text.bincount().tolist()))
+
+    with observed(bert, find_sites(bert), seen) as run:
         output = run(batch)
-    real = int(batch["attention_mask"].sum())
-    assert positions == [(0, real, real), (1, real, real)]
+    lengths = batch["attention_mask"].sum(1).tolist()
+    assert positions == [(i, sum(lengths), sum(lengths), lengths) for i in range(2)]
     assert torch.equal(output.last_hidden_state, bert(**batch).last_hidden_state)
 
 

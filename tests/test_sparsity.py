@@ -270,12 +270,30 @@ def test_evaluation_loss_is_without_penalty(tmp_path):
     args = TrainingArguments(str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True)
     callback.on_train_begin(args, None, None, model=model)
     model.eval()
-    plain = float(relu_model("bert").eval()(**rows.batch()).loss)
-    assert float(model(**rows.batch()).loss) == pytest.approx(plain)
-    model.train()
-    assert float(model(**rows.batch()).loss) > plain + 0.1
-    callback.on_train_end(args, None, None)
-    assert float(model(**rows.batch()).loss) == pytest.approx(plain)
+    with torch.no_grad():
+        plain = float(relu_model("bert").eval()(**rows.batch()).loss)
+        assert float(model(**rows.batch()).loss) == pytest.approx(plain)
+        model.train()
+        assert float(model(**rows.batch()).loss) > plain + 0.1
+        callback.on_train_end(args, None, None)
+        assert float(model(**rows.batch()).loss) == pytest.approx(plain)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_padding_does_not_count(penalty, tmp_path):
+    """A batch of one text costs what it costs with padding, whatever the padded positions do."""
+    model = relu_model("bert").train()
+    callback = SparsityPenaltyCallback(penalty, 1.0)
+    callback.on_train_begin(TrainingArguments(str(tmp_path), report_to=[], use_cpu=True), None, None, model=model)
+    short = {key: value[:1] for key, value in Rows("class").batch().items()}
+    short["attention_mask"] = torch.ones_like(short["input_ids"])
+    padded = {**short, "input_ids": torch.cat([short["input_ids"], torch.zeros(1, 5).long()], 1)}
+    padded["attention_mask"] = (padded["input_ids"] != 0).long()
+    losses = []
+    for batch in (short, padded, {**padded, "attention_mask": torch.ones(1, 11).long()}):
+        losses.append(float(model(**batch).loss.detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("weight", [0.0, 3.0])
