@@ -55,6 +55,11 @@ class ChanceRouter(Router):
         return 0
 
 
+def check_control(name: str) -> None:
+    if name not in CONTROLS:
+        raise ValueError(f"unknown control {name!r}; choose from {', '.join(CONTROLS)}")
+
+
 def control_router(name: str, site: FfnSite, seed: int = 0) -> Router:
     """One of `CONTROLS` for a routed FFN; `seed` is of its random numbers."""
     experts = site.act.num_experts
@@ -66,8 +71,8 @@ def control_router(name: str, site: FfnSite, seed: int = 0) -> Router:
 @contextlib.contextmanager
 def routed_by(model: PreTrainedModel, control: str | None) -> Iterator[None]:
     """Use a control in place of every router; None keeps the model's own."""
-    if control is not None and control not in CONTROLS:
-        raise ValueError(f"unknown control {control!r}; choose from {', '.join(CONTROLS)}")
+    if control is not None:
+        check_control(control)
     own = [(site.act, site.act.router) for site in model.moe_sites()]
     if control is not None:
         for position, site in enumerate(model.moe_sites()):

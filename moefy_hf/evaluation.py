@@ -53,8 +53,11 @@ def local_figures(
             chosen.append([(site.act.router, site.act.selection) for site in sites])
     sums = torch.zeros(len(settings), len(sites), 3, dtype=torch.float64)
     totals = torch.zeros(len(sites), 3, dtype=torch.float64)
+    tokens = 0
 
     def seen(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
+        nonlocal tokens
+        tokens += len(x) * (position == 0)
         site = sites[position]
         experts = neurons.unflatten(-1, (site.act.num_experts, -1))  # (T, E, m)
         mass, down = experts.clamp_min(0).sum(-1, dtype=torch.float32), site.weights().down
@@ -70,10 +73,8 @@ def local_figures(
             sums[each, position] += torch.tensor([float((mass * keep).sum()), float(dropped), int(union)])
 
     with selecting(model, type="top_k", k=1.0, allocation="uniform"), observed(model, sites, seen) as run:
-        tokens = 0
         for batch in batches:
             run(batch)
-            tokens += next(value for value in batch.values() if torch.is_tensor(value)).shape[:2].numel()
             if tokens >= max_tokens:
                 break
     figures = sums / totals.clamp_min(1e-30)

@@ -19,7 +19,7 @@ from .modeling.ffn_sites import FfnSite, FfnWeights, find_sites
 from .modeling.moefied import selected_sites
 
 CHUNK = 4096  # tokens whose activations are in memory at once
-KEPT_TOKENS = 4096  # of the batches that a profile keeps as they are, padding included
+KEPT_TOKENS = 4096  # of the batches that a profile keeps as they are
 
 
 class SiteProfile:
@@ -97,16 +97,30 @@ class ModelProfile:
         self.close()
 
 
-def count_tokens(batch: Mapping[str, Any]) -> int:
-    """Tokens in a batch, padding included, by the shape of its first tensor.
+class TensorFile:
+    """Rows on their way into a file. They are written, not mapped: a full disk raises an OSError then, where a write
+    into mapped memory would kill the process."""
 
-    Raises:
-        TypeError: the batch is not model-ready.
-    """
-    tensors = [value for value in batch.values() if torch.is_tensor(value)] if isinstance(batch, Mapping) else []
-    if not tensors:
-        raise TypeError(f"a batch must be a mapping of tensors, ready for the model; got a {type(batch).__name__}")
-    return tensors[0].shape[:2].numel()
+    def __init__(self, path: Path):
+        self.path, self.rows = path, 0
+        self.file = open(path, "wb")
+
+    def append(self, rows: torch.Tensor) -> None:
+        """rows (t, d), of the same d and dtype in every call."""
+        rows = rows.detach().cpu().contiguous()
+        self.width, self.dtype, self.rows = rows.shape[1], rows.dtype, self.rows + len(rows)
+        try:
+            self.file.write(rows.view(torch.uint8).numpy().tobytes())
+            self.file.flush()
+        except OSError as error:
+            what = f"{error.strerror} for the sample of FFN inputs; use fewer tokens, or set TMPDIR"
+            raise OSError(error.errno, what, str(self.path)) from error
+
+    def mapped(self) -> torch.Tensor:
+        """(T, d): all rows, memory-mapped; nothing can be appended any more."""
+        self.file.close()
+        size = self.rows * self.width
+        return torch.from_file(str(self.path), shared=True, size=size, dtype=self.dtype).view(self.rows, self.width)
 
 
 def real_tokens(model: PreTrainedModel, site: FfnSite, batch: Mapping[str, Any], tokens: int) -> torch.Tensor | None:
@@ -150,6 +164,8 @@ def observed(
 
     def run(batch: Mapping[str, Any]) -> Any:
         nonlocal current
+        if not isinstance(batch, Mapping) or not any(torch.is_tensor(value) for value in batch.values()):
+            raise TypeError(f"a batch must be a mapping of tensors, ready for the model; got a {type(batch).__name__}")
         current = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
         return model(**current)
 
@@ -180,53 +196,43 @@ def profile(
     Args:
         batches: model-ready batches (mappings of tensors); padding is left out by their `attention_mask`. Shuffle
             first: reading stops once `max_tokens` tokens were seen.
-        sample: keep the FFN inputs of these tokens in a temporary directory on disk (`max_tokens * d` numbers per
+        sample: keep the FFN inputs of these tokens in a temporary directory on disk (TMPDIR; d numbers per token and
             layer), for splitters and routers that learn from data. Memory does not grow with the number of tokens.
         layers: positions of the FFNs to profile; all by default.
         progress: show a progress bar.
 
     Raises:
         ValueError: unsupported model type, or no token in `batches`.
+        OSError: the disk is full.
     """
     sites = selected_sites(find_sites(model), layers)
     result = ModelProfile([SiteProfile(site.sizes[1]) for site in sites])
-    paths = []
+    files = []
     if sample:
         result.directory = tempfile.TemporaryDirectory(prefix="moefy_profile_")
-        paths = [Path(result.directory.name, f"{position}.bin") for position in range(len(sites))]
+        files = [TensorFile(Path(result.directory.name, f"{position}.bin")) for position in range(len(sites))]
     bar = tqdm(total=max_tokens, unit="token", unit_scale=True, desc="profile", disable=not progress)
 
     def seen(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
         stats = result.sites[position]
         x, neurons = x[: max_tokens - stats.tokens], neurons[: max_tokens - stats.tokens]
         if sample and len(x):
-            if stats.inputs is None:
-                stats.inputs = mapped_tensor(paths[position], max_tokens, x.shape[1], x.dtype)
-            stats.inputs[stats.tokens : stats.tokens + len(x)] = x.cpu()
+            files[position].append(x)
         stats.update_(neurons)
 
     with bar, observed(model, sites, seen) as run:
-        kept = 0
         for batch in batches:
-            tokens = count_tokens(batch)
+            before = result.tokens
             run(batch)
-            if kept < KEPT_TOKENS:
+            if before < KEPT_TOKENS:
                 result.batches.append(batch)
-                kept += tokens
             bar.update(result.tokens - bar.n)
             if result.tokens >= max_tokens:
                 break
     if result.tokens == 0:
         result.close()
         raise ValueError("calibration is empty: no batch held a token that is not padding")
-    for stats in result.sites:
-        if stats.inputs is not None:
-            stats.inputs = stats.inputs[: stats.tokens]
+    for stats, file in zip(result.sites, files, strict=False):  # no file where nothing is kept
+        if file.rows:
+            stats.inputs = file.mapped()
     return result
-
-
-def mapped_tensor(path: Path, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """An (rows, columns) tensor that lives in a (sparse) file."""
-    with open(path, "wb") as file:
-        file.truncate(rows * columns * dtype.itemsize)
-    return torch.from_file(str(path), shared=True, size=rows * columns, dtype=dtype).view(rows, columns)

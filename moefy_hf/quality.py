@@ -10,6 +10,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .modeling.moefied import is_moefied
 
+# decoders of encoder-decoder families: as language models of their own they take labels that are shifted already
+SHIFTED_LABELS = ("bart", "mbart", "pegasus", "marian", "whisper")
+
 
 class Quality:
     """Running sums of what one setting predicts, over the labelled positions of all batches."""
@@ -58,19 +61,32 @@ def predictions(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch
             f"{type(model).__name__} returns no logits to compare; evaluate a model with one prediction head"
         )
     if logits.dim() == 2:
+        _check_classes(model, logits, labels)
         return logits, labels
     if labels is None:
         mask = batch.get("attention_mask")
         return logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:2] else logits.flatten(
             0, 1
         ), None
-    if is_causal(model):
+    if is_causal(model) and model.config_class.model_type not in SHIFTED_LABELS:
         logits, labels = logits[:, :-1], labels[:, 1:]
     counts = labels != -100
     return logits[counts], labels[counts]
 
 
+def _check_classes(model: PreTrainedModel, logits: torch.Tensor, labels: torch.Tensor | None) -> None:
+    """One class per row is what can be compared: neither numbers (regression) nor several labels at once."""
+    if logits.shape[-1] == 1 or (
+        labels is not None and (labels.is_floating_point() or labels.shape != logits.shape[:1])
+    ):
+        shape = "no labels" if labels is None else f"{labels.dtype} labels of shape {tuple(labels.shape)}"
+        raise ValueError(
+            f"{type(model).__name__} gives logits of shape {tuple(logits.shape)}, and there are {shape}: only "
+            "predictions of one of several classes can be compared, not regression or multi-label ones"
+        )
+
+
 def is_causal(model: PreTrainedModel) -> bool:
-    """Does position t predict the label of position t + 1?"""
+    """Is this a language model, that predicts each token from those before it?"""
     stock = model.stock_class() if is_moefied(model) else type(model)
     return stock.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .modeling.ffn_sites import FfnSite
 from .modeling.routers import Router
-from .profiling import CHUNK, ModelProfile, SiteProfile, mapped_tensor
+from .profiling import CHUNK, ModelProfile, SiteProfile, TensorFile
 
 HELD_OUT = 0.1  # share of the tokens that measures the fit: the last ones, so of other texts than the rest
 BATCH = 512  # tokens per step, as in the paper
@@ -127,13 +127,11 @@ def _targets(site: FfnSite, stats: SiteProfile, path: Path) -> torch.Tensor:
     """(T, E) in a file: what each expert does on each sampled token."""
     routed, weights = site.act, site.weights()
     down = weights.down.detach().unflatten(-1, (routed.num_experts, routed.expert_size))
-    targets = mapped_tensor(path, stats.sampled, routed.num_experts, torch.float32)
-    start = 0
+    file = TensorFile(path)
     for _, neurons in stats.activations(weights):
         experts = neurons.unflatten(-1, (routed.num_experts, routed.expert_size))
-        targets[start : start + len(neurons)] = routed.router.targets(experts, down).cpu()
-        start += len(neurons)
-    return targets
+        file.append(routed.router.targets(experts, down).float())
+    return file.mapped()
 
 
 def _batches(

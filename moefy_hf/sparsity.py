@@ -1,5 +1,7 @@
 """Make FFN activations sparse before or while a model is MoEfied: swap the activation for ReLU, penalise activity."""
 
+import copy
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -17,15 +19,19 @@ _ACTIVATION_FIELDS = (
     "activation",
     "dense_act_fn",
 )
+_ACTIVATION_MODULES = ("transformers.activations", "torch.nn.modules.activation")
 
 
 def relufy_(model: PreTrainedModel, activation: str = "relu") -> PreTrainedModel:
     """Replace the activation of every FFN, in the modules and in the config, in place (ReLU-fication).
 
-    The model needs fine-tuning afterwards: the swap changes its function.
+    So that the model is the same when it is loaded again, what else reads its activation from the same field of the
+    config changes too: the transform of BERT's masked-language-model head, for one. The model needs fine-tuning
+    afterwards: the swap changes its function.
 
     Raises:
-        ValueError: unknown activation, or a model type whose config does not name its FFN activation.
+        ValueError: unknown activation, a MoEfied model, or a model type whose config does not name its FFN activation;
+            the model is unchanged then.
     """
     if activation not in ACT2FN:
         raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(sorted(ACT2FN))}")
@@ -36,13 +42,24 @@ def relufy_(model: PreTrainedModel, activation: str = "relu") -> PreTrainedModel
     for site in sites:
         if is_routed(site.act):
             raise ValueError(f"{site.name} is routed already; swap the activation before converting")
+    config = copy.deepcopy(model.config)
+    for config_field in fields:
+        setattr(config, config_field, activation)
+    if hasattr(config, "feed_forward_proj"):  # T5 derives its activation from this one when loaded
+        gated = config.feed_forward_proj.startswith("gated-")
+        config.feed_forward_proj = f"gated-{activation}" if gated else activation
+    with torch.device("meta"):  # what loading a checkpoint with this config will build
+        twin = dict(type(model)(config).named_modules())
     for site in sites:
-        site.replace_act(ACT2FN[activation])
-    for field in fields:
-        setattr(model.config, field, activation)
-    if hasattr(model.config, "feed_forward_proj"):  # T5 derives its activation from this one when loaded
-        gated = model.config.feed_forward_proj.startswith("gated-")
-        model.config.feed_forward_proj = f"gated-{activation}" if gated else activation
+        act = twin[f"{site.name}.{site.spec.act}".lstrip(".")]
+        if type(act) is not type(ACT2FN[activation]):
+            raise ValueError(f"{site.name}: the config does not decide its activation, which stays a {act}")
+    for name, module in model.named_modules():
+        if type(module).__module__ in _ACTIVATION_MODULES and repr(module) != repr(twin[name]):
+            model.set_submodule(name, twin[name])
+    for config_field in (*fields, "feed_forward_proj"):
+        if hasattr(config, config_field):
+            setattr(model.config, config_field, getattr(config, config_field))
     return model
 
 
@@ -115,7 +132,7 @@ class SparsityPenaltyCallback(TrainerCallback):
         # losses up, where it would average others
         self.share = 1.0 if kwargs.get("num_items_in_batch") is None else 1 / self.summed
 
-    def _collect(self, model: nn.Module, site: FfnSite, neurons: torch.Tensor) -> None:
+    def _collect(self, model: PreTrainedModel, site: FfnSite, neurons: torch.Tensor) -> None:
         if site.owner.training:
             each = self.penalty(neurons).flatten()  # (T,)
             real = real_tokens(model, site, self.batch, len(each))

@@ -195,35 +195,44 @@ def load_tokenizer(model: ModelArguments) -> PreTrainedTokenizerBase:
 class Stages:
     """Named steps of a run, each leaving one file or folder in the output directory; finished ones are not run again.
 
+    A marker file holds the settings that each result was made with, and says that the directory is ours.
+
+    Args:
+        settings: what decides the results, as JSON can hold it.
+        redo: make every result anew, once.
+
     Raises:
         ValueError: the directory holds something else, or results of other settings.
     """
 
     def __init__(self, directory: str | Path, settings: dict[str, Any], redo: bool = False):
-        self.directory, self.redo = Path(directory), redo
+        self.directory, self.redo, self.settings = Path(directory), redo, settings
+        self.made: dict[str, dict[str, Any]] = {}
+        self.renewed: set[str] = set()
         marker = self.directory / MARKER
         if self.directory.exists() and any(self.directory.iterdir()):
             if not marker.exists():
                 raise ValueError(
                     f"{directory} exists and is not the output of a moefy recipe: choose another output_dir"
                 )
-            before = json.loads(marker.read_text())
-            changed = sorted(key for key in before | settings if before.get(key) != settings.get(key))
+            self.made = json.loads(marker.read_text())
+            changed = sorted(
+                {key for old in self.made.values() for key in old | settings if old.get(key) != settings.get(key)}
+            )
             if changed and not redo:
                 raise ValueError(
                     f"{directory} holds results of other settings ({', '.join(changed)} changed): "
                     "choose another output_dir, or pass --redo true to replace them"
                 )
-        self.settings = settings
 
     def begin(self) -> None:
-        """Make the directory and note the settings: one process' work, once nothing can be found wrong any more."""
+        """Make the directory and its marker: one process' work, once nothing can be found wrong any more."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_json(self.directory / MARKER, self.settings)
+        write_json(self.directory / MARKER, self.made)
 
     def finished(self, name: str) -> bool:
         """Whether a stage can be skipped; says so."""
-        done = (self.directory / name).exists() and not self.redo
+        done = name in self.made and (self.directory / name).exists() and (not self.redo or name in self.renewed)
         if done:
             print(f"{name}: done before, skipped (pass --redo true to run it again)", flush=True)
         return done
@@ -237,8 +246,13 @@ class Stages:
         temporary = self.directory / f".{name}.unfinished"
         _remove(temporary)
         make(temporary)
+        self.made.pop(name, None)
+        self.begin()  # a result without its settings in the marker does not count
         _remove(path)
         temporary.rename(path)
+        self.made[name] = self.settings
+        self.renewed.add(name)
+        self.begin()
         return path
 
 

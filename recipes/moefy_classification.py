@@ -9,7 +9,8 @@ sweep.json and sweep.png (quality at several budgets). Any setting of the YAML f
         --test_split validation --share 0.3
 """
 
-from dataclasses import asdict
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,14 @@ from transformers import (
 )
 
 from moefy_hf import MoeficationConfig, SparsityPenaltyCallback, Sweep, evaluate, moefy_, relufy_
+from moefy_hf.controls import check_control
 from moefy_hf.conversion import check_convertible
+
+# arguments that change no result
+REPORTING = (
+    *("redo", "output_dir", "run_name", "project", "logging_", "log_", "report_to", "disable_tqdm", "push_to_hub"),
+    *("hub_", "local_rank", "dataloader_num_workers", "dataloader_p", "save_total_limit", "skip_memory_metrics"),
+)
 
 
 def main() -> None:
@@ -46,6 +54,7 @@ def main() -> None:
     )
     training_args.remove_unused_columns = False
     config = moefication_config(moe_args, training_args.seed)  # bad settings end the run here
+    check_sweep(moe_args)
     settings = run_settings(model_args, data_args, moe_args, training_args)
     stages = Stages(training_args.output_dir, settings, moe_args.redo)
     tokenizer = load_tokenizer(model_args)
@@ -75,23 +84,19 @@ def moefication_config(moe_args: MoeficationArguments, seed: int) -> Moefication
     )
 
 
+def check_sweep(moe_args: MoeficationArguments) -> None:
+    for control in moe_args.controls:
+        check_control(control)
+    for share in moe_args.shares:
+        moefication_config(replace(moe_args, share=share), seed=0)
+
+
 def run_settings(*arguments) -> dict:
     """What decides the results of a run, to notice when another run asks for something else in the same place."""
     settings: dict = {}
     for each in arguments:
-        settings |= asdict(each) if not isinstance(each, TrainingArguments) else {}
-    training = arguments[-1]
-    names = (
-        "seed",
-        "learning_rate",
-        "num_train_epochs",
-        "max_steps",
-        "per_device_train_batch_size",
-        "bf16",
-        "warmup_steps",
-    )
-    settings |= {name: getattr(training, name) for name in names}
-    return {name: value for name, value in settings.items() if name != "redo"}
+        settings |= json.loads(each.to_json_string()) if isinstance(each, TrainingArguments) else asdict(each)
+    return {name: value for name, value in settings.items() if not name.startswith(REPORTING)}
 
 
 def train_dense(

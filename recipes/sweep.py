@@ -30,7 +30,7 @@ from common import (
     write_json,
 )
 from datasets import concatenate_datasets
-from moefy_classification import moefication_config, run_settings, train_dense
+from moefy_classification import check_sweep, moefication_config, run_settings, train_dense
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from moefy_hf import evaluate, moefy_, profile
@@ -66,6 +66,10 @@ def main() -> None:
         (ModelArguments, DataArguments, MoeficationArguments, TrainingArguments, SweepArguments), __doc__
     )
     training_args.remove_unused_columns = False
+    check_sweep(moe_args)
+    for splitter in grid.splitters:
+        for router in grid.routers:
+            moefication_config(replace(moe_args, splitter=splitter, router=router), training_args.seed)
     tokenizer = load_tokenizer(model_args)
     splits, names = load_texts(data_args, tokenizer)
     rows = concatenate_datasets([splits["validation"], splits["test"]])

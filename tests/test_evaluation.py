@@ -187,6 +187,28 @@ def test_question_answering_predicts_two_positions():
     assert sweep.rows[0]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["bart", "mbart", "pegasus", "marian", "whisper"])
+def test_decoders_of_encoder_decoders_take_labels_that_are_shifted_already(name):
+    """As the model's own loss does."""
+    model = tiny_model(name, "AutoModelForCausalLM", is_encoder_decoder=False)
+    ids = torch.randint(3, 99, (3, 6), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids.roll(-1, dims=1).masked_fill(torch.arange(6) == 5, -100)}
+    with torch.no_grad():
+        logits, labels = predictions(model, batch)
+        assert is_causal(model) and len(labels) == 15
+        assert float(F.cross_entropy(logits, labels)) == pytest.approx(float(model(**batch).loss), rel=1e-5)
+
+
+@pytest.mark.parametrize(("num_labels", "labels"), [(1, torch.randn(4)), (1, None), (3, torch.ones(4, 3))])
+def test_predictions_that_are_no_class_are_refused(num_labels, labels):
+    model, _ = routed("bert", num_labels=num_labels)
+    batches = [{**batch, "labels": labels} for batch in text_batches(1)]
+    with pytest.raises(ValueError, match="one of several classes"):
+        evaluate(model, batches, [2], controls=[], local_tokens=0, progress=False)
+    with pytest.raises(ValueError, match="one of several classes"):
+        allocate_budgets(model, batches, progress=False)
+
+
 # ---- local figures
 
 

@@ -5,11 +5,6 @@ from transformers import CLIPForImageClassification, CLIPModel
 from .moefied import MoefiedMixin
 
 
-class MoefiedCLIPForZeroShotImageClassification(MoefiedMixin, CLIPModel):
-    # CLIPModel once more: a class answers to one AutoModel class
-    _auto_class = "AutoModelForZeroShotImageClassification"
-
-
 class MoefiedCLIPModel(MoefiedMixin, CLIPModel):
     _auto_class = "AutoModel"
 

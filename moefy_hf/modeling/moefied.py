@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto import modeling_auto
 
 from .ffn_sites import FfnSite, find_sites
 from .routed_activation import RoutedActivation, is_routed
@@ -122,11 +123,20 @@ class MoefiedMixin:
 
     @classmethod
     def auto_map(cls) -> dict[str, str]:
-        """Every MoEfied head of this architecture: a head missing here would load as the dense model."""
+        """Every MoEfied head of this architecture, under all AutoModel names it has: one that is missing here would
+        load as the dense model."""
         module = sys.modules[cls.__module__]
         classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, MoefiedMixin)]
         stem = cls.__module__.rpartition(".")[2]
-        return {c._auto_class: f"{stem}.{c.__name__}" for c in classes if "_auto_class" in vars(c)}
+        heads = {c.stock_class().__name__: f"{stem}.{c.__name__}" for c in classes if "_auto_class" in vars(c)}
+        found = {}
+        for name, auto in vars(modeling_auto).items():
+            if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None:
+                stock = auto._model_mapping._model_mapping.get(cls.config_class.model_type)
+                for each in stock if isinstance(stock, tuple) else (stock,):
+                    if each in heads:
+                        found[name] = heads[each]
+        return found
 
     def initialize_weights(self):
         for module in self.modules():  # a nested stock model would apply its own standard deviation

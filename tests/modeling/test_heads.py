@@ -85,13 +85,6 @@ COMMON_HEADS = [
     "AutoModelForTokenClassification",
     "AutoModelForZeroShotImageClassification",
 ]
-# a second name for a class that has one already: BertModel is what AutoModel builds, too
-SECOND_NAMES = {
-    "AutoModelForMaskedLM": {"bart", "mbart"},
-    "AutoModelForTextEncoding": {
-        *("bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2", "distilbert"),
-    },
-}
 
 
 @pytest.mark.parametrize("model_type", SPECS)
@@ -103,15 +96,18 @@ def test_heads_are_what_transformers_would_load(model_type):
     for head, cls in found.items():
         assert getattr(modeling_auto, head)._model_mapping[config] is cls.stock_class()
         assert cls.stock_class().config_class is config
-    for head in COMMON_HEADS:
-        if config in getattr(modeling_auto, head)._model_mapping:
-            assert head in found or model_type in SECOND_NAMES[head], head
+    auto_map = next(iter(found.values())).auto_map()
+    assert auto_map.keys() >= found.keys()
+    for head in COMMON_HEADS:  # a class may have two names: BertModel is what AutoModelForTextEncoding builds, too
+        mapping = getattr(modeling_auto, head)._model_mapping
+        if config in mapping:
+            cls = getattr(modeling_file(model_type), auto_map[head].rpartition(".")[2])
+            assert cls.stock_class() is mapping[config], head
 
 
 def test_in_place(converted):
     assert converted.same_object and type(converted.model) is moefied_class(type(converted.model).stock_class())
-    if converted.head != "AutoModelForZeroShotImageClassification":  # whose stock class is the AutoModel's
-        assert type(converted.model) is heads(tiny(converted.name).model_type)[converted.head]
+    assert type(converted.model) is heads(tiny(converted.name).model_type)[converted.head]
     assert converted.report.experts == [site.sizes[1] // EXPERT_SIZE for site in find_sites(converted.model)]
     assert not converted.model.training
 
@@ -153,9 +149,12 @@ def test_fewer_experts_equal_masking_by_hand(converted):
 def test_saved_and_loaded(converted):
     loaded, info = type(converted.model).from_pretrained(converted.folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
-    assert distance(run(loaded, converted.inputs), converted.sparse) == 0
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, converted.model.state_dict()[key]), key
+    # the last bit of a matrix product may hang on where in memory its operands lie
+    assert distance(run(loaded, converted.inputs), converted.sparse) < 1e-6
     loaded.set_selection(k=1.0)
-    assert distance(run(loaded, converted.inputs), converted.full) == 0
+    assert distance(run(loaded, converted.inputs), converted.full) < 1e-6
     assert list(loaded.state_dict()) == list(converted.model.state_dict())
 
 
@@ -171,11 +170,27 @@ def test_the_stock_class_loads_the_dense_model(converted):
 def test_the_folder_names_and_carries_its_code(converted):
     saved = json.loads((converted.folder / "config.json").read_text())
     stem, found = modeling_file(saved["model_type"]).__name__.rpartition(".")[2], heads(saved["model_type"])
-    assert saved["auto_map"] == {head: f"{stem}.{cls.__name__}" for head, cls in found.items()}
+    assert saved["auto_map"].items() >= {head: f"{stem}.{cls.__name__}" for head, cls in found.items()}.items()
+    assert saved["auto_map"] == type(converted.model).auto_map()
     shared = {"ffn_sites", "moefied", "routed_activation", "routers", "selection", stem}
     assert {path.stem for path in converted.folder.glob("*.py")} >= shared
     for path in converted.folder.glob("*.py"):
         assert path.read_text() == (MODELING / path.name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "second"),
+    [("bert", "AutoModel", "AutoModelForTextEncoding"), ("bart", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")],
+)
+def test_a_second_name_loads_the_moefied_class_too(name, head, second, tmp_path):
+    model, inputs = tiny_model(name, head), tiny_inputs(name, head)
+    convert(model, k=2)
+    for folder in ("first", "again"):
+        model.save_pretrained(tmp_path / folder)
+        loaded = getattr(transformers, second).from_pretrained(tmp_path / folder, trust_remote_code=True).eval()
+        assert type(loaded).__name__ == type(model).__name__
+        assert distance(run(loaded, inputs), run(model, inputs)) < 1e-6
+        model = loaded
 
 
 def test_the_class_of_a_head_is_found_or_its_absence_said():

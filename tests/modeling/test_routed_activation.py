@@ -332,8 +332,9 @@ def test_gradient_checkpointing_changes_nothing(name, reentrant):
         losses.append(loss.item())
         gradients.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and gradients[0].keys() == gradients[1].keys()
+    rounding = 1e-6 * max(gradient.abs().max().item() for gradient in gradients[0].values())
     for key in gradients[0]:
-        torch.testing.assert_close(gradients[0][key], gradients[1][key], rtol=1e-5, atol=1e-7, msg=key)
+        torch.testing.assert_close(gradients[0][key], gradients[1][key], rtol=1e-5, atol=rounding, msg=key)
     assert all(site.act.observed.x is None for site in model.moe_sites())
 
 
