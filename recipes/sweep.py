@@ -4,9 +4,7 @@
 
 For every seed the dense model is fine-tuned as moefy_classification.py does (or found finished), profiled once, and
 converted with every split; every router is fitted on every split. Finished cells are not computed again. FACTS gets
-every figure, averaged over seeds; the tables are printed, and printed again by
-
-    python recipes/sweep.py --table facts.json
+every figure, averaged over seeds; sweep_tables.py prints them.
 """
 
 import copy
@@ -15,9 +13,9 @@ import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
 
 import torch
+import transformers
 from common import (
     Batches,
     DataArguments,
@@ -31,12 +29,11 @@ from common import (
 )
 from datasets import concatenate_datasets
 from moefy_classification import check_sweep, moefication_config, run_settings, train_dense
+from sweep_tables import ALLOCATIONS, average, tables
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from moefy_hf import evaluate, moefy_, profile
 from moefy_hf.profiling import ModelProfile
-
-AVERAGED = ("accuracy", "relative_quality", "agreement", "output_error", "captured_mass", "ffn_flops", "experts")
 
 
 @dataclass
@@ -59,9 +56,6 @@ class SweepArguments:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--table"]:
-        print(tables(json.loads(Path(sys.argv[2]).read_text())))
-        return
     model_args, data_args, moe_args, training_args, grid = parse(
         (ModelArguments, DataArguments, MoeficationArguments, TrainingArguments, SweepArguments), __doc__
     )
@@ -97,7 +91,15 @@ def main() -> None:
     command = "python recipes/sweep.py " + " ".join(sys.argv[1:])
     write_json(
         Path(grid.facts),
-        {"command": command, "dataset": data_args.dataset_name, "eval_rows": len(rows), "rows": average(cells)},
+        {
+            "command": command,
+            "model": model_args.model_name_or_path,
+            "dataset": data_args.dataset_name,
+            "eval_rows": len(rows),
+            "autocast": "bfloat16" if training_args.bf16 else "none",
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "rows": average(cells),
+        },
     )
     print(tables(json.loads(Path(grid.facts).read_text())))
 
@@ -133,7 +135,7 @@ def measure(
     model = AutoModelForSequenceClassification.from_pretrained(dense)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=training_args.bf16):
         report = moefy_(model, moefication_config(cell, training_args.seed), calibration.get())
-        found = evaluate(model, held_out, cell.shares, controls=cell.controls, allocations=["uniform", "sensitivity"])
+        found = evaluate(model, held_out, cell.shares, controls=cell.controls, allocations=ALLOCATIONS)
     found.facts["conversion"] = report.to_dict()
     found.save(path)
 
@@ -142,45 +144,6 @@ def rows_of(path: Path, router: str, position: int) -> list[dict]:
     """A cell's rows under the router's name; the dense row once per split."""
     rows = json.loads(path.read_text())["rows"]
     return [{**row, "router": router if row["router"] == "own" else row["router"]} for row in rows[bool(position) :]]
-
-
-def average(cells: list[dict]) -> list[dict]:
-    """Mean over seeds of every (split, router, allocation, share); the spread of the quality is kept."""
-    groups: dict[tuple, list[dict]] = {}
-    for cell in cells:
-        key = (cell["splitter"], cell["router"], cell.get("allocation", ""), cell.get("k", 1.0))
-        groups.setdefault(key, []).append(cell)
-    rows = []
-    for (splitter, router, allocation, share), found in groups.items():
-        row = {"splitter": splitter, "router": router, "allocation": allocation, "share": share}
-        row["seeds"] = [cell["seed"] for cell in found]
-        row |= {name: mean(cell[name] for cell in found) for name in AVERAGED if name in found[0]}
-        row["accuracy_sd"] = stdev([cell["accuracy"] for cell in found]) if len(found) > 1 else None
-        rows.append(row)
-    return rows
-
-
-def tables(facts: dict) -> str:
-    """Markdown: for each allocation, quality relative to dense and FFN output error by split, router and share."""
-    rows = facts["rows"]
-    dense = next(row for row in rows if row["router"] == "dense")
-    shares = sorted({row["share"] for row in rows if row["router"] != "dense"})
-    text = [f"{facts['dataset']}: dense accuracy {dense['accuracy']:.2%}, seeds {dense['seeds']}"]
-    for allocation in ("uniform", "sensitivity"):
-        text += ["", f"Budgets: {allocation}. Cells: accuracy relative to dense / relative squared output error", ""]
-        text.append("| split | router | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
-        text.append("|---" * (2 + len(shares)) + "|")
-        found: dict[tuple[str, str], dict[float, dict]] = {}
-        for row in rows:
-            if row["allocation"] == allocation:
-                found.setdefault((row["splitter"], row["router"]), {})[row["share"]] = row
-        for (splitter, router), line in found.items():
-            cells = [
-                f"{line[share]['relative_quality']:.1%} / {line[share]['output_error']:.3f}" if share in line else ""
-                for share in shares
-            ]
-            text.append(f"| {splitter} | {router} | " + " | ".join(cells) + " |")
-    return "\n".join(text)
 
 
 if __name__ == "__main__":

@@ -1,106 +1,16 @@
 """The recipe end to end, in this process: a tiny BERT learns from small csv files, is MoEfied and swept."""
 
 import json
-import random
 import shutil
-import sys
 from pathlib import Path
 
-import datasets
+import common
 import pytest
 import torch
-import transformers
-import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-import common  # noqa: E402
-import moefy_classification  # noqa: E402
-
-from moefy_hf import Sweep, find_sites  # noqa: E402
-from moefy_hf.modeling.moefied import is_moefied  # noqa: E402
-
-NEUTRAL = [f"word{number}" for number in range(20)]
-MOOD = {"good": ["superb", "fine"], "bad": ["awful", "dull"]}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> dict[str, str]:
-    """A tiny checkpoint with its tokenizer, and a folder of csv files in which one word decides the label."""
-    folder, choose = tmp_path_factory.mktemp("inputs"), random.Random(0)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *NEUTRAL, *MOOD["good"], *MOOD["bad"]]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=0,
-        initializer_range=0.1,
-    )
-    transformers.BertModel(config).save_pretrained(folder / "model")
-    (folder / "texts").mkdir()
-    for split, rows in (("train", 256), ("validation", 24), ("test", 24)):
-        lines = ["text,label"]
-        for _ in range(rows):
-            label = choose.choice(["good", "bad"])
-            text = choose.choices(NEUTRAL, k=choose.randint(1, 9)) + [choose.choice(MOOD[label])]
-            choose.shuffle(text)
-            lines.append(f"{' '.join(text)},{label}")
-        (folder / "texts" / f"{split}.csv").write_text("\n".join(lines) + "\n")
-    return {"model": str(folder / "model"), "texts": str(folder / "texts")}
-
-
-@pytest.fixture(scope="module")
-def recipe(inputs, tmp_path_factory):
-    """Run `main` with these settings in place of the defaults below."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-    def run(output_dir: Path, *flags: str, **settings) -> None:
-        defaults = {
-            "model_name_or_path": inputs["model"],
-            "dataset_name": inputs["texts"],
-            "max_seq_length": 10,
-            "activation": "relu",
-            "sparsity_penalty": "square_hoyer",
-            "sparsity_weight": 0.1,
-            "num_train_epochs": 3,
-            "learning_rate": 0.003,
-            "per_device_train_batch_size": 16,
-            "train_sampling_strategy": "group_by_length",
-            "save_strategy": "no",
-            "logging_steps": 5,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "expert_size": 8,
-            "splitter": "coactivation",
-            "router": "linear",
-            "share": 0.5,
-            "calibration_tokens": 900,
-        }
-        config = tmp_path_factory.mktemp("config") / "config.yaml"
-        given = {**defaults, "output_dir": str(output_dir), **settings}
-        config.write_text(yaml.safe_dump(given))
-        shares = [] if "shares" in settings else ["--shares", "0.25", "0.5"]
-        patch.setattr(sys, "argv", ["moefy_classification.py", "--config", str(config), *shares, *flags])
-        moefy_classification.main()
-
-    yield run
-    patch.undo()
+from moefy_hf import Sweep, find_sites
+from moefy_hf.modeling.moefied import is_moefied
 
 
 @pytest.fixture(scope="module")

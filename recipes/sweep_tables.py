@@ -1,0 +1,89 @@
+"""Figures of sweep.py: averages over seeds, and Markdown tables of them.
+
+python recipes/sweep_tables.py facts.json
+python recipes/sweep_tables.py facts.json relative_quality output_error
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean, stdev
+
+# figure -> its title in a table, and how it is written
+FIGURES = {
+    "relative_quality": ("Accuracy relative to dense", "{:.1%}"),
+    "accuracy": ("Accuracy", "{:.1%}"),
+    "agreement": ("Agreement with the dense predictions", "{:.1%}"),
+    "output_error": ("Squared error of the FFN's output relative to it, mean of layers", "{:.3f}"),
+    "captured_mass": ("Captured activation mass, mean of layers", "{:.1%}"),
+}
+AVERAGED = (*FIGURES, "loss", "kl", "chunk_share", "ffn_flops", "model_flops", "experts")
+ALLOCATIONS = ("uniform", "sensitivity")
+CONTROL_NAMES = {"oracle": "*oracle*", "random": "*random*"}
+
+
+def average(cells: list[dict]) -> list[dict]:
+    """Mean over seeds of every (split, router, allocation, share), and the standard deviation of each figure."""
+    groups: dict[tuple, list[dict]] = {}
+    for cell in cells:
+        key = (cell["splitter"], cell["router"], cell.get("allocation", ""), cell.get("k", 1.0))
+        groups.setdefault(key, []).append(cell)
+    rows = []
+    for (splitter, router, allocation, share), found in groups.items():
+        row = {"splitter": splitter, "router": router, "allocation": allocation, "share": share}
+        row["seeds"] = [cell["seed"] for cell in found]
+        for name in AVERAGED:
+            values = [cell[name] for cell in found if name in cell]
+            if values:
+                row[name] = mean(values)
+            if len(values) > 1:
+                row[f"{name}_sd"] = stdev(values)
+        rows.append(row)
+    return rows
+
+
+def tables(facts: dict, figures: Iterable[str] = tuple(FIGURES)) -> str:
+    """Markdown: for each figure, a line per split and router, a column per share, cells with both budgets."""
+    rows = facts["rows"]
+    dense = next(row for row in rows if row["router"] == "dense")
+    shares = sorted({row["share"] for row in rows if row["router"] != "dense"})
+    found = {(row["splitter"], row["router"], row["share"], row["allocation"]): row for row in rows}
+    lines = list(dict.fromkeys(key[:2] for key in found if key[1] != "dense"))
+
+    def cell(figure: str, *key) -> str:
+        row = found.get(key, {})
+        if figure not in row:
+            return ""
+        spread = f" ± {FIGURES[figure][1].format(row[figure + '_sd'])}" if figure + "_sd" in row else ""
+        return FIGURES[figure][1].format(row[figure]) + spread
+
+    text = [
+        f"{facts['dataset']}, {facts['eval_rows']:,} rows: dense accuracy {cell('accuracy', *dense_key(dense))}, "
+        f"seeds {', '.join(map(str, dense['seeds']))} (mean ± standard deviation)."
+    ]
+    for figure in figures:
+        text += ["", f"{FIGURES[figure][0]}, uniform budgets / budgets by sensitivity:", ""]
+        text.append("| split | router | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
+        text.append("|---" * (2 + len(shares)) + "|")
+        for splitter, router in lines:
+            pairs = [
+                " / ".join(filter(None, (cell(figure, splitter, router, share, each) for each in ALLOCATIONS)))
+                for share in shares
+            ]
+            text.append(f"| {splitter} | {CONTROL_NAMES.get(router, router)} | " + " | ".join(pairs) + " |")
+    return "\n".join(text)
+
+
+def dense_key(row: dict) -> tuple:
+    return row["splitter"], row["router"], row["share"], row["allocation"]
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or "--help" in sys.argv or set(sys.argv[2:]) - set(FIGURES):
+        sys.exit(f"{__doc__}\nfigures: {', '.join(FIGURES)} (all by default)")
+    print(tables(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2:] or FIGURES))
+
+
+if __name__ == "__main__":
+    main()
