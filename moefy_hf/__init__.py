@@ -6,6 +6,7 @@ Zhang et al., "MoEfication: Transformer Feed-forward Layers are Mixtures of Expe
 from .budgets import allocate_budgets
 from .configuration import MoeficationConfig
 from .conversion import ConversionReport, moefied_class, moefy_
+from .distillation import DistillationCallback
 from .evaluation import Sweep, evaluate
 from .modeling.ffn_sites import find_sites, permute_neurons_
 from .profiling import profile
@@ -14,6 +15,7 @@ from .sparsity import SparsityPenaltyCallback, relufy_
 
 __all__ = [
     "ConversionReport",
+    "DistillationCallback",
     "MoeficationConfig",
     "SparsityPenaltyCallback",
     "Sweep",

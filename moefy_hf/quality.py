@@ -50,6 +50,11 @@ def predictions(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch
     device = next(model.parameters()).device
     batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
     output = model(**batch)
+    return counted(model, output, batch)
+
+
+def counted(model: PreTrainedModel, output: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A model's output on a batch: logits (N, C) at the positions that count, and their labels (N,) or None."""
     if hasattr(output, "start_logits"):  # question answering: two choices among the tokens
         labels = None
         if batch.get("start_positions") is not None:

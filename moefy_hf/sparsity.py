@@ -1,12 +1,13 @@
 """Make FFN activations sparse before or while a model is MoEfied: swap the activation for ReLU, penalise activity."""
 
 import copy
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from .extra_loss import ExtraLossCallback
 from .modeling.ffn_sites import FfnSite, find_sites
 from .modeling.routed_activation import is_routed
 from .profiling import real_tokens
@@ -75,76 +76,50 @@ def l1(a: torch.Tensor) -> torch.Tensor:
     return a.float().abs().mean(-1)
 
 
-PENALTIES = {"square_hoyer": square_hoyer, "l1": l1}
+def density(a: torch.Tensor, sharpness: float = 10.0) -> torch.Tensor:
+    """(T, f) -> (T,): mean tanh(sharpness |a|), a smooth share of the neurons that fire (the density loss of DEFT; the
+    sharpness is ours)."""
+    return torch.tanh(sharpness * a.float().abs()).mean(-1)
 
 
-class SparsityPenaltyCallback(TrainerCallback):
-    """Adds `weight` times the mean activity of all FFNs to the training loss, and logs that activity.
+PENALTIES = {"square_hoyer": square_hoyer, "l1": l1, "density": density}
 
-    The penalty is added to the loss the model itself returns, so loss scaling and DDP treat it as part of that loss;
-    over accumulated batches and processes it is a mean. Padding does not count. Usable with any Trainer whose model
-    computes its own loss.
+
+class SparsityPenaltyCallback(ExtraLossCallback):
+    """Adds `weight` times the mean activity of all FFNs to the training loss, and logs that activity. Padding does not
+    count.
 
     Args:
-        penalty: "square_hoyer" or "l1".
+        penalty: "square_hoyer", "l1" or "density".
         weight: its factor; a mean over tokens and layers is multiplied, so one weight suits every width and depth.
 
     Raises:
         ValueError: unknown penalty or negative weight; in training, when the model returns no loss.
     """
 
+    name = "sparsity_penalty"
+
     def __init__(self, penalty: str = "square_hoyer", weight: float = 0.1):
         if penalty not in PENALTIES:
             raise ValueError(f"unknown penalty {penalty!r}; choose from {', '.join(PENALTIES)}")
-        if not weight >= 0:
-            raise ValueError(f"the penalty's weight must not be negative, got {weight}")
-        self.penalty, self.weight = PENALTIES[penalty], weight
-        self.handles: list = []
+        super().__init__(weight)
+        self.penalty = PENALTIES[penalty]
         self.values: list[torch.Tensor] = []
-        self.batch: dict = {}
-        self.logged, self.steps = torch.zeros(()), 0
-        self.summed, self.share = 1, 1.0
 
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        self.on_train_end(args, state, control)
-        self.summed = args.gradient_accumulation_steps * (args.world_size if args.average_tokens_across_devices else 1)
-        self.handles = [
-            site.down.register_forward_pre_hook(lambda _, args, site=site: self._collect(model, site, args[0]))
+    def watch(self, model: PreTrainedModel) -> list:
+        return [
+            site.down.register_forward_pre_hook(lambda _, args, site=site: self.collect(model, site, args[0]))
             for site in find_sites(model)
         ]
-        self.handles.append(model.register_forward_pre_hook(self._start, with_kwargs=True))
-        self.handles.append(model.register_forward_hook(self._add))
 
-    def on_train_end(self, args, state, control, **kwargs):
-        for handle in self.handles:
-            handle.remove()
-        self.handles, self.batch = [], {}
+    def begin(self) -> None:
+        self.values = []
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs is not None and self.steps and "loss" in logs:
-            logs["sparsity_penalty"] = float(self.logged) / self.steps
-            state.log_history[-1]["sparsity_penalty"] = logs["sparsity_penalty"]  # written before callbacks are asked
-            self.logged, self.steps = torch.zeros(()), 0
-
-    def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.values, self.batch = [], kwargs
-        # given the number of items of all accumulated batches, a loss is a part of their mean: the Trainer adds such
-        # losses up, where it would average others
-        self.share = 1.0 if kwargs.get("num_items_in_batch") is None else 1 / self.summed
-
-    def _collect(self, model: PreTrainedModel, site: FfnSite, neurons: torch.Tensor) -> None:
+    def collect(self, model: PreTrainedModel, site: FfnSite, neurons: torch.Tensor) -> None:
         if site.owner.training:
             each = self.penalty(neurons).flatten()  # (T,)
             real = real_tokens(model, site, self.batch, len(each))
             self.values.append(each.mean() if real is None else (each * real).sum() / real.sum().clamp_min(1))
 
-    def _add(self, model: nn.Module, args: tuple, output):
-        if not (model.training and self.values):
-            return
-        if getattr(output, "loss", None) is None:
-            raise ValueError(
-                "the sparsity penalty needs a model that returns its loss; label smoothing hides the labels from it"
-            )
-        value = torch.stack(self.values).mean()
-        self.logged, self.steps = self.logged + value.detach().cpu(), self.steps + 1
-        output["loss"] = output.loss + self.share * self.weight * value
+    def value(self, model: PreTrainedModel, output: Any) -> torch.Tensor | None:
+        return torch.stack(self.values).mean() if self.values else None

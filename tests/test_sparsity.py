@@ -1,6 +1,7 @@
 """ReLU-fication in modules and config; penalties against formulas; the callback really adds its penalty to losses."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -91,7 +92,13 @@ def by_hand(name: str, neurons: torch.Tensor) -> float:
     values = []
     for row in neurons.double().tolist():
         total, squares = sum(abs(a) for a in row), sum(a * a for a in row)
-        values.append(total / len(row) if name == "l1" else total * total / (len(row) * squares))
+        values.append(
+            {
+                "l1": total / len(row),
+                "square_hoyer": total * total / (len(row) * squares),
+                "density": sum(math.tanh(10 * abs(a)) for a in row) / len(row),
+            }[name]
+        )
     return sum(values) / len(values)
 
 
@@ -198,6 +205,8 @@ def penalty_by_hand(model, batch, name: str) -> tuple[torch.Tensor, torch.Tensor
         a = neurons.flatten(0, -2)
         if name == "l1":
             values.append(a.abs().mean())
+        elif name == "density":
+            values.append((10 * a.abs()).tanh().mean())
         else:
             values.append(((a.abs().sum(1) ** 2) / (a.square().sum(1) * a.shape[1])).mean())
     return loss, sum(values) / len(values)
