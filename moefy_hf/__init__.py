@@ -4,6 +4,7 @@ Zhang et al., "MoEfication: Transformer Feed-forward Layers are Mixtures of Expe
 """
 
 from .budgets import allocate_budgets
+from .callback import MoEficationCallback
 from .configuration import MoeficationConfig
 from .conversion import ConversionReport, moefied_class, moefy_
 from .distillation import DistillationCallback
@@ -11,12 +12,15 @@ from .evaluation import Sweep, evaluate
 from .modeling.ffn_sites import find_sites, permute_neurons_
 from .profiling import profile
 from .router_fitting import fit_routers
+from .schedule import Phase
 from .sparsity import SparsityPenaltyCallback, relufy_
 
 __all__ = [
     "ConversionReport",
     "DistillationCallback",
+    "MoEficationCallback",
     "MoeficationConfig",
+    "Phase",
     "SparsityPenaltyCallback",
     "Sweep",
     "allocate_budgets",

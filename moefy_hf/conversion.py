@@ -92,7 +92,7 @@ def moefy_(
     config = config or MoeficationConfig()
     sites, sizes = check_convertible(model, config, calibration)
     section = config.section()
-    section["selection"].setdefault("allocation", _default_allocation(model, config, calibration))
+    section["selection"].setdefault("allocation", default_allocation(model, config, calibration))
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         found = calibration if isinstance(calibration, ModelProfile) else None
@@ -102,14 +102,14 @@ def moefy_(
                 found = profile(model, calibration, max_tokens=tokens, layers=layers, progress=progress)
             stack.enter_context(found)
         if found is not None:
-            _check_profile(config, sites, sizes, found)
+            check_profile(config, sites, sizes, found)
         if section["selection"]["allocation"] == "sensitivity":
-            _check_predictions(model, found.batches)
+            check_predictions(model, found.batches)
         with _timed(seconds, "split"):
-            orders = _orders(sites, sizes, found, config)
+            orders = neuron_orders(sites, [experts for experts, _ in sizes], found, config)
             for site, order in zip(sites, orders, strict=True):
                 permute_neurons_(site, order)
-        _install(model, section)
+        install_routers_(model, section)
         fits: list[RouterFit] = []
         if found is not None:
             with _timed(seconds, "routers"):
@@ -193,7 +193,7 @@ def _names(registry: Mapping[str, Any], unwanted: str) -> str:
     return ", ".join(repr(name) for name, entry in registry.items() if not getattr(entry, unwanted))
 
 
-def _check_profile(
+def check_profile(
     config: MoeficationConfig, sites: list[FfnSite], sizes: list[tuple[int, int]], found: ModelProfile
 ) -> None:
     if len(found.sites) != len(sites):
@@ -221,7 +221,7 @@ def _check_profile(
 
 
 @torch.no_grad()
-def _check_predictions(model: PreTrainedModel, batches: list[Mapping[str, Any]]) -> None:
+def check_predictions(model: PreTrainedModel, batches: list[Mapping[str, Any]]) -> None:
     """Sensitivity compares predictions: find out that there are none before anything is changed."""
     remedy = 'select with "allocation": "uniform" instead of "sensitivity"'
     try:
@@ -233,10 +233,11 @@ def _check_predictions(model: PreTrainedModel, batches: list[Mapping[str, Any]])
 
 
 def _headless(model: PreTrainedModel) -> bool:
-    return moefied_class(type(model))._auto_class in ("AutoModel", "AutoModelForTextEncoding")
+    cls = type(model) if is_moefied(model) else moefied_class(type(model))
+    return cls._auto_class in ("AutoModel", "AutoModelForTextEncoding")
 
 
-def _default_allocation(model: PreTrainedModel, config: MoeficationConfig, calibration: Any) -> str:
+def default_allocation(model: PreTrainedModel, config: MoeficationConfig, calibration: Any) -> str:
     if calibration is None or isinstance(config.selection["k"], list | tuple):
         return "uniform"
     if _headless(model):
@@ -245,26 +246,38 @@ def _default_allocation(model: PreTrainedModel, config: MoeficationConfig, calib
     return "sensitivity"
 
 
-def _orders(
-    sites: list[FfnSite], sizes: list[tuple[int, int]], found: ModelProfile | None, config: MoeficationConfig
+def neuron_orders(
+    sites: list[FfnSite],
+    num_experts: list[int],
+    found: ModelProfile | None,
+    config: MoeficationConfig,
+    warm: bool = False,
 ) -> list[torch.Tensor]:
-    """One order of neurons per FFN, expert by expert."""
+    """One order of neurons (f,) per FFN, expert by expert, as `config.splitter` groups them; nothing is changed.
+
+    warm: the neurons lie in experts already; a split that cannot be improved on from there is kept.
+    """
     orders = []
-    for position, (site, (experts, _)) in enumerate(zip(sites, sizes, strict=True)):
+    for position, (site, experts) in enumerate(zip(sites, num_experts, strict=True)):
         generator = torch.Generator().manual_seed(config.seed + position)
         stats = found.sites[position] if found else None
         with torch.autocast(site.down.weight.device.type, enabled=False):  # half-precision sums scramble a split
-            orders.append(SPLITTERS[config.splitter].order(site.weights(), stats, experts, generator))
+            orders.append(SPLITTERS[config.splitter].order(site.weights(), stats, experts, generator, warm))
     return orders
 
 
-def _install(model: PreTrainedModel, section: dict[str, Any]) -> None:
-    """Change the model's class and put routers into it that select everything, initialised from their experts."""
+def install_routers_(model: PreTrainedModel, section: dict[str, Any]) -> None:
+    """Change a dense model's class and put routers into it that select everything: its function stays what it was."""
     model.config.moefication = {**section, "selection": {"type": "top_k", "k": 1.0, "allocation": "uniform"}}
     model.__class__ = moefied_class(type(model))
     install_(model)
     model.config.auto_map = model.auto_map()
-    generator = torch.Generator().manual_seed(section["seed"])
+    init_routers_(model, section["seed"])
+
+
+def init_routers_(model: PreTrainedModel, seed: int) -> None:
+    """Start every router from the experts that its FFN has now."""
+    generator = torch.Generator().manual_seed(seed)
     for site in model.moe_sites():
         router = site.act.router
         with torch.no_grad():

@@ -17,11 +17,12 @@ class Splitter:
     """A way to group neurons.
 
     Attributes:
-        order: (weights, profile, num_experts, generator) -> (f,) the neurons, expert by expert.
+        order: (weights, profile, num_experts, generator, warm) -> (f,) the neurons, expert by expert. With `warm`, the
+            blocks in which the neurons lie now are one more start of the search, and kept where nothing is better.
         needs_profile: whether it looks at calibration data; `profile` may be None where it does not.
     """
 
-    order: Callable[[FfnWeights, SiteProfile | None, int, torch.Generator], torch.Tensor]
+    order: Callable[[FfnWeights, SiteProfile | None, int, torch.Generator, bool], torch.Tensor]
     needs_profile: bool
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from .equal_parts import grow_parts, labels_of, multilevel_parts, swap_rows, weight_inside
+from .equal_parts import blocks, grow_parts, labels_of, multilevel_parts, swap_rows, weight_inside
 
 
 def inertia(points: torch.Tensor, labels: torch.Tensor) -> float:
@@ -19,6 +19,7 @@ def balanced_kmeans(
     generator: torch.Generator,
     starts: int = 1,
     max_iterations: int = 10,
+    warm: bool = False,
 ) -> torch.Tensor:
     """points (n, d) -> labels (n,): `num_clusters` clusters of exactly n / num_clusters points, with little inertia.
 
@@ -33,6 +34,7 @@ def balanced_kmeans(
             the problem for couples of points before, which takes twice as long and pays where points are unevenly
             spread.
         max_iterations: most sweeps over all pairs of clusters in one search.
+        warm: search from the blocks of n / num_clusters points that follow each other, too.
 
     Raises:
         ValueError: n is not a multiple of num_clusters, a point is not finite, or an argument is out of range.
@@ -55,4 +57,7 @@ def balanced_kmeans(
             return multilevel_parts(gram, num_clusters, generator, max_iterations)
         return swap_rows(gram, grow_parts(gram, num_clusters, generator), generator, max_iterations)
 
-    return labels_of(max(map(search, range(starts)), key=lambda members: weight_inside(gram, members)))
+    found = list(map(search, range(starts)))
+    if warm:
+        found.append(swap_rows(gram, blocks(n, num_clusters, gram.device), generator, max_iterations))
+    return labels_of(max(found, key=lambda members: weight_inside(gram, members)))

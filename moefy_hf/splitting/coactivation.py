@@ -9,7 +9,11 @@ from .sizes import order_from_labels
 
 
 def coactivation(
-    weights: FfnWeights, profile: SiteProfile | None, num_experts: int, generator: torch.Generator
+    weights: FfnWeights,
+    profile: SiteProfile | None,
+    num_experts: int,
+    generator: torch.Generator,
+    warm: bool = False,
 ) -> torch.Tensor:
     """(f,): balanced partition of the graph of neurons whose edges weigh how strongly two fire together on calibration
     tokens (MoEfication, section 3.2)."""
@@ -17,4 +21,4 @@ def coactivation(
         raise ValueError('the splitter "coactivation" needs calibration data')
     chunks = (neurons for _, neurons in profile.activations(weights))
     graph = coactivation_matrix(chunks, weights.down.shape[1])
-    return order_from_labels(partition_graph(graph, num_experts, generator), num_experts)
+    return order_from_labels(partition_graph(graph, num_experts, generator, warm=warm), num_experts)

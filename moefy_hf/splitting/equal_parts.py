@@ -25,6 +25,11 @@ def labels_of(members: torch.Tensor) -> torch.Tensor:
     return labels
 
 
+def blocks(n: int, num_parts: int, device: torch.device) -> torch.Tensor:
+    """(k, m): rows that follow each other."""
+    return torch.arange(n, device=device).view(num_parts, -1)
+
+
 def part_sums(weights: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
     """weights (n, n), members (p, q) -> (p, n): the sum of each part's rows, without a copy of `weights`."""
     return F.embedding_bag(members, weights, mode="sum")

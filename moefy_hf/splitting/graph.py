@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from transformers.utils import logging
 
-from .equal_parts import labels_of, multilevel_parts, swap_rows
+from .equal_parts import blocks, labels_of, multilevel_parts, swap_rows, weight_inside
 
 logger = logging.get_logger("moefy_hf")
 
@@ -52,6 +52,7 @@ def partition_graph(
     method: str | None = None,
     edges_per_neuron: int = 128,
     max_sweeps: int = 10,
+    warm: bool = False,
 ) -> torch.Tensor:
     """weights (f, f) symmetric, non-negative -> labels (f,): `num_parts` parts of exactly equal size with much weight
     inside them (MoEfication, section 3.2).
@@ -65,6 +66,7 @@ def partition_graph(
             then repaired to equal sizes. Without pymetis, "metis" warns and becomes "multilevel".
         edges_per_neuron: METIS sees only this many of a neuron's strongest edges. Swaps always see all.
         max_sweeps: most sweeps of swaps over all pairs of parts.
+        warm: search from the blocks of f / num_parts neurons that follow each other, too, and keep the better.
 
     Raises:
         ValueError: f is not a multiple of num_parts, weights that are not symmetric, finite and non-negative, or an
@@ -78,7 +80,10 @@ def partition_graph(
         labels = metis_partition(weights, num_parts, generator, edges_per_neuron)
         members = repair_sizes(weights, labels, num_parts).argsort(stable=True).view(num_parts, -1)
         return labels_of(swap_rows(weights, members, generator, max_sweeps))
-    return labels_of(multilevel_parts(weights, num_parts, generator, max_sweeps))
+    found = [multilevel_parts(weights, num_parts, generator, max_sweeps)]
+    if warm:
+        found.append(swap_rows(weights, blocks(len(weights), num_parts, weights.device), generator, max_sweeps))
+    return labels_of(max(found, key=lambda members: weight_inside(weights, members)))
 
 
 def _check_graph(weights: torch.Tensor, num_parts: int) -> None:

@@ -7,7 +7,11 @@ from ..profiling import SiteProfile
 
 
 def random(
-    weights: FfnWeights, profile: SiteProfile | None, num_experts: int, generator: torch.Generator
+    weights: FfnWeights,
+    profile: SiteProfile | None,
+    num_experts: int,
+    generator: torch.Generator,
+    warm: bool = False,
 ) -> torch.Tensor:
     """(f,): a seeded random permutation of the neurons (MoEfication, section 3.2)."""
     return torch.randperm(weights.down.shape[1], generator=generator)

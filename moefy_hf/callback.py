@@ -1,0 +1,281 @@
+"""`MoEficationCallback`: profile, split, route and fine-tune inside any Trainer."""
+
+import copy
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_callback import ExportableState
+
+from .budgets import allocate_budgets
+from .configuration import MoeficationConfig
+from .conversion import (
+    check_convertible,
+    check_predictions,
+    check_profile,
+    default_allocation,
+    init_routers_,
+    install_routers_,
+    neuron_orders,
+)
+from .modeling.ffn_sites import permute_neurons_
+from .modeling.moefied import is_moefied
+from .modeling.routers import ROUTERS
+from .modeling.selection import resolve_selection
+from .monitor import RoutingMonitor
+from .profiling import profile
+from .router_fitting import fit_routers
+from .schedule import TARGET, Phase, Timetable, as_dicts, make_schedule
+from .splitting import SPLITTERS
+
+SHARDED = (
+    "{} keeps parameters in shards, and neurons cannot be permuted in those: convert the model first "
+    "(moefy_hf.moefy_), save it, and train the converted checkpoint sharded; the callback then only fine-tunes"
+)
+
+
+class MoEficationCallback(TrainerCallback, ExportableState):
+    """MoEfies a model while a Trainer trains it.
+
+    When the Trainer is made, routers that select everything are put into the model: its function stays what it was,
+    and from then on no parameter appears or goes, so that optimizer, DDP and checkpoints never notice. The schedule
+    says at which steps the neurons are split into experts (permuted in place, with what the optimizer remembers of
+    them), routers are fitted and budgets measured, and how many experts are computed. All of that follows from the
+    step and from what checkpoints hold: a run resumed at any step continues as it would have without interruption.
+    Routers are fitted by their own local loss when a phase splits, and are frozen in between. A model that is MoEfied
+    already is fine-tuned at the budget it has.
+
+    Args:
+        config: how to convert; its selection is the schedule's target.
+        calibration: model-ready batches, as of `moefy_`, that can be read whenever a phase splits; by default the
+            training set's examples in an order of their own, drawn with the config's seed.
+        schedule: "one_step", "anneal", "smoe_dropout", "switchable" (see `moefy_hf.schedule`), or a list of `Phase`.
+
+    Raises:
+        ValueError: an unknown schedule; when the Trainer is made, whatever `moefy_` finds wrong without looking at
+            data, and parameters that are kept in shards (FSDP, ZeRO-3) in a schedule that splits.
+    """
+
+    def __init__(
+        self,
+        config: MoeficationConfig | Mapping[str, Any] | None = None,
+        calibration: Iterable[Mapping[str, Any]] | None = None,
+        schedule: str | Sequence[Phase] = "anneal",
+    ):
+        self.config = MoeficationConfig(**config) if isinstance(config, Mapping) else config or MoeficationConfig()
+        self.calibration = calibration
+        self.phases = make_schedule(schedule)
+        self.follows = True  # False: the model came MoEfied, and stays at its budget
+        self.section: dict[str, Any] = {}
+        self.monitor = RoutingMonitor()
+
+    def state(self) -> dict:
+        """What a checkpoint keeps: enough to continue from the step it was written at."""
+        settings = {key: value for key, value in self.config.section().items() if key != "format_version"}
+        return {
+            "args": {"config": settings, "schedule": as_dicts(self.phases)},
+            "attributes": {"follows": self.follows, "section": self.section},
+        }
+
+    # ---- the Trainer's events
+
+    def on_init_end(self, args, state, control, model, **kwargs):
+        base, splits = unwrapped(model), any(phase.split for phase in self.phases)
+        if is_moefied(base):
+            self.section = base.config.moefication
+            self.follows = self.section.get("pending", False)
+            return
+        if splits and uses_fsdp(args):
+            raise ValueError(SHARDED.format("FSDP"))
+        if splits and is_deepspeed_zero3_enabled():
+            raise ValueError(SHARDED.format("DeepSpeed ZeRO-3"))
+        if base is not model:
+            raise ValueError("an adapter cannot follow neurons that are permuted: moefy_ the model before adding it")
+        check_convertible(model, self.config, True)
+        install_routers_(model, {**self.config.section(), "pending": True})  # until a phase splits
+        self.section = model.config.moefication
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        model, timetable = unwrapped(model), Timetable(self.phases, state.max_steps)
+        if state.global_step:
+            self.resume(model, state, timetable)
+        self.section = model.config.moefication
+        self.monitor.attach(model, active=not args.torch_compile)
+
+    def on_step_begin(self, args, state, control, model, optimizer=None, train_dataloader=None, **kwargs):
+        if self.follows:
+            self.follow(args, state, unwrapped(model), optimizer, train_dataloader)
+        self.monitor.watching = (state.global_step + 1) % max(int(state.logging_steps), 1) == 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.monitor.watching = False
+
+    def follow(self, args, state, model: PreTrainedModel, optimizer, train_dataloader) -> None:
+        """Do what the schedule has for the step that begins."""
+        timetable = Timetable(self.phases, state.max_steps)
+        phase = timetable.begins_at(state.global_step)
+        if phase is not None:
+            number = f"{timetable.at(state.global_step) + 1} of {len(self.phases)}"
+            say(args, state, f"phase {number} begins: {phase.name or 'no name'}")
+            if phase.split:
+                say(args, state, self.split(args, model, optimizer, train_dataloader))
+        self.select(model, timetable.share(state.global_step, self.target(model)))
+
+    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+        if logs is not None and "loss" in logs:
+            figures = self.monitor.figures()
+            if self.follows:
+                step = max(state.global_step - 1, 0)  # the last one that was taken
+                figures["moe_phase"] = Timetable(self.phases, state.max_steps).at(step) + 1
+            logs.update(figures)
+            state.log_history[-1].update(figures)  # written before callbacks are asked
+
+    def on_train_end(self, args, state, control, model, **kwargs):
+        model = unwrapped(model)
+        self.monitor.detach()
+        if not self.follows:
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint:  # its weights expect its own budget
+            config = json.loads((Path(state.best_model_checkpoint) / "config.json").read_text())
+            adopt(model, config["moefication"])
+        elif state.global_step >= state.max_steps:
+            self.select(model, self.phases[-1].k)
+        say(args, state, f"training ends with {describe(model)}")
+
+    # ---- what they come to
+
+    def resume(self, model: PreTrainedModel, state, timetable: Timetable) -> None:
+        """Take up what the checkpoint says of routing; the Trainer has loaded weights and optimizer."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved is not None:
+            self.follows = saved["attributes"]["follows"]
+            adopt(model, saved["attributes"]["section"])
+        elif self.follows and timetable.splits_before(state.global_step):
+            raise ValueError(
+                f"the checkpoint of step {state.global_step} was written without a {type(self).__name__}, and the "
+                "schedule would have split the neurons before: start from the checkpoint's model instead of resuming"
+            )
+
+    def target(self, model: PreTrainedModel) -> float:
+        """The average share of experts that the configured selection computes."""
+        experts = [site.act.num_experts for site in model.moe_sites()]
+        resolved = resolve_selection({**self.config.selection, "allocation": "uniform"}, experts)
+        return sum(each.k for each in resolved) / sum(experts)
+
+    def select(self, model: PreTrainedModel, share: float | str) -> None:
+        """Compute this share of the experts on average, or the target."""
+        section, wanted = model.config.moefication, dict(self.config.selection)
+        wanted.setdefault("allocation", "sensitivity" if "sensitivity" in section else "uniform")
+        if share == 1.0:
+            wanted |= {"k": 1.0, "allocation": "uniform"}
+        elif share != TARGET:
+            wanted["k"] = share
+        if wanted != section["selection"]:
+            model.set_selection(**wanted)
+
+    def split(self, args, model: PreTrainedModel, optimizer, train_dataloader) -> str:
+        """Find the experts on the first process, and give every process the same; returns what was found."""
+        model.set_selection(type="top_k", k=1.0, allocation="uniform")
+        found: list[Any] = [None]
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        if first:
+            devices = [args.device] if args.device.type == "cuda" else []
+            try:
+                with torch.random.fork_rng(devices):  # the training goes on with the random numbers it would have had
+                    found = [self.find_experts(args, model, optimizer, train_dataloader)]
+            except Exception as error:  # the other processes wait: they must hear of it
+                found = [error]
+        if dist.is_initialized():
+            dist.broadcast_object_list(found, src=0)
+        if isinstance(found[0], Exception):
+            raise found[0]
+        orders, routers, section, report = found[0]
+        if not first:
+            for site, order, weights in zip(model.moe_sites(), orders, routers, strict=True):
+                permute_neurons_(site, order, optimizer)
+                site.act.router.load_state_dict(weights)
+            adopt(model, section)
+        return report
+
+    def find_experts(self, args, model: PreTrainedModel, optimizer, train_dataloader) -> tuple:
+        """Convert this process' model: (orders of neurons, router weights, section of the config, what was found)."""
+        config, section, progress = self.config, model.config.moefication, not args.disable_tqdm
+        sites = model.moe_sites()
+        sizes = [(site.act.num_experts, site.act.expert_size) for site in sites]
+        budgets = config.selection.get("allocation") or default_allocation(model, config, True)
+        learns = SPLITTERS[config.splitter].needs_profile or ROUTERS[config.router].trainable
+        fits, found = [], None
+        with ExitStack() as stack:
+            if learns or budgets == "sensitivity":
+                batches = self.calibration
+                if batches is None:
+                    batches = training_batches(args, train_dataloader, config.seed)
+                tokens, layers = config.calibration_tokens, config.layers
+                found = profile(model, batches, max_tokens=tokens, layers=layers, progress=progress)
+                stack.enter_context(found)
+                check_profile(config, sites, sizes, found)
+                if budgets == "sensitivity":
+                    check_predictions(model, found.batches)
+            warm = not section.get("pending", False)
+            orders = neuron_orders(sites, [experts for experts, _ in sizes], found, config, warm=warm)
+            for site, order in zip(sites, orders, strict=True):
+                permute_neurons_(site, order, optimizer)
+            init_routers_(model, config.seed)
+            if found is not None:
+                fits = fit_routers(model, found, seed=config.seed, progress=progress)
+        if found is not None and budgets == "sensitivity":
+            allocate_budgets(model, found.batches, self.target(model), progress=progress)
+        section.pop("pending", None)
+        report = f"{len(sites)} FFNs split, {sizes[0][0]} experts of {sizes[0][1]} neurons in the first"
+        if fits:
+            captured, oracle = (sum(getattr(fit, name) for fit in fits) / len(fits) for name in ("captured", "oracle"))
+            report += f"; routers find {captured:.1%} of what the best {fits[0].k} experts do, an oracle {oracle:.1%}"
+        return orders, [site.act.router.state_dict() for site in sites], section, report
+
+
+def unwrapped(model) -> Any:
+    """The transformers model below an adapter."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def adopt(model: PreTrainedModel, section: Mapping[str, Any]) -> None:
+    """Let a model route as a section of a config says."""
+    model.config.moefication.clear()
+    model.config.moefication.update(copy.deepcopy(dict(section)))
+    model.set_selection()
+
+
+def describe(model: PreTrainedModel) -> str:
+    counts = [f"{site.act.selection.k} of {site.act.num_experts}" for site in model.moe_sites()]
+    return f"experts per FFN: {', '.join(dict.fromkeys(counts))}"
+
+
+def say(args, state, text: str) -> None:
+    if state.is_world_process_zero and not args.disable_tqdm:
+        tqdm.write(f"[moefy_hf] step {state.global_step}: {text}")
+
+
+def uses_fsdp(args) -> bool:
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+
+
+def training_batches(args, train_dataloader: DataLoader, seed: int) -> DataLoader:
+    """The training examples in an order of their own: the same whenever it is asked for, whatever has been read."""
+    dataset = train_dataloader.dataset
+    return DataLoader(
+        dataset,
+        batch_size=args.per_device_train_batch_size,
+        shuffle=not isinstance(dataset, IterableDataset),
+        collate_fn=train_dataloader.collate_fn,
+        generator=torch.Generator().manual_seed(seed),
+    )

@@ -1,0 +1,352 @@
+"""The callback in real Trainers: what happens when, resumed runs, saved checkpoints, and refusals."""
+
+import copy
+import json
+import re
+import shutil
+
+import peft
+import pytest
+import torch
+import transformers
+from batches import text_batches
+from tiny import tiny_model
+from torch.utils.data import Dataset
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+from moefy_hf import MoEficationCallback, MoeficationConfig, Phase, moefy_, relufy_
+from moefy_hf.modeling.moefied import is_moefied
+
+STEPS = 12
+SCHEDULE = [Phase(3, k=1.0, name="dense"), Phase(8, start=1.0, split=True, name="anneal"), Phase(1.0, name="tune")]
+CONFIG = {
+    "expert_size": 8,
+    "splitter": "coactivation",
+    "router": "linear",
+    "selection": {"type": "top_k", "k": 1 / 3},
+    "calibration_tokens": 300,
+}
+FIXED = {**CONFIG, "splitter": "random", "router": "random"}
+HEADS = {
+    "bert": ("AutoModelForSequenceClassification", "class"),
+    "llama": ("AutoModelForCausalLM", "causal"),
+    "t5": ("AutoModelForSeq2SeqLM", "seq2seq"),
+}
+
+
+class Rows(Dataset):
+    """Texts of one length."""
+
+    def __init__(self, name: str = "bert", count: int = 64):
+        (batch,) = text_batches(1, rows=count, labels=HEADS[name][1], classes=2)
+        ids = torch.randint(3, 99, (count, 12), generator=torch.Generator().manual_seed(0))
+        labels = batch["labels"] if name == "bert" else ids
+        self.rows = [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.rows[index]
+
+
+def dense_model(name: str = "bert", **changes):
+    """With dropout: a resumed run must find the same random numbers."""
+    model = relufy_(tiny_model(name, HEADS[name][0], **changes))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    return model
+
+
+def trainer_for(model, folder, callback, name: str = "bert", **settings) -> Trainer:
+    settings = {"save_strategy": "no", "max_steps": STEPS, "learning_rate": 3e-3, "logging_steps": 1, **settings}
+    quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
+    args = TrainingArguments(str(folder), per_device_train_batch_size=8, **{**quiet, **settings})
+    trainer = Trainer(model, args, train_dataset=Rows(name), eval_dataset=Rows(name, 16), callbacks=[callback])
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def callback_for(schedule=SCHEDULE, calibration=None, **changes) -> MoEficationCallback:
+    return MoEficationCallback(MoeficationConfig(**{**CONFIG, **changes}), calibration, schedule)
+
+
+class Watch(transformers.TrainerCallback):
+    """Experts per layer at each step; added after the callback under test."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        self.counts.append([site.act.selection.k for site in model.moe_sites()])
+
+
+def losses_of(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_schedule_is_followed(name, tmp_path):
+    model, watch = dense_model(name), Watch()
+    trainer = trainer_for(model, tmp_path, callback_for(), name)
+    assert trainer.model is model and is_moefied(model)
+    assert all(site.act.selection.k == 6 for site in model.moe_sites())
+    trainer.add_callback(watch)
+    trainer.train()
+    average = [sum(counts) / len(counts) for counts in watch.counts]
+    assert average[:4] == [6.0] * 4 and average[8:] == [2.0] * 4
+    assert all(a >= b for a, b in zip(average, average[1:], strict=False)) and len(set(average)) > 3
+    section = model.config.moefication
+    assert "pending" not in section and "sensitivity" in section
+    assert section["selection"] == {"type": "top_k", "k": 1 / 3, "allocation": "sensitivity"}
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["moe_phase"] for entry in logs] == [1] * 3 + [2] * 5 + [3] * 4
+    assert [entry["moe_experts"] for entry in logs] == pytest.approx([a / 6 for a in average])
+    for entry in logs[-4:]:
+        assert 0 < entry["moe_captured"] <= 1 and 0 <= entry["moe_load_entropy"] <= 1.001
+        assert entry["moe_dead_experts"] >= 0
+    assert all(loss == loss for loss in losses_of(trainer))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_splitting_with_all_experts_changes_nothing(optim, tmp_path):
+    """Neurons, and what the optimizer remembers of them, move together: losses are those of the dense run."""
+    losses = []
+    for callback in (transformers.TrainerCallback(), callback_for([Phase(4, k=1.0), Phase(1.0, k=1.0, split=True)])):
+        model = dense_model()
+        before = model.bert.encoder.layer[0].intermediate.dense.weight.clone()
+        trainer = trainer_for(model, tmp_path, callback, optim=optim, learning_rate=1e-3)
+        trainer.train()
+        losses.append(losses_of(trainer))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-5)
+    assert len(set(losses[0])) > STEPS // 2
+    moved = (model.bert.encoder.layer[0].intermediate.dense.weight - before).abs().amax(1)
+    assert (moved > 0.1).sum() > 20  # neurons did change places
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run with a checkpoint at every step."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = trainer_for(dense_model(), folder, callback_for(), save_strategy="steps", save_steps=1)
+    trainer.train()
+    return trainer, folder
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 6, 8, 11])
+def test_resumed_runs_end_with_the_same_weights(whole, step, tmp_path):
+    """Bit for bit, from any phase, also from a folder that is not the run's own."""
+    trainer, folder = whole
+    shutil.copytree(folder / f"checkpoint-{step}", tmp_path / "elsewhere")
+    resumed = trainer_for(dense_model(seed=5), tmp_path / "run", callback_for())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
+    assert same(resumed.model, trainer.model)
+    assert resumed.model.config.moefication == trainer.model.config.moefication
+    assert [s.act.selection for s in resumed.model.moe_sites()] == [s.act.selection for s in trainer.model.moe_sites()]
+    assert losses_of(resumed) == losses_of(trainer)
+
+
+def test_restored_callbacks_continue_too(whole, tmp_path):
+    trainer, folder = whole
+    other = MoEficationCallback(CONFIG, None, [Phase(1.0, k=1.0)])  # what the checkpoint says wins
+    resumed = trainer_for(dense_model(), tmp_path, other, restore_callback_states_from_checkpoint=True)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
+    assert same(resumed.model, trainer.model)
+
+
+@pytest.mark.parametrize("step", [2, 6, 12])
+def test_checkpoints_of_every_phase_load(whole, step):
+    _, folder = whole
+    path = folder / f"checkpoint-{step}"
+    saved = json.loads((path / "config.json").read_text())["moefication"]
+    assert saved.get("pending", False) is (step == 2)
+    model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True).eval()
+    assert type(model).__name__ == "MoefiedBertForSequenceClassification"
+    assert {2: 12, 6: 8, 12: 4}[step] == sum(site.act.selection.k for site in model.moe_sites())
+    stock = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    model.set_selection(k=1.0, allocation="uniform")
+    batch = {key: value[None] for key, value in Rows()[0].items()}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, stock(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_the_best_model_comes_back_with_its_budget(tmp_path):
+    class Picky(Trainer):
+        def evaluate(self, *args, **kwargs):
+            found = super().evaluate(*args, **kwargs)
+            return found | {"eval_distance": float(abs(self.state.global_step - 6))}
+
+    settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "distance", "greater_is_better": False}
+    trainer = trainer_for(dense_model(), tmp_path, callback_for(), **settings)
+    trainer.__class__ = Picky
+    trainer.train()
+    assert trainer.state.best_global_step == 6
+    saved = json.loads((tmp_path / "checkpoint-6" / "config.json").read_text())["moefication"]
+    assert trainer.model.config.moefication == saved
+    assert sum(site.act.selection.k for site in trainer.model.moe_sites()) == 8
+
+
+def test_given_calibration_is_used(tmp_path):
+    read = []
+
+    class Batches:
+        def __iter__(self):
+            for batch in text_batches(40):
+                read.append(batch)
+                yield batch
+
+    trainer_for(dense_model(), tmp_path, callback_for(calibration=Batches())).train()
+    assert 3 < len(read) < 40
+
+
+def test_a_converted_model_is_fine_tuned_at_its_budget(tmp_path):
+    model = dense_model()
+    moefy_(model, MoeficationConfig(**FIXED))
+    before, watch = copy.deepcopy(model.config.moefication), Watch()
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    trainer = trainer_for(model, tmp_path, callback_for(), learning_rate=1e-5)
+    trainer.add_callback(watch)
+    trainer.train()
+    assert watch.counts == [[2, 2]] * STEPS and model.config.moefication == before
+    for key, value in model.state_dict().items():  # nothing was permuted
+        torch.testing.assert_close(value, weights[key], rtol=0, atol=1e-3)
+    assert any(not torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_a_lora_of_a_converted_model(tmp_path):
+    model = dense_model()
+    moefy_(model, MoeficationConfig(**FIXED))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    lora = peft.LoraConfig(target_modules=["query", "intermediate.dense", "output.dense"], r=2)
+    trainer = trainer_for(peft.get_peft_model(model, lora), tmp_path, callback_for())
+    trainer.train()
+    moved = [key for key, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert moved and all("lora" in key for key in moved)
+    merged = trainer.model.merge_and_unload()
+    assert is_moefied(merged) and list(merged.state_dict()) == list(before)
+    assert any(not torch.equal(value, before[key]) for key, value in merged.state_dict().items())
+    assert [site.act.selection.k for site in merged.moe_sites()] == [2, 2]
+
+
+@pytest.mark.parametrize("schedule", ["smoe_dropout", "switchable"])
+def test_published_methods_are_schedules(schedule, tmp_path):
+    watch, selection = Watch(), {"type": "top_k", "k": 2, "allocation": "uniform"}
+    callback = callback_for(schedule, splitter="parameter_clustering", router="random", selection=selection)
+    trainer = trainer_for(dense_model(), tmp_path, callback, max_steps=16)
+    trainer.add_callback(watch)
+    trainer.train()
+    counts, last = [each[0] for each in watch.counts], trainer.model.moe_sites()[0].act.selection.k
+    if schedule == "switchable":
+        assert counts == [6, 6, 2, 2] * 4 and last == 2
+    else:
+        assert counts[0] == 2 and counts == sorted(counts) and counts[-1] >= 5 and last == 6
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "settings",
+    [{"gradient_accumulation_steps": 3}, {"bf16": True}, {"gradient_checkpointing": True}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_with_what_trainers_do(settings, tmp_path):
+    trainer = trainer_for(dense_model(), tmp_path, callback_for(), **settings)
+    trainer.train()
+    assert len(losses_of(trainer)) == STEPS and all(loss < 5 for loss in losses_of(trainer))
+    assert sum(site.act.selection.k for site in trainer.model.moe_sites()) == 4
+
+
+def test_subclasses_of_trainer(tmp_path):
+    args = transformers.Seq2SeqTrainingArguments(
+        str(tmp_path),
+        max_steps=STEPS,
+        per_device_train_batch_size=8,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        predict_with_generate=True,
+        save_strategy="no",
+        generation_max_length=5,
+    )
+    model = dense_model("t5")
+    trainer = transformers.Seq2SeqTrainer(
+        model, args, train_dataset=Rows("t5"), eval_dataset=Rows("t5", 8), callbacks=[callback_for()]
+    )
+    trainer.train()
+    assert "eval_loss" in trainer.evaluate()
+    assert sum(site.act.selection.k for site in model.moe_sites()) == 8
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"expert_size": 7}, "48 neurons do not split into experts of size 7"),
+        ({"selection": {"type": "top_k", "k": 9}}, "k=9 is out of range"),
+    ],
+)
+def test_bad_settings_end_before_training(settings, message, tmp_path):
+    model = dense_model()
+    with pytest.raises(ValueError, match=message):
+        trainer_for(model, tmp_path, callback_for(**settings))
+    assert not is_moefied(model)
+
+
+def test_sharded_parameters_are_refused_with_a_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match="FSDP keeps parameters in shards.*convert the model first"):
+        callback_for().on_init_end(args, None, None, model=dense_model())
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setattr("moefy_hf.callback.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3 keeps parameters in shards.*convert the model first"):
+        callback_for().on_init_end(args, None, None, model=dense_model())
+    converted = dense_model()
+    moefy_(converted, MoeficationConfig(**FIXED))
+    callback_for().on_init_end(args, None, None, model=converted)  # nothing will be permuted
+
+
+def test_adapters_of_dense_models_are_refused(tmp_path):
+    model = peft.get_peft_model(dense_model(), peft.LoraConfig(target_modules=["query"], r=2))
+    with pytest.raises(ValueError, match="moefy_ the model before adding it"):
+        trainer_for(model, tmp_path, callback_for())
+
+
+def test_too_little_data_is_said_when_it_is_found(tmp_path):
+    trainer = trainer_for(dense_model(), tmp_path, callback_for(calibration=text_batches(1)))
+    with pytest.raises(ValueError, match="calibration is too small"):
+        trainer.train()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    plain = transformers.TrainerCallback()
+    trainer_for(dense_model(), tmp_path / "dense", plain, save_strategy="steps", save_steps=6).train()
+    resumed = trainer_for(dense_model(), tmp_path / "run", callback_for())
+    with pytest.raises(ValueError, match="written without a MoEficationCallback"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "dense" / "checkpoint-6"))
+
+
+def test_optimizers_whose_state_cannot_follow_are_refused(tmp_path):
+    trainer = trainer_for(dense_model(), tmp_path, callback_for(), optim="adafactor")
+    with pytest.raises(ValueError, match="cannot follow a permutation"):
+        trainer.train()
+
+
+def test_schedules_longer_than_the_training_are_refused(tmp_path):
+    trainer = trainer_for(dense_model(), tmp_path, callback_for([Phase(20, k=1.0), Phase(1.0, split=True)]))
+    with pytest.raises(ValueError, match="from step 20 to 12 of 12"):
+        trainer.train()
+
+
+def test_lines_say_what_happens(tmp_path, capsys):
+    trainer_for(dense_model(), tmp_path, callback_for(), disable_tqdm=False).train()
+    out = re.sub(r"\s+", " ", "".join(capsys.readouterr()))
+    assert "step 3: phase 2 of 3 begins: anneal" in out
+    assert "step 3: 2 FFNs split, 6 experts of 8 neurons" in out and "training ends with experts per FFN" in out
