@@ -53,7 +53,7 @@ class MoeficationArguments:
     splitter: str = field(
         default="parameter_clustering", metadata={"help": "random, parameter_clustering, coactivation"}
     )
-    router: str = field(default="linear", metadata={"help": "linear, mlp, similarity, random"})
+    router: str = field(default="linear", metadata={"help": "linear, prior_approximate, mlp, similarity, random"})
     share: float = field(
         default=0.2, metadata={"help": "share of the experts a token computes, on average over layers"}
     )

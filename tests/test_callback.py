@@ -50,19 +50,19 @@ class Rows(Dataset):
         return self.rows[index]
 
 
-def dense_model(name: str = "bert", **changes):
+def dense_model(name: str = "bert", dropout: float = 0.1, **changes):
     """With dropout: a resumed run must find the same random numbers."""
     model = relufy_(tiny_model(name, HEADS[name][0], **changes))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.1
+            module.p = dropout
     return model
 
 
 def trainer_for(model, folder, callback, name: str = "bert", **settings) -> Trainer:
     settings = {"save_strategy": "no", "max_steps": STEPS, "learning_rate": 3e-3, "logging_steps": 1, **settings}
     quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
-    args = TrainingArguments(str(folder), per_device_train_batch_size=8, **{**quiet, **settings})
+    args = TrainingArguments(str(folder), **{"per_device_train_batch_size": 8, **quiet, **settings})
     trainer = Trainer(model, args, train_dataset=Rows(name), eval_dataset=Rows(name, 16), callbacks=[callback])
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer

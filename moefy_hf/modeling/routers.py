@@ -27,6 +27,15 @@ def output_norm(neurons: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     return squares.clamp_min(0).sqrt()
 
 
+def prior_affinity(neurons: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """(T, E, m), (d, E, m) -> (T, E): softmax over the experts of minus the mean squared error that each leaves of the
+    FFN's output y when it answers alone (FactorLLM's prior)."""
+    output = torch.einsum("tem,dem->td", neurons, down)
+    inner = torch.einsum("tem,tem->te", neurons, torch.einsum("td,dem->tem", output, down))  # E_e(x) . y
+    squares = output_norm(neurons, down).square() - 2 * inner + output.square().sum(-1, keepdim=True)
+    return (-squares.float() / down.shape[0]).softmax(-1)
+
+
 class Router(nn.Module):
     """Base class: x (..., d) -> scores (..., E), in the router's own dtype and outside autocast."""
 
@@ -87,6 +96,13 @@ class LinearRouter(Router):
         return F.linear(x, self.weight)
 
 
+class PriorApproximateRouter(LinearRouter):
+    """scores = W x, fitted by FactorLLM's Prior-Approximate loss: the cross-entropy, which is a KL divergence up to a
+    constant, between softmax(scores) and how well each expert alone stands for the FFN."""
+
+    targets = staticmethod(prior_affinity)
+
+
 class MLPRouter(Router):
     """W2 tanh(W1 x / |x|), W1 starting at the expert centres and W2 at the identity (MoEfication, section 3.3)."""
 
@@ -142,4 +158,10 @@ class RandomRouter(Router):
         return F.linear(x, self.weight)
 
 
-ROUTERS = {"linear": LinearRouter, "mlp": MLPRouter, "similarity": SimilarityRouter, "random": RandomRouter}
+ROUTERS = {
+    "linear": LinearRouter,
+    "prior_approximate": PriorApproximateRouter,
+    "mlp": MLPRouter,
+    "similarity": SimilarityRouter,
+    "random": RandomRouter,
+}

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moefy_hf.modeling.routers import ROUTERS, activation_mass, expert_centres, output_norm
+from moefy_hf.modeling.routers import ROUTERS, activation_mass, expert_centres, output_norm, prior_affinity
 
 D, E, M = 6, 4, 3
 
@@ -20,6 +20,7 @@ SCORES = {
     "mlp": lambda x, keys: torch.stack(
         [(x / x.norm(dim=-1, keepdim=True) @ (k / k.norm(dim=1, keepdim=True)).mean(0)).tanh() for k in keys], -1
     ),
+    "prior_approximate": lambda x, keys: SCORES["linear"](x, keys),
     "similarity": lambda x, keys: cosines(x, torch.stack([(k / k.norm(dim=1, keepdim=True)).mean(0) for k in keys])),
     "random": None,  # nothing about the experts
 }
@@ -52,6 +53,16 @@ def test_initialised_from_the_experts(name):
     expected = SCORES[name](x, keys)
     torch.testing.assert_close(F.normalize(scores, dim=-1), F.normalize(expected, dim=-1), rtol=1e-4, atol=1e-5)
     assert torch.equal(scores.argsort(-1), expected.argsort(-1))
+
+
+def test_prior_affinity_is_that_of_loops():
+    neurons, down = noise(7, E, M), noise(D, E, M, seed=1)
+    found = prior_affinity(neurons, down)
+    assert found.shape == (7, E)
+    for token, row in zip(neurons, found, strict=True):
+        outputs = [down[:, e] @ token[e] for e in range(E)]
+        errors = torch.stack([(output - sum(outputs)).square().mean() for output in outputs])
+        torch.testing.assert_close(row, (-errors).softmax(0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -1,0 +1,50 @@
+"""Run by torchrun, one process or many: train with the callback, and save what this process ends with."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+from test_callback import SCHEDULE, callback_for, dense_model, losses_of, trainer_for  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+
+class Trace(TrainerCallback):
+    """A digest of weights, routers and moments after every step."""
+
+    def __init__(self):
+        self.digests = []
+
+    def on_step_begin(self, args, state, control, model, optimizer, **kwargs):
+        moments = [value for entry in optimizer.state.values() for value in entry.values() if value.dim()]
+        tensors = [*model.state_dict().values(), *moments]
+        self.digests.append([float(tensor.double().square().sum()) for tensor in tensors])
+
+
+def main() -> None:
+    folder, batch_size = Path(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    selection = {"type": "top_k", "k": 1 / 3, "allocation": "uniform"}
+    callback = callback_for(SCHEDULE, selection=selection)
+    trainer = trainer_for(
+        dense_model("llama", dropout=0.0), folder / "run", callback, "llama", per_device_train_batch_size=batch_size
+    )
+    trace = Trace()
+    trainer.add_callback(trace)
+    trainer.train()
+    rank = int(os.environ.get("RANK", 0))
+    found = {
+        "state": trainer.model.state_dict(),
+        "section": trainer.model.config.moefication,
+        "digests": trace.digests,
+        "losses": losses_of(trainer),
+        "world": dist.get_world_size() if dist.is_initialized() else 1,
+    }
+    torch.save(found, folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()

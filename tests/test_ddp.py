@@ -1,0 +1,55 @@
+"""Two processes (gloo, CPU) against one: ranks stay identical, and do what a single process does on the same data."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def launch(folder: Path, processes: int, batch_size: int) -> list[dict]:
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
+    torchrun = ["torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun, str(HERE / "ddp_run.py"), str(folder), str(batch_size)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    (one,) = launch(folder / "one", 1, 8)
+    return one, launch(folder / "two", 2, 4)
+
+
+def test_ranks_are_identical_after_every_step(runs):
+    _, (first, second) = runs
+    assert first["world"] == second["world"] == 2
+    assert len(first["digests"]) == 12 and first["digests"] == second["digests"]
+    assert first["section"] == second["section"]
+    for key, value in first["state"].items():
+        assert torch.equal(value, second["state"][key]), key
+
+
+def test_two_processes_do_what_one_does(runs):
+    """Half as many examples per process make the same batches, and the profile is that of the same tokens."""
+    one, (first, _) = runs
+    assert one["losses"] == pytest.approx(first["losses"], rel=1e-3)
+    assert one["section"] == first["section"]
+    for key, value in one["state"].items():
+        torch.testing.assert_close(value, first["state"][key], rtol=1e-3, atol=1e-4, msg=key)
