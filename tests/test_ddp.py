@@ -8,19 +8,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 
 HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "recipes" / "accelerate_configs"
+
+
+@pytest.mark.parametrize("path", CONFIGS.glob("*.yaml"), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1
+    expected = {"single": "NO", "ddp": "MULTI_GPU", "ddp_cpu": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert config.distributed_type == expected.get(path.stem, "DEEPSPEED")
 
 
 def launch(folder: Path, processes: int, batch_size: int) -> list[dict]:
+    """With `accelerate launch`, as the recipes are."""
     folder.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
-    torchrun = ["torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    config = CONFIGS / ("ddp_cpu.yaml" if processes > 1 else "single.yaml")
+    accelerate = ["accelerate.commands.launch", "--config_file", str(config), f"--main_process_port={port}"]
     done = subprocess.run(
-        [sys.executable, "-m", *torchrun, str(HERE / "ddp_run.py"), str(folder), str(batch_size)],
+        [sys.executable, "-m", *accelerate, str(HERE / "ddp_run.py"), str(folder), str(batch_size)],
         capture_output=True,
         text=True,
         env=environment,
