@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 
 from .budgets import allocate_budgets
 from .configuration import MoeficationConfig
@@ -34,12 +33,16 @@ from .modeling.routers import ROUTERS
 from .modeling.selection import resolve_selection
 from .monitor import RoutingMonitor
 from .profiling import profile
+from .quality import unwrapped
 from .router_fitting import fit_routers
+from .run_hooks import keep_hooks
 from .schedule import TARGET, Phase, Timetable, as_dicts, make_schedule
 from .splitting import SPLITTERS
 
+logger = logging.get_logger("moefy_hf")
+
 SHARDED = (
-    "{} keeps parameters in shards, and neurons cannot be permuted in those: convert the model first "
+    "{} keeps parameters in shards or copies, and neurons cannot be permuted in those: convert the model first "
     "(moefy_hf.moefy_), save it, and train the converted checkpoint sharded; the callback then only fine-tunes"
 )
 
@@ -57,13 +60,16 @@ class MoEficationCallback(TrainerCallback, ExportableState):
 
     Args:
         config: how to convert; its selection is the schedule's target.
-        calibration: model-ready batches, as of `moefy_`, that can be read whenever a phase splits; by default the
-            training set's examples in an order of their own, drawn with the config's seed.
+        calibration: model-ready batches, to be read whenever a phase splits; by default the training set's examples,
+            shuffled with the config's seed (the first ones, of an IterableDataset).
         schedule: "one_step", "anneal", "smoe_dropout", "switchable" (see `moefy_hf.schedule`), or a list of `Phase`.
 
     Raises:
         ValueError: an unknown schedule; when the Trainer is made, whatever `moefy_` finds wrong without looking at
-            data, and parameters that are kept in shards (FSDP, ZeRO-3) in a schedule that splits.
+            data, and parameters that are kept elsewhere (FSDP, DeepSpeed) in a schedule that splits; when training
+            begins, data that cannot be used, and a schedule or checkpoint that does not fit the run.
+
+    With several processes the first one converts, and the others wait for it: raise `ddp_timeout` for large models.
     """
 
     def __init__(
@@ -75,9 +81,15 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         self.config = MoeficationConfig(**config) if isinstance(config, Mapping) else config or MoeficationConfig()
         self.calibration = calibration
         self.phases = make_schedule(schedule)
+        if calibration is not None and iter(calibration) is calibration and self.splits > 1:
+            raise ValueError("the schedule splits more than once, so calibration is read again: give no iterator")
         self.follows = True  # False: the model came MoEfied, and stays at its budget
         self.section: dict[str, Any] = {}
         self.monitor = RoutingMonitor()
+
+    @property
+    def splits(self) -> int:
+        return sum(phase.split for phase in self.phases)
 
     def state(self) -> dict:
         """What a checkpoint keeps: enough to continue from the step it was written at."""
@@ -90,32 +102,49 @@ class MoEficationCallback(TrainerCallback, ExportableState):
     # ---- the Trainer's events
 
     def on_init_end(self, args, state, control, model, **kwargs):
-        base, splits = unwrapped(model), any(phase.split for phase in self.phases)
-        if is_moefied(base):
+        if args.n_gpu > 1:
+            raise ValueError("MoEfication does not work with DataParallel: use torchrun, or one GPU")
+        base = unwrapped(model)
+        self.follows = not is_moefied(base) or base.config.moefication.get("splits") == 0
+        if not self.follows:
             self.section = base.config.moefication
-            self.follows = self.section.get("pending", False)
             return
-        if splits and uses_fsdp(args):
+        if self.splits and setting(args.fsdp, "ACCELERATE_USE_FSDP"):
             raise ValueError(SHARDED.format("FSDP"))
-        if splits and is_deepspeed_zero3_enabled():
-            raise ValueError(SHARDED.format("DeepSpeed ZeRO-3"))
+        if self.splits and setting(args.deepspeed, "ACCELERATE_USE_DEEPSPEED"):
+            raise ValueError(SHARDED.format("DeepSpeed"))
         if base is not model:
             raise ValueError("an adapter cannot follow neurons that are permuted: moefy_ the model before adding it")
-        check_convertible(model, self.config, True)
-        install_routers_(model, {**self.config.section(), "pending": True})  # until a phase splits
+        if is_moefied(model):
+            self.check_same(model.config.moefication)
+        else:
+            check_convertible(model, self.config, True)
+            install_routers_(model, {**self.config.section(), "splits": 0})
         self.section = model.config.moefication
 
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        model, timetable = unwrapped(model), Timetable(self.phases, state.max_steps)
-        if state.global_step:
-            self.resume(model, state, timetable)
+    def on_train_begin(self, args, state, control, model, train_dataloader=None, **kwargs):
+        model = unwrapped(model)
+        if not is_moefied(model):
+            raise ValueError(
+                "the model has no routers: a Trainer must be made with both model= (model_init= comes too late) and "
+                f"callbacks=[{type(self).__name__}(...)]"
+            )
+        if self.follows or state.global_step:
+            timetable = Timetable(self.phases, state.max_steps)
+            if state.global_step:
+                self.resume(model, state, timetable)
+            if self.follows and self.section["splits"] < self.splits:
+                self.check_data(args, model, train_dataloader)
         self.section = model.config.moefication
         self.monitor.attach(model, active=not args.torch_compile)
+        keep_hooks(model, state, self.monitor.handles)
 
     def on_step_begin(self, args, state, control, model, optimizer=None, train_dataloader=None, **kwargs):
         if self.follows:
             self.follow(args, state, unwrapped(model), optimizer, train_dataloader)
-        self.monitor.watching = (state.global_step + 1) % max(int(state.logging_steps), 1) == 0
+        step = state.global_step + 1
+        often = args.logging_strategy != "steps" or (step == 1 and args.logging_first_step)
+        self.monitor.watching = often or step % max(int(state.logging_steps), 1) == 0
 
     def on_step_end(self, args, state, control, **kwargs):
         self.monitor.watching = False
@@ -127,8 +156,10 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         if phase is not None:
             number = f"{timetable.at(state.global_step) + 1} of {len(self.phases)}"
             say(args, state, f"phase {number} begins: {phase.name or 'no name'}")
-            if phase.split:
-                say(args, state, self.split(args, model, optimizer, train_dataloader))
+        owed = timetable.splits_until(state.global_step)  # also where a run goes on with fewer steps than it began
+        if owed > self.section["splits"]:
+            say(args, state, self.split(args, model, optimizer, train_dataloader))
+            self.section["splits"] = owed
         self.select(model, timetable.share(state.global_step, self.target(model)))
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
@@ -145,26 +176,55 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         self.monitor.detach()
         if not self.follows:
             return
-        if args.load_best_model_at_end and state.best_model_checkpoint:  # its weights expect its own budget
-            config = json.loads((Path(state.best_model_checkpoint) / "config.json").read_text())
-            adopt(model, config["moefication"])
-        elif state.global_step >= state.max_steps:
-            self.select(model, self.phases[-1].k)
+        best = Path(state.best_model_checkpoint or "", "config.json")
+        if args.load_best_model_at_end and state.best_model_checkpoint and best.exists():
+            adopt(model, json.loads(best.read_text())["moefication"])  # its weights expect its own budget
+            self.section = model.config.moefication
+        elif state.global_step >= state.max_steps and self.section["splits"]:
+            self.select(model, Timetable(self.phases, state.max_steps).share(state.max_steps, self.target(model)))
+        if self.splits and not self.section["splits"]:
+            logger.warning("the model that training ends with is dense: its neurons were not split yet")
         say(args, state, f"training ends with {describe(model)}")
 
     # ---- what they come to
 
     def resume(self, model: PreTrainedModel, state, timetable: Timetable) -> None:
         """Take up what the checkpoint says of routing; the Trainer has loaded weights and optimizer."""
-        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, None)
         if saved is not None:
+            if saved["attributes"]["follows"]:
+                self.check_same(saved["attributes"]["section"])
             self.follows = saved["attributes"]["follows"]
             adopt(model, saved["attributes"]["section"])
-        elif self.follows and timetable.splits_before(state.global_step):
+            self.section = model.config.moefication
+        elif self.follows and timetable.splits_until(state.global_step - 1):
             raise ValueError(
                 f"the checkpoint of step {state.global_step} was written without a {type(self).__name__}, and the "
                 "schedule would have split the neurons before: start from the checkpoint's model instead of resuming"
             )
+        state.stateful_callbacks[type(self).__name__] = self.state()
+
+    def check_same(self, section: Mapping[str, Any]) -> None:
+        """Routers were made with these settings."""
+        ours = self.config.section()
+        for key in ("num_experts", "expert_size", "router", "layers"):
+            if ours[key] != section[key]:
+                raise ValueError(
+                    f"the model has routers already, made with {key}={section[key]!r}; the callback's config says "
+                    f"{ours[key]!r}: use the same, or start from a dense model"
+                )
+
+    def check_data(self, args, model: PreTrainedModel, train_dataloader) -> None:
+        """Find out before training, not when the schedule gets there, that a model's predictions cannot be used."""
+        if self.budgets(model) == "sensitivity":
+            batches = self.calibration
+            if batches is None or iter(batches) is not batches:
+                batches = training_batches(args, train_dataloader, self.config.seed) if batches is None else batches
+                with random_numbers_kept(args):
+                    check_predictions(model, [batch for batch, _ in zip(batches, range(1), strict=False)])
+
+    def budgets(self, model: PreTrainedModel) -> str:
+        return self.config.selection.get("allocation") or default_allocation(model, self.config, True)
 
     def target(self, model: PreTrainedModel) -> float:
         """The average share of experts that the configured selection computes."""
@@ -189,9 +249,8 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         found: list[Any] = [None]
         first = not dist.is_initialized() or dist.get_rank() == 0
         if first:
-            devices = [args.device] if args.device.type == "cuda" else []
             try:
-                with torch.random.fork_rng(devices):  # the training goes on with the random numbers it would have had
+                with random_numbers_kept(args):
                     found = [self.find_experts(args, model, optimizer, train_dataloader)]
             except Exception as error:  # the other processes wait: they must hear of it
                 found = [error]
@@ -212,7 +271,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         config, section, progress = self.config, model.config.moefication, not args.disable_tqdm
         sites = model.moe_sites()
         sizes = [(site.act.num_experts, site.act.expert_size) for site in sites]
-        budgets = config.selection.get("allocation") or default_allocation(model, config, True)
+        budgets = self.budgets(model)
         learns = SPLITTERS[config.splitter].needs_profile or ROUTERS[config.router].trainable
         fits, found = [], None
         with ExitStack() as stack:
@@ -226,7 +285,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
                 check_profile(config, sites, sizes, found)
                 if budgets == "sensitivity":
                     check_predictions(model, found.batches)
-            warm = not section.get("pending", False)
+            warm = section["splits"] > 0
             orders = neuron_orders(sites, [experts for experts, _ in sizes], found, config, warm=warm)
             for site, order in zip(sites, orders, strict=True):
                 permute_neurons_(site, order, optimizer)
@@ -235,17 +294,12 @@ class MoEficationCallback(TrainerCallback, ExportableState):
                 fits = fit_routers(model, found, seed=config.seed, progress=progress)
         if found is not None and budgets == "sensitivity":
             allocate_budgets(model, found.batches, self.target(model), progress=progress)
-        section.pop("pending", None)
         report = f"{len(sites)} FFNs split, {sizes[0][0]} experts of {sizes[0][1]} neurons in the first"
         if fits:
             captured, oracle = (sum(getattr(fit, name) for fit in fits) / len(fits) for name in ("captured", "oracle"))
             report += f"; routers find {captured:.1%} of what the best {fits[0].k} experts do, an oracle {oracle:.1%}"
-        return orders, [site.act.router.state_dict() for site in sites], section, report
-
-
-def unwrapped(model) -> Any:
-    """The transformers model below an adapter."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+        routers = [{key: value.cpu() for key, value in site.act.router.state_dict().items()} for site in sites]
+        return [order.cpu() for order in orders], routers, section, report
 
 
 def adopt(model: PreTrainedModel, section: Mapping[str, Any]) -> None:
@@ -265,8 +319,14 @@ def say(args, state, text: str) -> None:
         tqdm.write(f"[moefy_hf] step {state.global_step}: {text}")
 
 
-def uses_fsdp(args) -> bool:
-    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+def setting(argument: Any, variable: str) -> bool:
+    """Whether a Trainer's argument or what `accelerate launch` sets asks for something."""
+    return bool(argument) or os.environ.get(variable, "false").lower() in ("1", "true")
+
+
+def random_numbers_kept(args) -> Any:
+    """What happens within does not change the random numbers that the training goes on with."""
+    return torch.random.fork_rng([args.device] if args.device.type == "cuda" else [])
 
 
 def training_batches(args, train_dataloader: DataLoader, seed: int) -> DataLoader:

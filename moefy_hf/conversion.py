@@ -282,7 +282,8 @@ def init_routers_(model: PreTrainedModel, seed: int) -> None:
         router = site.act.router
         with torch.no_grad():
             for weight in router.parameters():
-                weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+                noise = torch.empty(weight.shape).normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+                weight.copy_(noise)  # the same on every device
             router.init_from_experts_(site.weights().keys.unflatten(0, (router.num_experts, -1)))
         router.to(site.down.weight.device)
         site.act.train(site.owner.training)

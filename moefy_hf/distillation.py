@@ -43,8 +43,8 @@ class DistillationCallback(ExtraLossCallback):
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         self.teacher.to(args.device).eval().requires_grad_(False)
-        dtype = torch.bfloat16 if args.bf16 else torch.float16
-        self.autocast = lambda: torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
+        self.autocast = lambda: torch.autocast(args.device.type, dtype, enabled=dtype is not None)
         super().on_train_begin(args, state, control, model, **kwargs)
 
     def watch(self, model: PreTrainedModel) -> list:
@@ -54,10 +54,14 @@ class DistillationCallback(ExtraLossCallback):
         if len(sites[0]) != len(sites[1]):
             raise ValueError(f"the teacher has {len(sites[1])} FFNs, the model {len(sites[0])}: set ffn_weight to 0")
         return [
-            site.down.register_forward_hook(lambda _, args, y, seen=seen: seen.append(y))
+            site.down.register_forward_hook(lambda _, args, y, seen=seen: self.see(seen, y))
             for seen, each in zip((self.ours, self.theirs), sites, strict=True)
             for site in each
         ]
+
+    def see(self, seen: list[torch.Tensor], output: torch.Tensor) -> None:
+        if self.running or seen is self.theirs:
+            seen.append(output)
 
     def begin(self) -> None:
         self.ours.clear()

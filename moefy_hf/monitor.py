@@ -49,8 +49,8 @@ class RoutingMonitor:
 
     def figures(self) -> dict[str, float]:
         """Figures since the last call, means over FFNs: share of experts computed; and where steps were watched,
-        `moe_captured`, the share of the activation mass that chosen experts hold, `moe_load_entropy` relative to an
-        even load, and the number of `moe_dead_experts` that no token chose."""
+        `moe_captured`, the share of the activation mass that chosen experts hold (of the gate's in a gated FFN),
+        `moe_load_entropy` relative to an even load, and the number of `moe_dead_experts` that no token chose."""
         shares = [site.act.selection.k / site.act.num_experts for site in self.sites]
         found = {f"moe_experts_{position}": share for position, share in enumerate(shares)}
         found["moe_experts"] = sum(shares) / len(shares)
@@ -69,7 +69,8 @@ class RoutingMonitor:
         self.hidden.clear()
 
     def _hide(self, model: PreTrainedModel, position: int, hidden: torch.Tensor) -> None:
-        if self.watching and model.training:
+        routed = self.sites[position].act
+        if self.watching and model.training and not routed.selection.keeps_all(routed.num_experts):
             self.hidden[position] = hidden.detach()
 
     @torch.no_grad()

@@ -133,7 +133,9 @@ def real_tokens(model: PreTrainedModel, site: FfnSite, batch: Mapping[str, Any],
         mask = batch.get("decoder_attention_mask")
         if mask is None and batch.get("labels") is not None:
             mask = batch["labels"] != -100
-    return mask.reshape(-1).bool() if mask is not None and mask.numel() == tokens else None
+    if mask is None or mask.numel() != tokens:
+        return None
+    return mask.reshape(-1).bool().to(site.down.weight.device)  # models may lie on several devices
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -73,7 +74,7 @@ def counted(model: PreTrainedModel, output: Any, batch: Mapping[str, Any]) -> tu
         return logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:2] else logits.flatten(
             0, 1
         ), None
-    if is_causal(model) and model.config_class.model_type not in SHIFTED_LABELS:
+    if is_causal(model) and model.config.model_type not in SHIFTED_LABELS:
         logits, labels = logits[:, :-1], labels[:, 1:]
     counts = labels != -100
     return logits[counts], labels[counts]
@@ -91,7 +92,13 @@ def _check_classes(model: PreTrainedModel, logits: torch.Tensor, labels: torch.T
         )
 
 
+def unwrapped(model: Any) -> Any:
+    """The transformers model below an adapter."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def is_causal(model: PreTrainedModel) -> bool:
     """Is this a language model, that predicts each token from those before it?"""
+    model = unwrapped(model)
     stock = model.stock_class() if is_moefied(model) else type(model)
     return stock.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

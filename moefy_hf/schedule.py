@@ -82,7 +82,8 @@ def make_schedule(schedule: str | Sequence[Phase]) -> list[Phase]:
     """A schedule by its name, or phases as they are.
 
     Raises:
-        ValueError: an unknown name (the valid ones are listed), no phases, or none that splits.
+        ValueError: an unknown name (the valid ones are listed), no phases, or a phase that leaves experts out before
+            any has split.
     """
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
@@ -101,7 +102,7 @@ class Timetable:
     """Phases laid out over a number of steps.
 
     Raises:
-        ValueError: a phase would end before, or with, the one before it.
+        ValueError: a phase would end before, or with, the one before it, or begin after the training.
     """
 
     def __init__(self, phases: Sequence[Phase], total: int):
@@ -109,7 +110,7 @@ class Timetable:
         self.ends = [p.until if isinstance(p.until, int) else max(1, round(p.until * total)) for p in phases]
         self.begins = [0, *self.ends[:-1]]
         for position, (begin, end) in enumerate(zip(self.begins, self.ends, strict=True)):
-            if end <= begin:
+            if end <= begin or begin >= total:
                 raise ValueError(
                     f"phase {position} of the schedule would run from step {begin} to {end} of {total}: "
                     "train longer, or move it"
@@ -134,9 +135,9 @@ class Timetable:
         share = first + (last - first) * int(done * STAGES) / STAGES
         return phase.start if share == first else share
 
-    def splits_before(self, step: int) -> int:
-        """How many phases that split have begun before a step."""
-        return sum(phase.split and begin < step for phase, begin in zip(self.phases, self.begins, strict=True))
+    def splits_until(self, step: int) -> int:
+        """How many phases that split have begun with this step or before it."""
+        return sum(phase.split and begin <= step for phase, begin in zip(self.phases, self.begins, strict=True))
 
 
 def as_dicts(phases: Sequence[Phase]) -> list[dict[str, Any]]:

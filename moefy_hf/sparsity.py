@@ -119,7 +119,9 @@ class SparsityPenaltyCallback(ExtraLossCallback):
         if site.owner.training:
             each = self.penalty(neurons).flatten()  # (T,)
             real = real_tokens(model, site, self.batch, len(each))
-            self.values.append(each.mean() if real is None else (each * real).sum() / real.sum().clamp_min(1))
+            value = each.mean() if real is None else (each * real).sum() / real.sum().clamp_min(1)
+            if self.running:  # a checkpointed layer repeats the computation for its gradients, not for another value
+                self.values.append(value)
 
     def value(self, model: PreTrainedModel, output: Any) -> torch.Tensor | None:
         return torch.stack(self.values).mean() if self.values else None

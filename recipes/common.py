@@ -62,12 +62,22 @@ class MoeficationArguments:
         default=100_000, metadata={"help": "training tokens to profile and fit routers on"}
     )
     sparsity_penalty: str | None = field(
-        default=None, metadata={"help": "while training the dense model: square_hoyer or l1"}
+        default=None, metadata={"help": "while training the dense model: square_hoyer, l1 or density"}
     )
     sparsity_weight: float = field(default=0.0, metadata={"help": "factor of that penalty"})
     shares: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3], metadata={"help": "shares to sweep"})
     controls: list[str] = field(
         default_factory=lambda: ["oracle", "random"], metadata={"help": "of oracle, oracle_mass, random"}
+    )
+    recovery_epochs: float = field(
+        default=0.0, metadata={"help": "fine-tune the converted model for so many epochs, and the dense one beside it"}
+    )
+    recovery_parameters: str = field(
+        default="all", metadata={"help": "what that trains: all, down (the paper's calibration), lora"}
+    )
+    lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA on every Linear, merged afterwards"})
+    distillation_weight: float = field(
+        default=0.0, metadata={"help": "while recovering: weight of the divergence from the dense model"}
     )
     redo: bool = field(default=False, metadata={"help": "run finished stages again"})
 

@@ -3,14 +3,16 @@
     accelerate launch recipes/moefy_classification.py --config recipes/configs/minilm_movie/moefication.yaml
 
 Stages, each skipped when its result is there: dense/ (the fine-tuned dense model), moefied/ (the converted model),
-sweep.json and sweep.png (quality at several budgets). Any setting of the YAML file can be given on the command line:
+sweep.json and sweep.png (quality at several budgets). With --recovery_epochs also recovered/ (the converted model,
+fine-tuned at its budget), control/ (the dense one, trained for as many steps) and their figures. Any setting of the
+YAML file can be given on the command line:
 
     ... --model_name_or_path google-bert/bert-base-uncased --dataset_name stanfordnlp/sst2 --text_column sentence \\
-        --test_split validation --share 0.3
+        --test_split validation --share 0.3 --recovery_epochs 1 --distillation_weight 1
 """
 
 import json
-from dataclasses import asdict, replace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,154 +23,147 @@ from common import (
     DataArguments,
     ModelArguments,
     MoeficationArguments,
-    Stages,
-    load_texts,
-    load_tokenizer,
     parse,
     write_json,
 )
-from datasets import DatasetDict, concatenate_datasets
+from recovery import (
+    finished_model,
+    penalties,
+    prepare,
+    recovery_arguments,
+    recovery_callbacks,
+    summary,
+)
+from run import Run, begin
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
-from moefy_hf import MoeficationConfig, SparsityPenaltyCallback, Sweep, evaluate, moefy_, relufy_
-from moefy_hf.controls import check_control
+from moefy_hf import Sweep, evaluate, moefy_, relufy_
 from moefy_hf.conversion import check_convertible
-
-# arguments that change no result
-REPORTING = (
-    *("redo", "output_dir", "run_name", "project", "logging_", "log_", "report_to", "disable_tqdm", "push_to_hub"),
-    *("hub_", "local_rank", "dataloader_num_workers", "dataloader_p", "save_total_limit", "skip_memory_metrics"),
-)
+from moefy_hf.quality import Quality, predictions
 
 
 def main() -> None:
     model_args, data_args, moe_args, training_args = parse(
         (ModelArguments, DataArguments, MoeficationArguments, TrainingArguments), __doc__
     )
-    training_args.remove_unused_columns = False
-    config = moefication_config(moe_args, training_args.seed)  # bad settings end the run here
-    check_sweep(moe_args)
-    settings = run_settings(model_args, data_args, moe_args, training_args)
-    stages = Stages(training_args.output_dir, settings, moe_args.redo)
-    tokenizer = load_tokenizer(model_args)
-    with training_args.main_process_first(desc="tokenisation"):
-        splits, names = load_texts(data_args, tokenizer)
-    if training_args.should_save:
-        stages.begin()
-
-    dense = train_dense(stages, model_args, moe_args, training_args, tokenizer, splits, names)
-    if not training_args.should_save:
-        return  # conversion and evaluation are one process' work
-    moefied = stages.run("moefied", lambda path: convert(dense, config, tokenizer, splits, path))
-    stages.run("sweep.json", lambda path: sweep(moefied, moe_args, training_args, tokenizer, splits, path))
-    show(stages.directory)
+    run = begin(model_args, data_args, moe_args, training_args)
+    dense = train_dense(run)
+    if training_args.should_save:  # conversion and evaluation are one process' work
+        moefied = run.stages.run("moefied", lambda path: convert(run, dense, path))
+        run.stages.run("sweep.json", lambda path: sweep(run, moefied, path))
+        show(run.stages.directory)
+    if moe_args.recovery_epochs:
+        training_args.distributed_state.wait_for_everyone()
+        recover(run, dense, run.stages.directory / "moefied")
 
 
-def moefication_config(moe_args: MoeficationArguments, seed: int) -> MoeficationConfig:
-    selection = {"type": "top_k", "k": moe_args.share, "allocation": moe_args.allocation}
-    return MoeficationConfig(
-        num_experts=moe_args.num_experts,
-        expert_size=moe_args.expert_size,
-        splitter=moe_args.splitter,
-        router=moe_args.router,
-        selection=selection,
-        calibration_tokens=moe_args.calibration_tokens,
-        seed=seed,
-    )
-
-
-def check_sweep(moe_args: MoeficationArguments) -> None:
-    for control in moe_args.controls:
-        check_control(control)
-    for share in moe_args.shares:
-        moefication_config(replace(moe_args, share=share), seed=0)
-
-
-def run_settings(*arguments) -> dict:
-    """What decides the results of a run, to notice when another run asks for something else in the same place."""
-    settings: dict = {}
-    for each in arguments:
-        settings |= json.loads(each.to_json_string()) if isinstance(each, TrainingArguments) else asdict(each)
-    return {name: value for name, value in settings.items() if not name.startswith(REPORTING)}
-
-
-def train_dense(
-    stages: Stages,
-    model_args: ModelArguments,
-    moe_args: MoeficationArguments,
-    training_args: TrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    splits: DatasetDict,
-    names: list[str],
-) -> Path:
+def train_dense(run: Run) -> Path:
     """Fine-tune the dense model, with another activation and a sparsity penalty where asked for."""
-    if stages.finished("dense"):
-        return stages.directory / "dense"
+    args, activation = run.model_args, run.model_args.activation
+
+    def make() -> PreTrainedModel:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            real_inputs.resolve(args.model_name_or_path),
+            revision=args.model_revision,
+            dtype=args.dtype,
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
+            num_labels=len(run.names),
+            id2label=dict(enumerate(run.names)),
+            label2id={name: position for position, name in enumerate(run.names)},
+        )
+        check_convertible(model, run.config, run.splits["train"])  # before training it
+        return relufy_(model, activation) if activation else model
+
+    return train(run, "dense", run.training_args, make, penalties(run.moe_args))
+
+
+def train(
+    run: Run,
+    name: str,
+    training_args: TrainingArguments,
+    make: Callable[[], PreTrainedModel],
+    callbacks: list[TrainerCallback],
+) -> Path:
+    """One stage that trains a model and leaves it in a folder; all processes take part."""
+    if run.stages.finished(name):
+        return run.stages.directory / name
     set_seed(training_args.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        real_inputs.resolve(model_args.model_name_or_path),
-        revision=model_args.model_revision,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-        trust_remote_code=model_args.trust_remote_code,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: position for position, name in enumerate(names)},
-    )
-    check_convertible(model, moefication_config(moe_args, training_args.seed), splits["train"])  # before training it
-    if model_args.activation:
-        relufy_(model, model_args.activation)
-    penalty = moe_args.sparsity_penalty
     trainer = Trainer(
-        model,
+        make(),
         training_args,
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
-        processing_class=tokenizer,
+        train_dataset=run.splits["train"],
+        eval_dataset=run.splits["validation"],
+        processing_class=run.tokenizer,
         compute_metrics=lambda found: {"accuracy": float(np.mean(found.predictions.argmax(-1) == found.label_ids))},
-        callbacks=[SparsityPenaltyCallback(penalty, moe_args.sparsity_weight)] if penalty else None,
+        callbacks=callbacks,
     )
     trainer.train()
     if training_args.should_save:
-        stages.run("dense", lambda path: save(trainer.model, tokenizer, path))
+        run.stages.run(name, lambda path: save(finished_model(trainer.model), run.tokenizer, path))
     training_args.distributed_state.wait_for_everyone()
-    return stages.directory / "dense"
+    return run.stages.directory / name
 
 
-def convert(
-    dense: Path, config: MoeficationConfig, tokenizer: PreTrainedTokenizerBase, splits: DatasetDict, path: Path
-) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(dense)
-    report = moefy_(model, config, Batches(splits["train"], tokenizer, shuffle=True, seed=config.seed))
-    save(model, tokenizer, path)
+def convert(run: Run, dense: Path, path: Path) -> None:
+    model = run.load(dense)
+    batches = Batches(run.splits["train"], run.tokenizer, shuffle=True, seed=run.config.seed)
+    report = moefy_(model, run.config, batches)
+    save(model, run.tokenizer, path)
     write_json(path / "conversion.json", report.to_dict())
     print(report.table(), flush=True)
 
 
-def sweep(
-    moefied: Path,
-    moe_args: MoeficationArguments,
-    training_args: TrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    splits: DatasetDict,
-    path: Path,
-) -> None:
+def sweep(run: Run, moefied: Path, path: Path) -> None:
     """Validation and test together, under autocast where training was."""
-    model = AutoModelForSequenceClassification.from_pretrained(moefied, trust_remote_code=True)
-    rows = Batches(concatenate_datasets([splits["validation"], splits["test"]]), tokenizer, shuffle=True)
-    allocations = (
-        ["uniform", "sensitivity"] if moe_args.allocation == "sensitivity" else ["uniform"]
-    )  # what is measured
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=training_args.bf16):
-        found = evaluate(model, rows, moe_args.shares, controls=moe_args.controls, allocations=allocations)
+    model = run.load(moefied, trust_remote_code=True)
+    measured = run.moe_args.allocation == "sensitivity"
+    allocations = ["uniform", "sensitivity"] if measured else ["uniform"]
+    with run.autocast():
+        found = evaluate(
+            model, run.held_out(), run.moe_args.shares, controls=run.moe_args.controls, allocations=allocations
+        )
     found.save(path)
+
+
+def recover(run: Run, dense: Path, moefied: Path) -> None:
+    """Fine-tune the converted model at its budget, the dense one for as many steps beside it, and compare."""
+    moe_args, training_args = run.moe_args, recovery_arguments(run.training_args, run.moe_args)
+
+    def converted() -> PreTrainedModel:
+        return prepare(AutoModelForSequenceClassification.from_pretrained(moefied, trust_remote_code=True), moe_args)
+
+    def control() -> PreTrainedModel:
+        return prepare(AutoModelForSequenceClassification.from_pretrained(dense), moe_args)
+
+    recovered = train(run, "recovered", training_args, converted, recovery_callbacks(moe_args, dense))
+    trained_on = train(run, "control", training_args, control, penalties(moe_args))
+    if not training_args.should_save:
+        return
+    run.stages.run("recovered.json", lambda path: sweep(run, recovered, path))
+    run.stages.run("control.json", lambda path: write_json(path, {"accuracy": accuracy(run, trained_on)}))
+    directory = run.stages.directory
+    sweeps = {name: Sweep.load(directory / name) for name in ("sweep.json", "recovered.json")}
+    print(summary(sweeps, json.loads((directory / "control.json").read_text())))
+
+
+@torch.no_grad()
+def accuracy(run: Run, folder: Path) -> float:
+    """Of a dense model, on validation and test together."""
+    model, quality = run.load(folder).eval(), Quality()
+    with run.autocast():
+        for batch in run.held_out():
+            logits, labels = predictions(model, batch)
+            quality.update_(logits, logits, labels)
+    return quality.figures()["accuracy"]
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

@@ -21,16 +21,14 @@ from common import (
     DataArguments,
     ModelArguments,
     MoeficationArguments,
-    Stages,
-    load_texts,
-    load_tokenizer,
     parse,
     write_json,
 )
 from datasets import concatenate_datasets
-from moefy_classification import check_sweep, moefication_config, run_settings, train_dense
+from moefy_classification import train_dense
+from run import Run, begin, moefication_config
 from sweep_tables import ALLOCATIONS, average, tables
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers import TrainingArguments
 
 from moefy_hf import evaluate, moefy_, profile
 from moefy_hf.profiling import ModelProfile
@@ -59,32 +57,27 @@ def main() -> None:
     model_args, data_args, moe_args, training_args, grid = parse(
         (ModelArguments, DataArguments, MoeficationArguments, TrainingArguments, SweepArguments), __doc__
     )
-    training_args.remove_unused_columns = False
-    check_sweep(moe_args)
     for splitter in grid.splitters:
         for router in grid.routers:
             moefication_config(replace(moe_args, splitter=splitter, router=router), training_args.seed)
-    tokenizer = load_tokenizer(model_args)
-    splits, names = load_texts(data_args, tokenizer)
-    rows = concatenate_datasets([splits["validation"], splits["test"]])
-    if grid.eval_rows is not None:
-        rows = rows.shuffle(seed=0).select(range(min(grid.eval_rows, len(rows))))
-    held_out = Batches(rows, tokenizer, shuffle=True)
     cells = []
     for seed in grid.seeds:
         ours = copy.deepcopy(training_args)
         ours.seed, ours.output_dir = seed, f"{training_args.output_dir}_sweep/seed_{seed}"
-        stages = Stages(ours.output_dir, run_settings(model_args, data_args, moe_args, ours), moe_args.redo)
-        stages.begin()
-        dense = train_dense(stages, model_args, moe_args, ours, tokenizer, splits, names)
-        calibration = Calibration(dense, Batches(splits["train"], tokenizer, shuffle=True, seed=seed), moe_args)
+        run = begin(model_args, data_args, moe_args, ours)
+        rows = concatenate_datasets([run.splits["validation"], run.splits["test"]])
+        if grid.eval_rows is not None:
+            rows = rows.shuffle(seed=0).select(range(min(grid.eval_rows, len(rows))))
+        held_out = Batches(rows, run.tokenizer, shuffle=True)
+        dense = train_dense(run)
+        calibration = Calibration(run, dense)
         for splitter in grid.splitters:
             for position, router in enumerate(grid.routers):
                 cell = replace(
                     moe_args, splitter=splitter, router=router, controls=[] if position else moe_args.controls
                 )
                 name = f"{splitter}-{router}" + ("" if grid.eval_rows is None else f"-{grid.eval_rows}")
-                found = stages.run(f"{name}.json", partial(measure, dense, calibration, cell, ours, held_out))
+                found = run.stages.run(f"{name}.json", partial(measure, calibration, cell, held_out))
                 cells += [{"seed": seed, "splitter": splitter, **row} for row in rows_of(found, router, position)]
         calibration.close()
     Path(grid.facts).parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +89,7 @@ def main() -> None:
             "model": model_args.model_name_or_path,
             "dataset": data_args.dataset_name,
             "eval_rows": len(rows),
-            "autocast": "bfloat16" if training_args.bf16 else "none",
+            "autocast": training_args.mixed_precision,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "rows": average(cells),
         },
@@ -107,14 +100,15 @@ def main() -> None:
 class Calibration:
     """The profile of one dense model, made when it is first needed and shared by all its conversions."""
 
-    def __init__(self, dense: Path, batches: Batches, moe_args: MoeficationArguments):
-        self.dense, self.batches, self.tokens = dense, batches, moe_args.calibration_tokens
+    def __init__(self, run: Run, dense: Path):
+        self.run, self.dense = run, dense
         self.found: ModelProfile | None = None
 
     def get(self) -> ModelProfile:
         if self.found is None:
-            model = AutoModelForSequenceClassification.from_pretrained(self.dense)
-            self.found = profile(model, self.batches, max_tokens=self.tokens)
+            batches = Batches(self.run.splits["train"], self.run.tokenizer, shuffle=True, seed=self.run.config.seed)
+            tokens = self.run.moe_args.calibration_tokens
+            self.found = profile(self.run.load(self.dense), batches, max_tokens=tokens)
         return self.found
 
     def close(self) -> None:
@@ -122,28 +116,26 @@ class Calibration:
             self.found.close()
 
 
-def measure(
-    dense: Path,
-    calibration: Calibration,
-    cell: MoeficationArguments,
-    training_args: TrainingArguments,
-    held_out: Batches,
-    path: Path,
-) -> None:
+def measure(calibration: Calibration, cell: MoeficationArguments, held_out: Batches, path: Path) -> None:
     """Convert in one way and sweep it, under autocast where training was."""
-    print(f"seed {training_args.seed}: {cell.splitter} split, {cell.router} router", flush=True)
-    model = AutoModelForSequenceClassification.from_pretrained(dense)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=training_args.bf16):
-        report = moefy_(model, moefication_config(cell, training_args.seed), calibration.get())
+    run = calibration.run
+    print(f"seed {run.config.seed}: {cell.splitter} split, {cell.router} router", flush=True)
+    model = run.load(calibration.dense)
+    with run.autocast():
+        report = moefy_(model, moefication_config(cell, run.config.seed), calibration.get())
         found = evaluate(model, held_out, cell.shares, controls=cell.controls, allocations=ALLOCATIONS)
     found.facts["conversion"] = report.to_dict()
     found.save(path)
 
 
 def rows_of(path: Path, router: str, position: int) -> list[dict]:
-    """A cell's rows under the router's name; the dense row once per split."""
+    """A cell's rows under the router's name; the dense row and the controls once per split."""
     rows = json.loads(path.read_text())["rows"]
-    return [{**row, "router": router if row["router"] == "own" else row["router"]} for row in rows[bool(position) :]]
+    return [
+        {**row, "router": router if row["router"] == "own" else row["router"]}
+        for row in rows
+        if row["router"] == "own" or not position
+    ]
 
 
 if __name__ == "__main__":

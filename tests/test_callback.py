@@ -82,6 +82,14 @@ class Watch(transformers.TrainerCallback):
         self.counts.append([site.act.selection.k for site in model.moe_sites()])
 
 
+class StopAt(transformers.TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
 def losses_of(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -102,7 +110,7 @@ def test_the_schedule_is_followed(name, tmp_path):
     assert average[:4] == [6.0] * 4 and average[8:] == [2.0] * 4
     assert all(a >= b for a, b in zip(average, average[1:], strict=False)) and len(set(average)) > 3
     section = model.config.moefication
-    assert "pending" not in section and "sensitivity" in section
+    assert section["splits"] == 1 and "sensitivity" in section
     assert section["selection"] == {"type": "top_k", "k": 1 / 3, "allocation": "sensitivity"}
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["moe_phase"] for entry in logs] == [1] * 3 + [2] * 5 + [3] * 4
@@ -164,7 +172,7 @@ def test_checkpoints_of_every_phase_load(whole, step):
     _, folder = whole
     path = folder / f"checkpoint-{step}"
     saved = json.loads((path / "config.json").read_text())["moefication"]
-    assert saved.get("pending", False) is (step == 2)
+    assert saved["splits"] == (step > 2)
     model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True).eval()
     assert type(model).__name__ == "MoefiedBertForSequenceClassification"
     assert {2: 12, 6: 8, 12: 4}[step] == sum(site.act.selection.k for site in model.moe_sites())
@@ -302,11 +310,11 @@ def test_bad_settings_end_before_training(settings, message, tmp_path):
 def test_sharded_parameters_are_refused_with_a_way_out(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
-    with pytest.raises(ValueError, match="FSDP keeps parameters in shards.*convert the model first"):
+    with pytest.raises(ValueError, match="FSDP keeps parameters in shards or copies.*convert the model first"):
         callback_for().on_init_end(args, None, None, model=dense_model())
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
-    monkeypatch.setattr("moefy_hf.callback.is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ValueError, match="ZeRO-3 keeps parameters in shards.*convert the model first"):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="DeepSpeed keeps parameters in shards or copies.*convert the model first"):
         callback_for().on_init_end(args, None, None, model=dense_model())
     converted = dense_model()
     moefy_(converted, MoeficationConfig(**FIXED))
@@ -343,6 +351,91 @@ def test_schedules_longer_than_the_training_are_refused(tmp_path):
     trainer = trainer_for(dense_model(), tmp_path, callback_for([Phase(20, k=1.0), Phase(1.0, split=True)]))
     with pytest.raises(ValueError, match="from step 20 to 12 of 12"):
         trainer.train()
+
+
+def test_phases_after_the_end_are_refused(tmp_path):
+    trainer = trainer_for(dense_model(), tmp_path, callback_for([Phase(20, k=1.0), Phase(40, split=True)]))
+    with pytest.raises(ValueError, match="train longer"):
+        trainer.train()
+    assert [site.act.selection.k for site in trainer.model.moe_sites()] == [6, 6]
+
+
+def test_resuming_with_fewer_steps_splits_late_rather_than_never(whole, tmp_path):
+    _, folder = whole
+    schedule = [Phase(0.5, k=1.0), Phase(1.0, split=True)]
+    first = trainer_for(
+        dense_model(), tmp_path / "a", callback_for(schedule), save_strategy="steps", save_steps=4, max_steps=10
+    )
+    first.train()
+    resumed = trainer_for(dense_model(), tmp_path / "b", callback_for(schedule), max_steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    assert resumed.model.config.moefication["splits"] == 1
+    assert sum(site.act.selection.k for site in resumed.model.moe_sites()) == 4
+
+
+def test_a_model_that_comes_too_late_is_refused(tmp_path):
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, max_steps=2, disable_tqdm=True)
+    trainer = Trainer(args=args, model_init=lambda: dense_model(), train_dataset=Rows(), callbacks=[callback_for()])
+    with pytest.raises(ValueError, match="model_init= comes too late"):
+        trainer.train()
+    trainer = Trainer(dense_model(), args, train_dataset=Rows())
+    trainer.add_callback(callback_for())
+    with pytest.raises(ValueError, match="callbacks="):
+        trainer.train()
+
+
+def test_a_checkpoint_without_the_callback_can_be_gone_on_from_before_the_split(tmp_path):
+    plain = transformers.TrainerCallback()
+    trainer_for(dense_model(), tmp_path / "dense", plain, save_strategy="steps", save_steps=2).train()
+    resumed = trainer_for(dense_model(), tmp_path / "run", callback_for(), save_strategy="steps", save_steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "dense" / "checkpoint-2"))
+    assert resumed.model.config.moefication["splits"] == 1
+
+
+def test_routers_of_other_settings_are_refused(whole, tmp_path):
+    _, folder = whole
+    model = dense_model()
+    trainer_for(model, tmp_path, callback_for())
+    with pytest.raises(ValueError, match="made with expert_size=8.*says 16"):
+        trainer_for(model, tmp_path, callback_for(expert_size=16))
+    resumed = trainer_for(dense_model(), tmp_path, callback_for(router="mlp"))
+    with pytest.raises(ValueError, match="made with router='linear'.*says 'mlp'"):
+        resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def test_one_callback_for_two_models(tmp_path):
+    callback, converted = callback_for(), dense_model()
+    moefy_(converted, MoeficationConfig(**FIXED))
+    trainer_for(converted, tmp_path, callback).train()
+    trainer = trainer_for(dense_model(), tmp_path, callback)
+    trainer.train()
+    assert trainer.model.config.moefication["splits"] == 1
+
+
+def test_an_iterator_is_refused_where_it_is_read_twice():
+    with pytest.raises(ValueError, match="give no iterator"):
+        callback_for("switchable", calibration=iter(text_batches(9)))
+
+
+def test_predictions_that_cannot_be_compared_are_found_before_training(tmp_path):
+    model = dense_model(num_labels=1)
+    rows = Rows()
+    for row in rows.rows:
+        row["labels"] = row["labels"].float()
+    trainer = trainer_for(model, tmp_path, callback_for())
+    trainer.train_dataset = rows
+    with pytest.raises(ValueError, match='one of several classes.*"uniform"'):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_dense_best_model_is_said_to_be_dense(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("moefy_hf.callback.logger.warning", said.append)
+    trainer = trainer_for(dense_model(), tmp_path, callback_for())
+    trainer.add_callback(StopAt(2))
+    trainer.train()
+    assert trainer.state.global_step == 2 and "not split yet" in said[0]
 
 
 def test_lines_say_what_happens(tmp_path, capsys):

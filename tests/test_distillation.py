@@ -2,13 +2,15 @@
 
 import copy
 
+import peft
 import pytest
 import torch
+import transformers
 from batches import text_batches
 from tiny import convert, tiny_model
 from transformers import Trainer, TrainingArguments
 
-from moefy_hf import DistillationCallback, find_sites
+from moefy_hf import DistillationCallback, MoEficationCallback, find_sites
 
 HEADS = {
     "bert": ("AutoModelForSequenceClassification", "class"),
@@ -94,6 +96,34 @@ def test_training_pulls_the_student_towards_the_teacher(tmp_path):
             logits = [model.eval()(**batch).logits.log_softmax(-1) for model in (student, teacher)]
         found[weight] = float(torch.nn.functional.kl_div(*logits, log_target=True))
     assert found[5.0] < 0.5 * found[0.0]
+
+
+def test_an_adapter_s_labels_are_shifted_like_its_teacher_s(tmp_path):
+    teacher = tiny_model("llama", HEADS["llama"][0])
+    lora = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+    student = peft.get_peft_model(copy.deepcopy(teacher), lora).train()  # adapters start at zero: nothing is changed
+    batch = batch_of("llama")
+    batch["labels"][:, :2] = -100  # as a prompt's are
+    callback = DistillationCallback(teacher)
+    callback.on_train_begin(arguments(tmp_path), None, None, model=student)
+    student(**batch)
+    assert callback.steps == 1 and float(callback.logged) == pytest.approx(0, abs=1e-6)
+
+
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path):
+    class Interrupted(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    student, teacher = pair("bert")
+    plain = float(student(**batch_of("bert")).loss.detach())
+    rows = [{key: value[0] for key, value in batch_of("bert").items()}] * 8
+    args = arguments(tmp_path, max_steps=3, learning_rate=0.0)
+    callbacks = [DistillationCallback(teacher, 100.0), MoEficationCallback(), Interrupted()]
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(student, args, train_dataset=rows, callbacks=callbacks).train()
+    Trainer(student, args, train_dataset=rows, callbacks=[DistillationCallback(teacher, 0.0)]).train()
+    assert float(student(**batch_of("bert")).loss.detach()) == pytest.approx(plain, rel=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{"weight": -1.0}, {"temperature": 0.0}, {"ffn_weight": -0.1}])

@@ -44,7 +44,7 @@ def test_steps_and_shares_may_be_mixed():
     timetable = Timetable([Phase(7, k=1.0), Phase(0.5, split=True), Phase(1.0, k=0.5)], 40)
     assert (timetable.begins, timetable.ends) == ([0, 7, 20], [7, 20, 40])
     assert [timetable.at(step) for step in (0, 6, 7, 19, 20, 40, 99)] == [0, 0, 1, 1, 2, 2, 2]
-    assert [timetable.splits_before(step) for step in (0, 7, 8, 40)] == [0, 0, 1, 1]
+    assert [timetable.splits_until(step) for step in (0, 6, 7, 40)] == [0, 0, 1, 1]
     assert timetable.begins_at(7).split and timetable.begins_at(8) is None
 
 
@@ -71,3 +71,5 @@ def test_schedules_that_make_no_sense_are_refused():
         Timetable([Phase(10, k=1.0), Phase(0.05, split=True)], 100)
     with pytest.raises(ValueError, match="train longer"):
         Timetable(make_schedule("anneal"), 2)
+    with pytest.raises(ValueError, match="phase 1 of the schedule would run from step 20 to 40 of 12"):
+        Timetable([Phase(20, k=1.0), Phase(40, split=True)], 12)

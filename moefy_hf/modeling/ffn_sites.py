@@ -188,8 +188,9 @@ def permute_neurons_(site: FfnSite, order: torch.Tensor, optimizer: torch.optim.
         optimizer: its per-parameter tensors of the parameter's shape (Adam's moments) are permuted alike.
 
     Raises:
-        ValueError: `order` is no permutation, a parameter is sharded, quantised or adapted, or the optimizer keeps
-            state of another shape (Adafactor, 8-bit); nothing is changed then.
+        ValueError: `order` is no permutation, a parameter is sharded, quantised or adapted, the optimizer keeps state
+            of another shape (Adafactor, 8-bit) or copies of parameters (it does not hold a trainable one itself);
+            nothing is changed then.
     """
     neurons = site.sizes[1]
     if order.dtype != torch.int64 or not torch.equal(order.cpu().sort().values, torch.arange(neurons)):
@@ -197,11 +198,17 @@ def permute_neurons_(site: FfnSite, order: torch.Tensor, optimizer: torch.optim.
             f"{site.name}: `order` must be a permutation of range({neurons}), got shape {tuple(order.shape)}"
         )
     tensors: list[tuple[torch.Tensor, int, torch.Tensor]] = []
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]} if optimizer else set()
     for name, param, dim, blocks in site.neuron_dims():
         if type(param) is not nn.Parameter or param.shape[dim] != blocks * neurons:
             kind = f"{type(param).__name__} of shape {tuple(param.shape)}"
             raise ValueError(
                 f"{site.name}: {name} is a {kind}; sharded, quantised or adapted neurons cannot be permuted"
+            )
+        if optimizer and param.requires_grad and id(param) not in held:
+            raise ValueError(
+                f"{site.name}: {name} is trained, but not by the {type(optimizer).__name__} itself: copies that it "
+                "keeps elsewhere cannot follow a permutation"
             )
         whole = torch.cat([order + block * neurons for block in range(blocks)]).to(param.device)
         tensors.append((param, dim, whole))

@@ -79,8 +79,9 @@ def partition_graph(
     if method == "metis" and _metis_available():
         labels = metis_partition(weights, num_parts, generator, edges_per_neuron)
         members = repair_sizes(weights, labels, num_parts).argsort(stable=True).view(num_parts, -1)
-        return labels_of(swap_rows(weights, members, generator, max_sweeps))
-    found = [multilevel_parts(weights, num_parts, generator, max_sweeps)]
+        found = [swap_rows(weights, members, generator, max_sweeps)]
+    else:
+        found = [multilevel_parts(weights, num_parts, generator, max_sweeps)]
     if warm:
         found.append(swap_rows(weights, blocks(len(weights), num_parts, weights.device), generator, max_sweeps))
     return labels_of(max(found, key=lambda members: weight_inside(weights, members)))

@@ -136,6 +136,9 @@ def test_a_foreign_folder_is_refused(recipe, tmp_path):
         ({"expert_size": 7}, "64 neurons.*7"),
         ({"controls": "orakel"}, "unknown control 'orakel'"),
         ({"shares": 1.5}, "1.5"),
+        ({"recovery_parameters": "some"}, "unknown recovery_parameters 'some'.*lora"),
+        ({"recovery_epochs": -1.0}, "must not be negative"),
+        ({"lora_rank": 0}, "at least 1"),
     ],
 )
 def test_mistakes_are_named_before_training(recipe, tmp_path, settings, message):

@@ -191,3 +191,29 @@ def test_coactivation_does_not_depend_on_chunks(monkeypatch):
     whole = groups(split("coactivation", weights, 8, stats), 8)
     monkeypatch.setattr("moefy_hf.profiling.CHUNK", 7)
     assert groups(split("coactivation", weights, 8, stats), 8) == whole
+
+
+@pytest.mark.parametrize("name", ["parameter_clustering", "coactivation"])
+def test_a_warm_start_is_kept_where_nothing_is_better(name):
+    """Neurons lie in experts that no swap improves, found with another seed: the search from them cannot end worse."""
+    weights = weights_of(96)
+    order = split(name, weights, 8, seed=1)
+    placed = FfnWeights(
+        weights.up[order], weights.down[:, order], weights.act, weights.up_bias[order], weights.gate, weights.gate_bias
+    )
+    stats = profile_of(placed)
+    quality = {}
+    for warm in (False, True):
+        again = SPLITTERS[name].order(placed, stats, 8, torch.Generator().manual_seed(5), warm)
+        assert again.sort().values.tolist() == list(range(96))
+        if name == "coactivation":
+            fired = torch.cat([neurons for _, neurons in stats.activations(placed)]).relu()
+            ties = fired.T @ fired
+            ties.fill_diagonal_(0)
+        else:
+            rows = nn.functional.normalize(placed.keys, dim=-1)
+            ties = rows @ rows.T
+        quality[warm] = [float(sum(ties[part][:, part].sum() for part in each.view(8, -1))) for each in (again,)][0]
+    kept = float(sum(ties[part][:, part].sum() for part in torch.arange(96).view(8, -1)))
+    assert quality[True] >= max(quality[False], kept) * (1 - 1e-4)
+    assert quality[True] > kept * (1 - 1e-4)

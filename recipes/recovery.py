@@ -1,0 +1,84 @@
+"""Recovery: fine-tune a converted model at its budget, and the dense one for as many steps as a control."""
+
+import copy
+from pathlib import Path
+
+import torch
+from common import MoeficationArguments
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback, TrainingArguments
+
+from moefy_hf import DistillationCallback, MoEficationCallback, SparsityPenaltyCallback, Sweep, find_sites
+
+PARAMETERS = ("all", "down", "lora")
+
+
+def check_recovery(moe_args: MoeficationArguments) -> None:
+    """Find bad settings before any work."""
+    if moe_args.recovery_parameters not in PARAMETERS:
+        raise ValueError(
+            f"unknown recovery_parameters {moe_args.recovery_parameters!r}; choose from {', '.join(PARAMETERS)}"
+        )
+    for name in ("recovery_epochs", "distillation_weight"):
+        if getattr(moe_args, name) < 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(moe_args, name)}")
+    if moe_args.lora_rank < 1:
+        raise ValueError(f"lora_rank must be at least 1, got {moe_args.lora_rank}")
+
+
+def recovery_arguments(training_args: TrainingArguments, moe_args: MoeficationArguments) -> TrainingArguments:
+    """Those of the dense training, for the epochs of the recovery."""
+    ours = copy.copy(training_args)
+    ours.num_train_epochs, ours.max_steps = moe_args.recovery_epochs, -1
+    return ours
+
+
+def prepare(model: PreTrainedModel, moe_args: MoeficationArguments) -> PreTrainedModel:
+    """Choose what is trained: everything, the FFNs' output projections only, or a LoRA on every Linear."""
+    if moe_args.recovery_parameters == "lora":
+        lora = LoraConfig(r=moe_args.lora_rank, target_modules="all-linear", task_type="SEQ_CLS")
+        return get_peft_model(model, lora)
+    if moe_args.recovery_parameters == "down":
+        model.requires_grad_(False)
+        for site in find_sites(model):
+            site.down.requires_grad_(True)
+    return model
+
+
+def finished_model(model: torch.nn.Module) -> PreTrainedModel:
+    """Adapters merged."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def penalties(moe_args: MoeficationArguments) -> list[TrainerCallback]:
+    if moe_args.sparsity_penalty is None:
+        return []
+    return [SparsityPenaltyCallback(moe_args.sparsity_penalty, moe_args.sparsity_weight)]
+
+
+def recovery_callbacks(moe_args: MoeficationArguments, dense: Path) -> list[TrainerCallback]:
+    """Keep the budget that the converted model has, and what pulls it towards sparsity and the dense model."""
+    callbacks = [MoEficationCallback(), *penalties(moe_args)]
+    if moe_args.distillation_weight:
+        teacher = AutoModelForSequenceClassification.from_pretrained(dense)
+        callbacks.append(DistillationCallback(teacher, moe_args.distillation_weight))
+    return callbacks
+
+
+def summary(sweeps: dict[str, Sweep], control: dict) -> str:
+    """Markdown: accuracy of the dense model, the control, and of both converted ones at every share."""
+    before, after = sweeps["sweep.json"], sweeps["recovered.json"]
+    dense = before.rows[0]["accuracy"]
+    lines = [
+        f"dense {dense:.2%}, dense trained for as long {control['accuracy']:.2%}; converted, relative to dense:",
+        "",
+        "| experts | budgets | without training | recovered |",
+        "|---|---|---|---|",
+    ]
+    found = {(row["router"], row.get("allocation"), row.get("k")): row for row in after.rows}
+    for row in before.rows[1:]:
+        if row["router"] == "own":
+            other = found[row["router"], row["allocation"], row["k"]]
+            cells = (f"{each['accuracy'] / dense:.1%}" for each in (row, other))
+            lines.append(f"| {row['experts']:.1%} | {row['allocation']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
