@@ -1,12 +1,15 @@
-"""The README's figures are those of the committed facts."""
+"""The figures of the README and of the cards are those of the committed facts."""
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "recipes"))
+import sweep_tables  # noqa: E402
+
 FACTS = sorted((ROOT / "model_cards" / "facts").glob("*.json"))
 
 
@@ -17,14 +20,17 @@ def results():
 
 
 @pytest.mark.parametrize("path", FACTS, ids=lambda path: path.stem)
-def test_readme_shows_the_facts(path, results, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    spec = importlib.util.spec_from_file_location("sweep", ROOT / "recipes" / "sweep.py")
-    sweep = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sweep)
+def test_the_readme_shows_the_facts(path, results):
     facts = json.loads(path.read_text())
-    assert sweep.tables(facts) in results
+    assert sweep_tables.tables(facts, ["relative_quality"]) in results
     assert facts["command"] in results
+
+
+@pytest.mark.parametrize("path", FACTS, ids=lambda path: path.stem)
+def test_the_card_shows_all_figures(path):
+    """python recipes/sweep_tables.py model_cards/facts/NAME.json > model_cards/NAME.md"""
+    card = (ROOT / "model_cards" / f"{path.stem}.md").read_text()
+    assert card == sweep_tables.tables(json.loads(path.read_text())) + "\n"
 
 
 def test_there_are_facts():

@@ -18,7 +18,7 @@ def balanced_kmeans(
     num_clusters: int,
     generator: torch.Generator,
     starts: int = 1,
-    max_iterations: int = 10,
+    max_iterations: int = 5,
     warm: bool = False,
 ) -> torch.Tensor:
     """points (n, d) -> labels (n,): `num_clusters` clusters of exactly n / num_clusters points, with little inertia.
