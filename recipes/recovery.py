@@ -2,11 +2,12 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import MoeficationArguments
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from moefy_hf import DistillationCallback, MoEficationCallback, SparsityPenaltyCallback, Sweep, find_sites
 
@@ -56,11 +57,11 @@ def penalties(moe_args: MoeficationArguments) -> list[TrainerCallback]:
     return [SparsityPenaltyCallback(moe_args.sparsity_penalty, moe_args.sparsity_weight)]
 
 
-def recovery_callbacks(moe_args: MoeficationArguments, dense: Path) -> list[TrainerCallback]:
+def recovery_callbacks(auto: Any, moe_args: MoeficationArguments, dense: Path) -> list[TrainerCallback]:
     """Keep the budget that the converted model has, and what pulls it towards sparsity and the dense model."""
     callbacks = [MoEficationCallback(), *penalties(moe_args)]
     if moe_args.distillation_weight:
-        teacher = AutoModelForSequenceClassification.from_pretrained(dense)
+        teacher = auto.from_pretrained(dense)
         callbacks.append(DistillationCallback(teacher, moe_args.distillation_weight))
     return callbacks
 

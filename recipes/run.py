@@ -1,27 +1,16 @@
-"""A run of a recipe on labelled text: its arguments, its data, and where its results go."""
+"""A run of a classification recipe: what its stages share, and what is checked before the first of them."""
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import (
-    Batches,
-    DataArguments,
-    ModelArguments,
-    MoeficationArguments,
-    Stages,
-    load_texts,
-    load_tokenizer,
-)
-from datasets import DatasetDict, concatenate_datasets
+from common import MoeficationArguments, Stages
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from recovery import check_recovery
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, TrainingArguments
 
 from moefy_hf import MoeficationConfig
 from moefy_hf.controls import check_control
@@ -35,16 +24,25 @@ REPORTING = (
 
 @dataclass
 class Run:
-    """What the stages share."""
+    """What the stages share.
 
-    model_args: ModelArguments
-    data_args: DataArguments
+    Attributes:
+        splits: train, validation and test, with `labels`; `names` are those of the classes.
+        processor: tokenizer or image processor, saved beside every model.
+        auto: the AutoModel class that loads the models.
+        batches: (rows, shuffle, seed) -> model-ready batches that can be read any number of times.
+        collator: what the Trainer makes batches with; None for its own.
+    """
+
     moe_args: MoeficationArguments
     training_args: TrainingArguments
     stages: Stages
-    tokenizer: PreTrainedTokenizerBase
     splits: DatasetDict
     names: list[str]
+    processor: Any
+    auto: Any
+    batches: Callable[[Dataset, bool, int], Iterable[dict[str, torch.Tensor]]]
+    collator: Callable | None = None
 
     def autocast(self) -> torch.autocast:
         """As training is."""
@@ -52,37 +50,40 @@ class Run:
         return torch.autocast(self.training_args.device.type, dtype, enabled=dtype is not None)
 
     def load(self, folder: Path, **kwargs) -> PreTrainedModel:
-        """A classifier of this run, on the device that trains."""
-        return AutoModelForSequenceClassification.from_pretrained(folder, **kwargs).to(self.training_args.device)
+        """A model of this run, on the device that trains."""
+        return self.auto.from_pretrained(folder, **kwargs).to(self.training_args.device)
 
     @property
     def config(self) -> MoeficationConfig:
         return moefication_config(self.moe_args, self.training_args.seed)
 
-    def held_out(self) -> Batches:
-        rows = concatenate_datasets([self.splits["validation"], self.splits["test"]])
-        return Batches(rows, self.tokenizer, shuffle=True)
+    def labels(self) -> dict[str, Any]:
+        """What a model's config says of its classes."""
+        return {
+            "num_labels": len(self.names),
+            "id2label": dict(enumerate(self.names)),
+            "label2id": {name: position for position, name in enumerate(self.names)},
+        }
+
+    def calibration(self) -> Iterable[dict[str, torch.Tensor]]:
+        return self.batches(self.splits["train"], True, self.config.seed)
+
+    def held_out(self, rows: int | None = None) -> Iterable[dict[str, torch.Tensor]]:
+        """Validation and test together, or so many of their rows."""
+        found = concatenate_datasets([self.splits["validation"], self.splits["test"]])
+        if rows is not None:
+            found = found.shuffle(seed=0).select(range(min(rows, len(found))))
+        return self.batches(found, True, 0)
 
 
-def begin(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    moe_args: MoeficationArguments,
-    training_args: TrainingArguments,
-) -> Run:
-    """Load data, and find what is wrong with the settings before anything is written."""
+def begin_stages(moe_args: MoeficationArguments, training_args: TrainingArguments, *others: Any) -> Stages:
+    """Find what is wrong with the settings before any work, and what an earlier run has finished."""
     training_args.remove_unused_columns = False
     moefication_config(moe_args, training_args.seed)
     check_sweep(moe_args)
     check_recovery(moe_args)
-    settings = run_settings(model_args, data_args, moe_args, training_args)
-    stages = Stages(training_args.output_dir, settings, moe_args.redo)
-    tokenizer = load_tokenizer(model_args)
-    with training_args.main_process_first(desc="tokenisation"):
-        splits, names = load_texts(data_args, tokenizer)
-    if training_args.should_save:
-        stages.begin()
-    return Run(model_args, data_args, moe_args, training_args, stages, tokenizer, splits, names)
+    settings = run_settings(*others, moe_args, training_args)
+    return Stages(training_args.output_dir, settings, moe_args.redo)
 
 
 def moefication_config(moe_args: MoeficationArguments, seed: int) -> MoeficationConfig:

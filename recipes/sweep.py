@@ -10,6 +10,7 @@ every figure, averaged over seeds; sweep_tables.py prints them.
 import copy
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,16 +18,15 @@ from pathlib import Path
 import torch
 import transformers
 from common import (
-    Batches,
     DataArguments,
     ModelArguments,
     MoeficationArguments,
     parse,
     write_json,
 )
-from datasets import concatenate_datasets
-from moefy_classification import train_dense
-from run import Run, begin, moefication_config
+from moefy_classification import begin, make_model
+from pipeline import train_dense
+from run import Run, moefication_config
 from sweep_tables import ALLOCATIONS, average, tables
 from transformers import TrainingArguments
 
@@ -65,11 +65,8 @@ def main() -> None:
         ours = copy.deepcopy(training_args)
         ours.seed, ours.output_dir = seed, f"{training_args.output_dir}_sweep/seed_{seed}"
         run = begin(model_args, data_args, moe_args, ours)
-        rows = concatenate_datasets([run.splits["validation"], run.splits["test"]])
-        if grid.eval_rows is not None:
-            rows = rows.shuffle(seed=0).select(range(min(grid.eval_rows, len(rows))))
-        held_out = Batches(rows, run.tokenizer, shuffle=True)
-        dense = train_dense(run)
+        held_out = run.held_out(grid.eval_rows)
+        dense = train_dense(run, partial(make_model, run, model_args), model_args.activation)
         calibration = Calibration(run, dense)
         for splitter in grid.splitters:
             for position, router in enumerate(grid.routers):
@@ -88,7 +85,7 @@ def main() -> None:
             "command": command,
             "model": model_args.model_name_or_path,
             "dataset": data_args.dataset_name,
-            "eval_rows": len(rows),
+            "eval_rows": len(held_out.rows),
             "autocast": training_args.mixed_precision,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "rows": average(cells),
@@ -106,9 +103,8 @@ class Calibration:
 
     def get(self) -> ModelProfile:
         if self.found is None:
-            batches = Batches(self.run.splits["train"], self.run.tokenizer, shuffle=True, seed=self.run.config.seed)
-            tokens = self.run.moe_args.calibration_tokens
-            self.found = profile(self.run.load(self.dense), batches, max_tokens=tokens)
+            model, tokens = self.run.load(self.dense), self.run.moe_args.calibration_tokens
+            self.found = profile(model, self.run.calibration(), max_tokens=tokens)
         return self.found
 
     def close(self) -> None:
@@ -116,7 +112,7 @@ class Calibration:
             self.found.close()
 
 
-def measure(calibration: Calibration, cell: MoeficationArguments, held_out: Batches, path: Path) -> None:
+def measure(calibration: Calibration, cell: MoeficationArguments, held_out: Iterable, path: Path) -> None:
     """Convert in one way and sweep it, under autocast where training was."""
     run = calibration.run
     print(f"seed {run.config.seed}: {cell.splitter} split, {cell.router} router", flush=True)

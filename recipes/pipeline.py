@@ -1,0 +1,140 @@
+"""The stages of a classification recipe: train dense, convert, sweep, recover."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import write_json
+from recovery import (
+    finished_model,
+    penalties,
+    prepare,
+    recovery_arguments,
+    recovery_callbacks,
+    summary,
+)
+from run import Run
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from moefy_hf import Sweep, evaluate, moefy_, relufy_
+from moefy_hf.conversion import check_convertible
+from moefy_hf.quality import Quality, predictions
+
+
+def classify(run: Run, make: Callable[[], PreTrainedModel], activation: str | None) -> None:
+    """All stages; `make` gives the model to fine-tune."""
+    dense = train_dense(run, make, activation)
+    if run.training_args.should_save:  # conversion and evaluation are one process' work
+        moefied = run.stages.run("moefied", lambda path: convert(run, dense, path))
+        run.stages.run("sweep.json", lambda path: sweep(run, moefied, path))
+        show(run.stages.directory)
+    if run.moe_args.recovery_epochs:
+        run.training_args.distributed_state.wait_for_everyone()
+        recover(run, dense, run.stages.directory / "moefied")
+
+
+def train_dense(run: Run, make: Callable[[], PreTrainedModel], activation: str | None) -> Path:
+    """Fine-tune the dense model, with another activation and a sparsity penalty where asked for."""
+
+    def checked() -> PreTrainedModel:
+        model = make()
+        check_convertible(model, run.config, run.splits["train"])  # before training it
+        return relufy_(model, activation) if activation else model
+
+    return train(run, "dense", run.training_args, checked, penalties(run.moe_args))
+
+
+def train(
+    run: Run,
+    name: str,
+    training_args: TrainingArguments,
+    make: Callable[[], PreTrainedModel],
+    callbacks: list[TrainerCallback],
+) -> Path:
+    """One stage that trains a model and leaves it in a folder; all processes take part."""
+    if run.stages.finished(name):
+        return run.stages.directory / name
+    set_seed(training_args.seed)
+    trainer = Trainer(
+        make(),
+        training_args,
+        train_dataset=run.splits["train"],
+        eval_dataset=run.splits["validation"],
+        processing_class=run.processor,
+        data_collator=run.collator,
+        compute_metrics=lambda found: {"accuracy": float(np.mean(found.predictions.argmax(-1) == found.label_ids))},
+        callbacks=callbacks,
+    )
+    trainer.train()
+    if training_args.should_save:
+        run.stages.run(name, lambda path: save(finished_model(trainer.model), run.processor, path))
+    training_args.distributed_state.wait_for_everyone()
+    return run.stages.directory / name
+
+
+def convert(run: Run, dense: Path, path: Path) -> None:
+    model = run.load(dense)
+    report = moefy_(model, run.config, run.calibration())
+    save(model, run.processor, path)
+    write_json(path / "conversion.json", report.to_dict())
+    print(report.table(), flush=True)
+
+
+def sweep(run: Run, moefied: Path, path: Path) -> None:
+    """Validation and test together, under autocast where training was."""
+    model = run.load(moefied, trust_remote_code=True)
+    measured = run.moe_args.allocation == "sensitivity"
+    allocations = ["uniform", "sensitivity"] if measured else ["uniform"]
+    with run.autocast():
+        found = evaluate(
+            model, run.held_out(), run.moe_args.shares, controls=run.moe_args.controls, allocations=allocations
+        )
+    found.save(path)
+
+
+def recover(run: Run, dense: Path, moefied: Path) -> None:
+    """Fine-tune the converted model at its budget, the dense one for as many steps beside it, and compare."""
+    moe_args, training_args = run.moe_args, recovery_arguments(run.training_args, run.moe_args)
+
+    def converted() -> PreTrainedModel:
+        return prepare(run.auto.from_pretrained(moefied, trust_remote_code=True), moe_args)
+
+    def control() -> PreTrainedModel:
+        return prepare(run.auto.from_pretrained(dense), moe_args)
+
+    recovered = train(run, "recovered", training_args, converted, recovery_callbacks(run.auto, moe_args, dense))
+    trained_on = train(run, "control", training_args, control, penalties(moe_args))
+    if not training_args.should_save:
+        return
+    run.stages.run("recovered.json", lambda path: sweep(run, recovered, path))
+    run.stages.run("control.json", lambda path: write_json(path, {"accuracy": accuracy(run, trained_on)}))
+    directory = run.stages.directory
+    sweeps = {name: Sweep.load(directory / name) for name in ("sweep.json", "recovered.json")}
+    print(summary(sweeps, json.loads((directory / "control.json").read_text())))
+
+
+@torch.no_grad()
+def accuracy(run: Run, folder: Path) -> float:
+    """Of a dense model, on validation and test together."""
+    model, quality = run.load(folder).eval(), Quality()
+    with run.autocast():
+        for batch in run.held_out():
+            logits, labels = predictions(model, batch)
+            quality.update_(logits, logits, labels)
+    return quality.figures()["accuracy"]
+
+
+def save(model: PreTrainedModel, processor: Any, path: Path) -> None:
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+
+
+def show(directory: Path) -> None:
+    found = Sweep.load(directory / "sweep.json")
+    found.plot(directory / "sweep.png")
+    print(found.table())
+    for what, name in (("dense model", "dense"), ("MoEfied model", "moefied"), ("plot", "sweep.png")):
+        print(f"{what}: {directory / name}")

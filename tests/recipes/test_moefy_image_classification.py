@@ -1,0 +1,89 @@
+"""The image recipe end to end: a tiny ViT learns bright from dark, is MoEfied, swept and recovered."""
+
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import moefy_image_classification as recipe_module
+import numpy as np
+import pytest
+import yaml
+from datasets import ClassLabel, Dataset, Features, Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from moefy_hf import Sweep
+
+SMALL = "image_size=8,patch_size=4,num_channels=1,hidden_size=16,intermediate_size=48,num_hidden_layers=2"
+CONFIG = Path(recipe_module.__file__).parent / "configs" / "vit_fashion" / "moefication.yaml"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    folder, noise = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    features = Features({"image": Image(), "label": ClassLabel(names=["dark", "bright"])})
+    for split, count in (("train", 160), ("test", 24)):
+        labels = noise.integers(0, 2, count)
+        pixels = [noise.integers(0, 120, (8, 8)).astype(np.uint8) + np.uint8(120 * label) for label in labels]
+        Dataset.from_dict({"image": pixels, "label": labels.tolist()}, features=features).to_parquet(
+            folder / f"{split}.parquet"
+        )
+    return folder
+
+
+@pytest.fixture
+def recipe(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run(output_dir: Path, **settings) -> None:
+        given = yaml.safe_load(CONFIG.read_text()) | {
+            "config_overrides": SMALL + ",num_attention_heads=2",
+            "dataset_name": str(images),
+            "output_dir": str(output_dir),
+            "expert_size": 8,
+            "calibration_tokens": 500,
+            "per_device_train_batch_size": 16,
+            "num_train_epochs": 4,
+            "disable_tqdm": True,
+            "report_to": "none",
+            "use_cpu": True,
+            **settings,
+        }
+        config = tmp_path / "config.yaml"
+        config.write_text(yaml.safe_dump({key: value for key, value in given.items() if value is not None}))
+        monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(config)])
+        recipe_module.main()
+
+    return run
+
+
+def test_a_model_from_nothing(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    recipe(run)
+    sweep = Sweep.load(run / "sweep.json")
+    assert sweep.facts["positions"] == 16 + 24 and sweep.rows[0]["accuracy"] > 0.8
+    model = AutoModelForImageClassification.from_pretrained(run / "recovered", trust_remote_code=True)
+    assert type(model).__name__ == "MoefiedViTForImageClassification"
+    assert model.config.id2label == {0: "dark", 1: "bright"} and model.config.hidden_act == "relu"
+    assert AutoImageProcessor.from_pretrained(run / "moefied").size["height"] == 8
+    assert json.loads((run / "control.json").read_text())["accuracy"] > 0.8
+    assert "| experts | budgets | without training | recovered |" in capsys.readouterr().out
+    # and the other way: a checkpoint is fine-tuned
+    recipe(tmp_path / "again", model_name_or_path=str(run / "dense"), config_overrides=None, recovery_epochs=0.0)
+    assert Sweep.load(tmp_path / "again" / "sweep.json").rows[0]["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_column": "picture"}, "no column 'picture'.*image, label"),
+        ({"test_split": "dev"}, "no split 'dev'.*train, test"),
+        ({"model_type": "vitt"}, "unknown model_type 'vitt'"),
+        ({"config_overrides": "hidden=3"}, "no setting 'hidden'"),
+        ({"shares": [2.0]}, "2.0"),
+    ],
+)
+def test_mistakes_are_named_before_training(recipe, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(tmp_path / "run", **settings)
+    assert not (tmp_path / "run" / "dense").exists()
