@@ -1,43 +1,27 @@
 """`MoEficationCallback`: profile, split, route and fine-tune inside any Trainer."""
 
-import copy
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from .budgets import allocate_budgets
 from .configuration import MoeficationConfig
-from .conversion import (
-    check_convertible,
-    check_predictions,
-    check_profile,
-    default_allocation,
-    init_routers_,
-    install_routers_,
-    neuron_orders,
-)
-from .modeling.ffn_sites import permute_neurons_
+from .conversion import check_convertible, check_predictions, default_allocation, install_routers_
 from .modeling.moefied import is_moefied
-from .modeling.routers import ROUTERS
 from .modeling.selection import resolve_selection
 from .monitor import RoutingMonitor
-from .profiling import profile
 from .quality import unwrapped
-from .router_fitting import fit_routers
 from .run_hooks import keep_hooks
 from .schedule import TARGET, Phase, Timetable, as_dicts, make_schedule
-from .splitting import SPLITTERS
+from .splitting_in_training import adopt, split_everywhere_
 
 logger = logging.get_logger("moefy_hf")
 
@@ -134,7 +118,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             if state.global_step:
                 self.resume(model, state, timetable)
             if self.follows and self.section["splits"] < self.splits:
-                self.check_data(args, model, train_dataloader)
+                self.check_data(args, model, self.batches(args, train_dataloader))
         self.section = model.config.moefication
         self.monitor.attach(model, active=not args.torch_compile)
         keep_hooks(model, state, self.monitor.handles)
@@ -158,7 +142,10 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             say(args, state, f"phase {number} begins: {phase.name or 'no name'}")
         owed = timetable.splits_until(state.global_step)  # also where a run goes on with fewer steps than it began
         if owed > self.section["splits"]:
-            say(args, state, self.split(args, model, optimizer, train_dataloader))
+            with random_numbers_kept(args):
+                batches, progress = self.batches(args, train_dataloader), not args.disable_tqdm
+                budgets = self.target(model) if self.budgets(model) == "sensitivity" else None
+                say(args, state, split_everywhere_(model, self.config, batches, budgets, optimizer, progress))
             self.section["splits"] = owed
         self.select(model, timetable.share(state.global_step, self.target(model)))
 
@@ -214,14 +201,16 @@ class MoEficationCallback(TrainerCallback, ExportableState):
                     f"{ours[key]!r}: use the same, or start from a dense model"
                 )
 
-    def check_data(self, args, model: PreTrainedModel, train_dataloader) -> None:
+    def batches(self, args, train_dataloader: DataLoader) -> Iterable[Mapping[str, Any]]:
+        if self.calibration is not None:
+            return self.calibration
+        return training_batches(args, train_dataloader, self.config.seed)
+
+    def check_data(self, args, model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> None:
         """Find out before training, not when the schedule gets there, that a model's predictions cannot be used."""
-        if self.budgets(model) == "sensitivity":
-            batches = self.calibration
-            if batches is None or iter(batches) is not batches:
-                batches = training_batches(args, train_dataloader, self.config.seed) if batches is None else batches
-                with random_numbers_kept(args):
-                    check_predictions(model, [batch for batch, _ in zip(batches, range(1), strict=False)])
+        if self.budgets(model) == "sensitivity" and iter(batches) is not batches:  # an iterator is read once
+            with random_numbers_kept(args):
+                check_predictions(model, [batch for batch, _ in zip(batches, range(1), strict=False)])
 
     def budgets(self, model: PreTrainedModel) -> str:
         return self.config.selection.get("allocation") or default_allocation(model, self.config, True)
@@ -242,71 +231,6 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             wanted["k"] = share
         if wanted != section["selection"]:
             model.set_selection(**wanted)
-
-    def split(self, args, model: PreTrainedModel, optimizer, train_dataloader) -> str:
-        """Find the experts on the first process, and give every process the same; returns what was found."""
-        model.set_selection(type="top_k", k=1.0, allocation="uniform")
-        found: list[Any] = [None]
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        if first:
-            try:
-                with random_numbers_kept(args):
-                    found = [self.find_experts(args, model, optimizer, train_dataloader)]
-            except Exception as error:  # the other processes wait: they must hear of it
-                found = [error]
-        if dist.is_initialized():
-            dist.broadcast_object_list(found, src=0)
-        if isinstance(found[0], Exception):
-            raise found[0]
-        orders, routers, section, report = found[0]
-        if not first:
-            for site, order, weights in zip(model.moe_sites(), orders, routers, strict=True):
-                permute_neurons_(site, order, optimizer)
-                site.act.router.load_state_dict(weights)
-            adopt(model, section)
-        return report
-
-    def find_experts(self, args, model: PreTrainedModel, optimizer, train_dataloader) -> tuple:
-        """Convert this process' model: (orders of neurons, router weights, section of the config, what was found)."""
-        config, section, progress = self.config, model.config.moefication, not args.disable_tqdm
-        sites = model.moe_sites()
-        sizes = [(site.act.num_experts, site.act.expert_size) for site in sites]
-        budgets = self.budgets(model)
-        learns = SPLITTERS[config.splitter].needs_profile or ROUTERS[config.router].trainable
-        fits, found = [], None
-        with ExitStack() as stack:
-            if learns or budgets == "sensitivity":
-                batches = self.calibration
-                if batches is None:
-                    batches = training_batches(args, train_dataloader, config.seed)
-                tokens, layers = config.calibration_tokens, config.layers
-                found = profile(model, batches, max_tokens=tokens, layers=layers, progress=progress)
-                stack.enter_context(found)
-                check_profile(config, sites, sizes, found)
-                if budgets == "sensitivity":
-                    check_predictions(model, found.batches)
-            warm = section["splits"] > 0
-            orders = neuron_orders(sites, [experts for experts, _ in sizes], found, config, warm=warm)
-            for site, order in zip(sites, orders, strict=True):
-                permute_neurons_(site, order, optimizer)
-            init_routers_(model, config.seed)
-            if found is not None:
-                fits = fit_routers(model, found, seed=config.seed, progress=progress)
-        if found is not None and budgets == "sensitivity":
-            allocate_budgets(model, found.batches, self.target(model), progress=progress)
-        report = f"{len(sites)} FFNs split, {sizes[0][0]} experts of {sizes[0][1]} neurons in the first"
-        if fits:
-            captured, oracle = (sum(getattr(fit, name) for fit in fits) / len(fits) for name in ("captured", "oracle"))
-            report += f"; routers find {captured:.1%} of what the best {fits[0].k} experts do, an oracle {oracle:.1%}"
-        routers = [{key: value.cpu() for key, value in site.act.router.state_dict().items()} for site in sites]
-        return [order.cpu() for order in orders], routers, section, report
-
-
-def adopt(model: PreTrainedModel, section: Mapping[str, Any]) -> None:
-    """Let a model route as a section of a config says."""
-    model.config.moefication.clear()
-    model.config.moefication.update(copy.deepcopy(dict(section)))
-    model.set_selection()
 
 
 def describe(model: PreTrainedModel) -> str:

@@ -24,7 +24,7 @@ from common import (
     parse,
 )
 from pipeline import classify
-from run import Run, begin_stages
+from run import Run, accuracy_of_classes, begin_stages
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainingArguments
 
 
@@ -53,7 +53,19 @@ def begin(
     def batches(rows, shuffle, seed):
         return Batches(rows, tokenizer, shuffle=shuffle, seed=seed)
 
-    return Run(moe_args, training_args, stages, splits, names, tokenizer, AutoModelForSequenceClassification, batches)
+    auto = AutoModelForSequenceClassification
+    return Run(
+        moe_args,
+        training_args,
+        stages,
+        splits,
+        names,
+        tokenizer,
+        auto,
+        batches,
+        task_type="SEQ_CLS",
+        metrics=accuracy_of_classes,
+    )
 
 
 def make_model(run: Run, model_args: ModelArguments) -> PreTrainedModel:

@@ -18,7 +18,7 @@ import torch
 from common import MoeficationArguments, parse
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from pipeline import classify
-from run import Run, begin_stages
+from run import Run, accuracy_of_classes, begin_stages
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -79,7 +79,8 @@ def main() -> None:
         return ImageBatches(rows, collator, shuffle=shuffle, seed=seed)
 
     auto = AutoModelForImageClassification
-    run = Run(moe_args, training_args, stages, splits, names, processor, auto, batches, collator)
+    metrics = accuracy_of_classes
+    run = Run(moe_args, training_args, stages, splits, names, processor, auto, batches, collator, metrics=metrics)
     classify(run, partial(make_model, run, model_args, config), model_args.activation)
 
 

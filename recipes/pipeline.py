@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from common import write_json
 from recovery import (
@@ -17,7 +16,7 @@ from recovery import (
     summary,
 )
 from run import Run
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from moefy_hf import Sweep, evaluate, moefy_, relufy_
 from moefy_hf.conversion import check_convertible
@@ -58,14 +57,14 @@ def train(
     if run.stages.finished(name):
         return run.stages.directory / name
     set_seed(training_args.seed)
-    trainer = Trainer(
+    trainer = run.trainer(
         make(),
         training_args,
         train_dataset=run.splits["train"],
         eval_dataset=run.splits["validation"],
         processing_class=run.processor,
         data_collator=run.collator,
-        compute_metrics=lambda found: {"accuracy": float(np.mean(found.predictions.argmax(-1) == found.label_ids))},
+        compute_metrics=run.metrics,
         callbacks=callbacks,
     )
     trainer.train()
@@ -100,10 +99,10 @@ def recover(run: Run, dense: Path, moefied: Path) -> None:
     moe_args, training_args = run.moe_args, recovery_arguments(run.training_args, run.moe_args)
 
     def converted() -> PreTrainedModel:
-        return prepare(run.auto.from_pretrained(moefied, trust_remote_code=True), moe_args)
+        return prepare(run.auto.from_pretrained(moefied, trust_remote_code=True), moe_args, run.task_type)
 
     def control() -> PreTrainedModel:
-        return prepare(run.auto.from_pretrained(dense), moe_args)
+        return prepare(run.auto.from_pretrained(dense), moe_args, run.task_type)
 
     recovered = train(run, "recovered", training_args, converted, recovery_callbacks(run.auto, moe_args, dense))
     trained_on = train(run, "control", training_args, control, penalties(moe_args))

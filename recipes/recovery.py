@@ -34,10 +34,10 @@ def recovery_arguments(training_args: TrainingArguments, moe_args: MoeficationAr
     return ours
 
 
-def prepare(model: PreTrainedModel, moe_args: MoeficationArguments) -> PreTrainedModel:
+def prepare(model: PreTrainedModel, moe_args: MoeficationArguments, task_type: str | None) -> PreTrainedModel:
     """Choose what is trained: everything, the FFNs' output projections only, or a LoRA on every Linear."""
     if moe_args.recovery_parameters == "lora":
-        lora = LoraConfig(r=moe_args.lora_rank, target_modules="all-linear", task_type="SEQ_CLS")
+        lora = LoraConfig(r=moe_args.lora_rank, target_modules="all-linear", task_type=task_type)
         return get_peft_model(model, lora)
     if moe_args.recovery_parameters == "down":
         model.requires_grad_(False)

@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import MoeficationArguments, Stages
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from recovery import check_recovery
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
 from moefy_hf import MoeficationConfig
 from moefy_hf.controls import check_control
@@ -32,6 +33,8 @@ class Run:
         auto: the AutoModel class that loads the models.
         batches: (rows, shuffle, seed) -> model-ready batches that can be read any number of times.
         collator: what the Trainer makes batches with; None for its own.
+        task_type: peft's name of the task; None for those it has none for.
+        trainer: the Trainer class, and `metrics` what it computes from predictions and labels.
     """
 
     moe_args: MoeficationArguments
@@ -43,6 +46,9 @@ class Run:
     auto: Any
     batches: Callable[[Dataset, bool, int], Iterable[dict[str, torch.Tensor]]]
     collator: Callable | None = None
+    task_type: str | None = None
+    trainer: type[Trainer] = Trainer
+    metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
 
     def autocast(self) -> torch.autocast:
         """As training is."""
@@ -74,6 +80,10 @@ class Run:
         if rows is not None:
             found = found.shuffle(seed=0).select(range(min(rows, len(found))))
         return self.batches(found, True, 0)
+
+
+def accuracy_of_classes(found: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float(np.mean(found.predictions.argmax(-1) == found.label_ids))}
 
 
 def begin_stages(moe_args: MoeficationArguments, training_args: TrainingArguments, *others: Any) -> Stages:

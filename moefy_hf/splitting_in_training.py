@@ -1,0 +1,105 @@
+"""Split the neurons of a model that is being trained: found by one process, done by all."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from .budgets import allocate_budgets
+from .configuration import MoeficationConfig
+from .conversion import check_predictions, check_profile, init_routers_, neuron_orders
+from .modeling.ffn_sites import permute_neurons_
+from .modeling.routers import ROUTERS
+from .profiling import profile
+from .router_fitting import RouterFit, fit_routers
+from .splitting import SPLITTERS
+
+
+def split_everywhere_(
+    model: PreTrainedModel,
+    config: MoeficationConfig,
+    batches: Iterable[Mapping[str, Any]],
+    budgets: float | None,
+    optimizer: torch.optim.Optimizer,
+    progress: bool,
+) -> str:
+    """Find the experts of a model that has routers on the first process, and give every process the same.
+
+    Neurons are permuted in place with what each process' optimizer remembers of them. All experts are selected
+    afterwards, unless budgets were measured.
+
+    Args:
+        batches: calibration data; read by the first process only, and only where a method learns from it.
+        budgets: measure the layers' sensitivity and spend this average share of experts; None for uniform budgets.
+
+    Returns:
+        a line of what was found.
+    """
+    model.set_selection(type="top_k", k=1.0, allocation="uniform")
+    found: list[Any] = [None]
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        try:
+            found = [find_experts_(model, config, batches, budgets, optimizer, progress)]
+        except Exception as error:  # the other processes wait: they must hear of it
+            found = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    orders, routers, section, report = found[0]
+    if not first:
+        for site, order, weights in zip(model.moe_sites(), orders, routers, strict=True):
+            permute_neurons_(site, order, optimizer)
+            site.act.router.load_state_dict(weights)
+        adopt(model, section)
+    return report
+
+
+def find_experts_(
+    model: PreTrainedModel,
+    config: MoeficationConfig,
+    batches: Iterable[Mapping[str, Any]],
+    budgets: float | None,
+    optimizer: torch.optim.Optimizer,
+    progress: bool,
+) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]], dict[str, Any], str]:
+    """Split this process' model: (orders of neurons, router weights, section of the config, what was found)."""
+    sites, section = model.moe_sites(), model.config.moefication
+    sizes = [(site.act.num_experts, site.act.expert_size) for site in sites]
+    fits: list[RouterFit] = []
+    found = None
+    with ExitStack() as stack:
+        if SPLITTERS[config.splitter].needs_profile or ROUTERS[config.router].trainable or budgets is not None:
+            tokens, layers = config.calibration_tokens, config.layers
+            found = profile(model, batches, max_tokens=tokens, layers=layers, progress=progress)
+            stack.enter_context(found)
+            check_profile(config, sites, sizes, found)
+            if budgets is not None:
+                check_predictions(model, found.batches)
+        warm = section["splits"] > 0
+        orders = neuron_orders(sites, [experts for experts, _ in sizes], found, config, warm=warm)
+        for site, order in zip(sites, orders, strict=True):
+            permute_neurons_(site, order, optimizer)
+        init_routers_(model, config.seed)
+        if found is not None:
+            fits = fit_routers(model, found, seed=config.seed, progress=progress)
+    if found is not None and budgets is not None:
+        allocate_budgets(model, found.batches, budgets, progress=progress)
+    report = f"{len(sites)} FFNs split, {sizes[0][0]} experts of {sizes[0][1]} neurons in the first"
+    if fits:
+        captured, oracle = (sum(getattr(fit, name) for fit in fits) / len(fits) for name in ("captured", "oracle"))
+        report += f"; routers find {captured:.1%} of what the best {fits[0].k} experts do, an oracle {oracle:.1%}"
+    routers = [{key: value.cpu() for key, value in site.act.router.state_dict().items()} for site in sites]
+    return [order.cpu() for order in orders], routers, section, report
+
+
+def adopt(model: PreTrainedModel, section: Mapping[str, Any]) -> None:
+    """Let a model route as a section of a config says."""
+    model.config.moefication.clear()
+    model.config.moefication.update(copy.deepcopy(dict(section)))
+    model.set_selection()

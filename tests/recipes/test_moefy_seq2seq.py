@@ -1,0 +1,76 @@
+"""The encoder-decoder recipe end to end: a tiny T5 learns to name the mood of a text."""
+
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import moefy_seq2seq as recipe_module
+import pytest
+import yaml
+from transformers import AutoModelForSeq2SeqLM
+
+from moefy_hf import Sweep
+
+CONFIG = Path(recipe_module.__file__).parent / "configs" / "t5_r8" / "moefication.yaml"
+
+
+@pytest.fixture
+def recipe(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    texts = tmp_path / "texts"  # with targets that are words of the vocabulary
+    texts.mkdir()
+    for path in Path(inputs["texts"]).glob("*.csv"):
+        (texts / path.name).write_text(path.read_text().replace(",good", ",superb").replace(",bad", ",awful"))
+
+    def run(output_dir: Path, **settings) -> None:
+        given = yaml.safe_load(CONFIG.read_text()) | {
+            "tokenizer_name": inputs["model"],
+            "config_overrides": "d_model=16,d_kv=8,d_ff=48,num_layers=2,num_heads=2",
+            "dataset_name": str(texts),
+            "output_dir": str(output_dir),
+            "expert_size": 8,
+            "calibration_tokens": 500,
+            "per_device_train_batch_size": 16,
+            "num_train_epochs": 6,
+            "learning_rate": 0.01,
+            "generated_rows": 20,
+            "disable_tqdm": True,
+            "report_to": "none",
+            "use_cpu": True,
+            **settings,
+        }
+        config = tmp_path / "config.yaml"
+        config.write_text(yaml.safe_dump({key: value for key, value in given.items() if value is not None}))
+        monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(config)])
+        recipe_module.main()
+
+    return run
+
+
+@pytest.mark.parametrize("parameters", ["all", "lora"])
+def test_a_model_from_nothing(recipe, tmp_path, parameters):
+    run = tmp_path / "run"
+    recipe(run, recovery_parameters=parameters)
+    sweep = Sweep.load(run / "sweep.json")
+    assert sweep.facts["quality"] == "accuracy" and sweep.rows[0]["accuracy"] > 0.8
+    model = AutoModelForSeq2SeqLM.from_pretrained(run / "recovered", trust_remote_code=True)
+    assert type(model).__name__ == "MoefiedT5ForConditionalGeneration" and len(model.moe_sites()) == 4
+    scores = json.loads((run / "generation.json").read_text())
+    assert list(scores) == ["dense", *(f"{name} at {k}" for name in ("moefied", "recovered") for k in (0.1, 0.2, 0.3))]
+    assert scores["dense"] > 0.6 and all(0 <= score <= 1 for score in scores.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source_column": "sentence"}, "no column 'sentence'.*text, label"),
+        ({"validation_split": "dev"}, "no split 'dev'"),
+        ({"tokenizer_name": None}, "needs --tokenizer_name"),
+        ({"config_overrides": "layers=3"}, "no setting 'layers'"),
+    ],
+)
+def test_mistakes_are_named_before_training(recipe, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(tmp_path / "run", **settings)
+    assert not (tmp_path / "run" / "dense").exists()
