@@ -398,7 +398,7 @@ def test_little_data_is_enough_where_nothing_is_learnt(router):
 
 
 def test_a_splitter_that_fails_leaves_the_model_alone(monkeypatch):
-    def half(weights, stats, experts, generator):
+    def half(weights, stats, experts, generator, warm):
         return torch.zeros(48, dtype=torch.long)
 
     model = build()

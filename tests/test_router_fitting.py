@@ -48,15 +48,22 @@ def by_hand(model, found: ModelProfile, position: int, k: int) -> dict[str, floa
     """What a router captures of its targets on the held-out last tenth, with loops over tokens and experts."""
     site, inputs = model.moe_sites()[position], found.sites[position].inputs
     held_out = inputs[len(inputs) - len(inputs) // 10 :]
-    mass_targets = site.act.router.targets.__name__ == "activation_mass"
+    kind = site.act.router.targets.__name__
     captured = oracle = total = 0.0
     for x in held_out:
         neurons = torch.relu(site.up.weight @ x + site.up.bias)
-        target = []
+        target, whole = [], site.down.weight @ neurons
         for expert in range(EXPERTS):
             block = slice(expert * SIZE, (expert + 1) * SIZE)
             output = site.down.weight[:, block] @ neurons[block]
-            target.append(float(neurons[block].sum() if mass_targets else output.norm()))
+            found_by = {
+                "activation_mass": neurons[block].sum(),
+                "output_norm": output.norm(),
+                "prior_affinity": (-(output - whole).square().mean()).exp(),
+            }
+            target.append(float(found_by[kind]))
+        if kind == "prior_affinity":
+            target = [each / sum(target) for each in target]
         scores = site.act.router(x).tolist()
         order = sorted(range(EXPERTS), key=lambda expert, scores=scores: -scores[expert])
         captured += sum(target[expert] for expert in order[:k])

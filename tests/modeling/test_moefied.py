@@ -105,7 +105,7 @@ def test_sensitivity_lasts_on_disk(tmp_path):
     [
         (None, "MoefiedBertModel needs a `moefication` section in its config; convert a dense model"),
         ({"format_version": 99}, "format 99, newer than .*upgrade moefy-hf"),
-        ({"router": "oracle"}, "unknown router 'oracle'; choose from linear, mlp"),
+        ({"router": "oracle"}, "unknown router 'oracle'; choose from linear, prior_approximate, mlp"),
     ],
 )
 def test_a_config_that_is_not_ours_is_an_error(change, message):
