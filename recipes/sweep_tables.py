@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 
-# figure -> its title in a table, and how it is written
+# figure -> its title in a table; all are shown in percent
 FIGURES = {
-    "relative_quality": ("Accuracy relative to dense", "{:.1%}"),
-    "accuracy": ("Accuracy", "{:.1%}"),
-    "agreement": ("Agreement with the dense predictions", "{:.1%}"),
-    "output_error": ("Squared error of the FFN's output relative to it, mean of layers", "{:.3f}"),
-    "captured_mass": ("Captured activation mass, mean of layers", "{:.1%}"),
+    "relative_quality": "Accuracy relative to dense",
+    "accuracy": "Accuracy",
+    "agreement": "Agreement with the dense predictions",
+    "output_error": "Squared error of the FFN's output relative to it, mean of layers",
+    "captured_mass": "Captured activation mass, mean of layers",
 }
 AVERAGED = (*FIGURES, "loss", "kl", "chunk_share", "ffn_flops", "model_flops", "experts")
 ALLOCATIONS = ("uniform", "sensitivity")
@@ -55,15 +55,15 @@ def tables(facts: dict, figures: Iterable[str] = tuple(FIGURES)) -> str:
         row = found.get(key, {})
         if figure not in row:
             return ""
-        spread = f" ± {FIGURES[figure][1].format(row[figure + '_sd'])}" if figure + "_sd" in row else ""
-        return FIGURES[figure][1].format(row[figure]) + spread
+        spread = f" ± {100 * row[figure + '_sd']:.1f}" if figure + "_sd" in row else ""
+        return f"{100 * row[figure]:.1f}{spread}"
 
     text = [
-        f"{facts['dataset']}, {facts['eval_rows']:,} rows: dense accuracy {cell('accuracy', *dense_key(dense))}, "
-        f"seeds {', '.join(map(str, dense['seeds']))} (mean ± standard deviation)."
+        f"{facts['dataset']}, {facts['eval_rows']:,} rows: dense accuracy {cell('accuracy', *dense_key(dense))} %; "
+        f"seeds {', '.join(map(str, dense['seeds']))}, mean ± standard deviation."
     ]
     for figure in figures:
-        text += ["", f"{FIGURES[figure][0]}, uniform budgets / budgets by sensitivity:", ""]
+        text += ["", f"{FIGURES[figure]}, %, uniform budgets / budgets by sensitivity:", ""]
         text.append("| split | router | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
         text.append("|---" * (2 + len(shares)) + "|")
         for splitter, router in lines:

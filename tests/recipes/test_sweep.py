@@ -99,7 +99,7 @@ def test_tables(grid, capsys, monkeypatch):
         for row in facts["rows"]
         if (row["splitter"], row["router"], row["share"], row["allocation"]) == ("random", "linear", 0.25, "uniform")
     )
-    expected = f"{row['relative_quality']:.1%} ± {row['relative_quality_sd']:.1%} / "
+    expected = f"{100 * row['relative_quality']:.1f} ± {100 * row['relative_quality_sd']:.1f} / "
     assert lines[2].startswith(f"| random | linear | {expected}")
     monkeypatch.setattr(sys, "argv", ["sweep_tables.py", str(grid / "facts.json"), "relative_quality"])
     sweep_tables.main()
