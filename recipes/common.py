@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import real_inputs
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedConfig, PreTrainedTokenizerBase
 
 MARKER = "moefy_run.json"
 
@@ -104,23 +104,33 @@ def parse(types: tuple[type, ...], description: str, arguments: list[str] | None
     return list(parser.parse_args_into_dataclasses(from_file + arguments))
 
 
+def load_splits(data: Any, splits: Iterable[str], columns: Iterable[str]) -> DatasetDict:
+    """The dataset that arguments with `dataset_name` and `dataset_config_name` name.
+
+    Raises:
+        ValueError: it lacks one of the splits or columns; those that exist are named.
+    """
+    raw = load_dataset(real_inputs.resolve(data.dataset_name), data.dataset_config_name)
+    for split in splits:
+        if split not in raw:
+            raise ValueError(f"{data.dataset_name} has no split {split!r}; it has {', '.join(raw)}")
+        for column in columns:
+            if column not in raw[split].column_names:
+                raise ValueError(
+                    f"split {split!r} of {data.dataset_name} has no column {column!r}; it has "
+                    f"{', '.join(raw[split].column_names)}"
+                )
+    return raw
+
+
 def load_texts(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[DatasetDict, list[str]]:
     """Tokenised train, validation and test splits with `labels`, and the names of the classes.
 
     Raises:
         ValueError: a split or column is missing, or a label is unknown; those that exist are named.
     """
-    raw = load_dataset(real_inputs.resolve(data.dataset_name), data.dataset_config_name)
     splits = {"train": "train", "validation": data.validation_split, "test": data.test_split}
-    for split in splits.values():
-        if split not in raw:
-            raise ValueError(f"{data.dataset_name} has no split {split!r}; it has {', '.join(raw)}")
-        for column in (data.text_column, data.label_column):
-            if column not in raw[split].column_names:
-                raise ValueError(
-                    f"split {split!r} of {data.dataset_name} has no column {column!r}; it has "
-                    f"{', '.join(raw[split].column_names)}"
-                )
+    raw = load_splits(data, splits.values(), (data.text_column, data.label_column))
     feature = raw["train"].features[data.label_column]
     names = (
         feature.names if isinstance(feature, ClassLabel) else sorted(map(str, set(raw["train"][data.label_column])))
@@ -200,6 +210,45 @@ def load_tokenizer(model: ModelArguments) -> PreTrainedTokenizerBase:
         revision=model.model_revision,
         trust_remote_code=model.trust_remote_code,
     )
+
+
+class CollatedBatches:
+    """A dataset as the model-ready batches that a collator makes of its rows; can be read any number of times."""
+
+    def __init__(
+        self,
+        rows: Dataset,
+        collator: Callable[[list[dict[str, Any]]], Mapping[str, torch.Tensor]],
+        batch_size: int = 64,
+        shuffle: bool = False,
+        seed: int = 0,
+    ):
+        self.rows, self.collator = rows, collator
+        order = torch.arange(len(rows))
+        if shuffle:
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        self.batches = order.split(batch_size)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in self.batches:
+            yield dict(self.collator([self.rows[i] for i in batch.tolist()]))
+
+
+def override(config: PreTrainedConfig, changes: str) -> PreTrainedConfig:
+    """Set what a text like "hidden_size=128,num_hidden_layers=3" says.
+
+    Raises:
+        ValueError: the config has no such setting.
+    """
+    for pair in filter(None, changes.split(",")):
+        name, _, value = pair.partition("=")
+        if not hasattr(config, name):
+            raise ValueError(f"config_overrides: {type(config).__name__} has no setting {name!r}")
+        setattr(config, name, int(value) if value.isdigit() else value)
+    return config
 
 
 class Stages:

@@ -8,15 +8,14 @@ with --model_type and --config_overrides; with it, a checkpoint is fine-tuned:
     ... --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name ethz/food101 --test_split validation
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import real_inputs
 import torch
-from common import MoeficationArguments, parse
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from common import CollatedBatches, MoeficationArguments, load_splits, override, parse
+from datasets import ClassLabel, DatasetDict
 from pipeline import classify
 from run import Run, accuracy_of_classes, begin_stages
 from transformers import (
@@ -76,7 +75,7 @@ def main() -> None:
     collator = partial(collate, processor, data_args)
 
     def batches(rows, shuffle, seed):
-        return ImageBatches(rows, collator, shuffle=shuffle, seed=seed)
+        return CollatedBatches(rows, collator, shuffle=shuffle, seed=seed)
 
     auto = AutoModelForImageClassification
     metrics = accuracy_of_classes
@@ -95,13 +94,7 @@ def make_config(model_args: ImageModelArguments) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=model_args.trust_remote_code)
     if model_args.model_type not in CONFIG_MAPPING:
         raise ValueError(f"unknown model_type {model_args.model_type!r}; choose one of transformers', e.g. vit")
-    config = CONFIG_MAPPING[model_args.model_type]()
-    for pair in filter(None, model_args.config_overrides.split(",")):
-        name, _, value = pair.partition("=")
-        if not hasattr(config, name):
-            raise ValueError(f"config_overrides: {type(config).__name__} has no setting {name!r}")
-        setattr(config, name, type(getattr(config, name))(value))
-    return config
+    return override(CONFIG_MAPPING[model_args.model_type](), model_args.config_overrides)
 
 
 def load_images(data: ImageDataArguments) -> tuple[DatasetDict, list[str]]:
@@ -110,16 +103,7 @@ def load_images(data: ImageDataArguments) -> tuple[DatasetDict, list[str]]:
     Raises:
         ValueError: a split or column is missing, or labels are not classes; what there is is named.
     """
-    raw = load_dataset(real_inputs.resolve(data.dataset_name), data.dataset_config_name)
-    for split in ("train", data.test_split):
-        if split not in raw:
-            raise ValueError(f"{data.dataset_name} has no split {split!r}; it has {', '.join(raw)}")
-        for column in (data.image_column, data.label_column):
-            if column not in raw[split].column_names:
-                raise ValueError(
-                    f"split {split!r} of {data.dataset_name} has no column {column!r}; it has "
-                    f"{', '.join(raw[split].column_names)}"
-                )
+    raw = load_splits(data, ("train", data.test_split), (data.image_column, data.label_column))
     feature = raw["train"].features[data.label_column]
     if not isinstance(feature, ClassLabel):
         raise ValueError(f"column {data.label_column!r} of {data.dataset_name} is no ClassLabel but {feature}")
@@ -165,24 +149,6 @@ def collate(processor: Any, data: ImageDataArguments, rows: list[dict[str, Any]]
     images = [row[data.image_column].convert("L" if channels == 1 else "RGB") for row in rows]
     labels = torch.tensor([row[data.label_column] for row in rows])
     return {**processor(images, return_tensors="pt"), "labels": labels}
-
-
-class ImageBatches:
-    """A dataset as model-ready batches; can be read any number of times."""
-
-    def __init__(self, rows: Dataset, collator: partial, batch_size: int = 64, shuffle: bool = False, seed: int = 0):
-        self.rows, self.collator = rows, collator
-        order = torch.arange(len(rows))
-        if shuffle:
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        self.batches = order.split(batch_size)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for batch in self.batches:
-            yield self.collator([self.rows[i] for i in batch.tolist()])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ holds how many targets the models generate exactly. Without --model_name_or_path
         --target_column summary --source_prefix "summarize: "
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any
 import numpy as np
 import real_inputs
 import torch
-from common import MoeficationArguments, parse, write_json
-from datasets import Dataset, DatasetDict, load_dataset
+from common import CollatedBatches, MoeficationArguments, load_splits, override, parse, write_json
+from datasets import DatasetDict
 from pipeline import classify
 from run import Run, begin_stages
 from transformers import (
@@ -83,7 +82,7 @@ def main() -> None:
     collator = DataCollatorForSeq2Seq(tokenizer)
 
     def batches(rows, shuffle, seed):
-        return PairBatches(rows, collator, shuffle=shuffle, seed=seed)
+        return CollatedBatches(rows, collator, shuffle=shuffle, seed=seed)
 
     run = Run(
         moe_args,
@@ -118,17 +117,8 @@ def load_pairs(data: Seq2SeqDataArguments, tokenizer: PreTrainedTokenizerBase) -
     Raises:
         ValueError: a split or column is missing, or targets are no text; what there is is named.
     """
-    raw = load_dataset(real_inputs.resolve(data.dataset_name), data.dataset_config_name)
     splits = {"train": "train", "validation": data.validation_split, "test": data.test_split}
-    for split in splits.values():
-        if split not in raw:
-            raise ValueError(f"{data.dataset_name} has no split {split!r}; it has {', '.join(raw)}")
-        for column in (data.source_column, data.target_column):
-            if column not in raw[split].column_names:
-                raise ValueError(
-                    f"split {split!r} of {data.dataset_name} has no column {column!r}; it has "
-                    f"{', '.join(raw[split].column_names)}"
-                )
+    raw = load_splits(data, splits.values(), (data.source_column, data.target_column))
     if not isinstance(raw["train"][0][data.target_column], str):
         raise ValueError(f"column {data.target_column!r} of {data.dataset_name} is no text")
 
@@ -165,31 +155,9 @@ def make_model(model_args: Seq2SeqModelArguments, tokenizer: PreTrainedTokenizer
         decoder_start_token_id=tokenizer.pad_token_id,
     )
     config.num_decoder_layers = None
-    for pair in filter(None, model_args.config_overrides.split(",")):
-        name, _, value = pair.partition("=")
-        if not hasattr(config, name):
-            raise ValueError(f"config_overrides: {type(config).__name__} has no setting {name!r}")
-        setattr(config, name, int(value) if value.isdigit() else value)
+    override(config, model_args.config_overrides)
     config.num_decoder_layers = config.num_decoder_layers or config.num_layers
     return AutoModelForSeq2SeqLM.from_config(config)
-
-
-class PairBatches:
-    """A dataset as padded, model-ready batches; can be read any number of times."""
-
-    def __init__(self, rows: Dataset, collator: Any, batch_size: int = 64, shuffle: bool = False, seed: int = 0):
-        self.rows, self.collator = rows, collator
-        order = torch.arange(len(rows))
-        if shuffle:
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        self.batches = order.split(batch_size)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for batch in self.batches:
-            yield dict(self.collator([self.rows[i] for i in batch.tolist()], return_tensors="pt"))
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
