@@ -50,6 +50,8 @@ def tables(facts: dict, figures: Iterable[str] = tuple(FIGURES)) -> str:
     shares = sorted({row["share"] for row in rows if row["router"] != "dense"})
     found = {(row["splitter"], row["router"], row["share"], row["allocation"]): row for row in rows}
     lines = list(dict.fromkeys(key[:2] for key in found if key[1] != "dense"))
+    splitters = [splitter for splitter, _ in lines]
+    lines.sort(key=lambda line: (splitters.index(line[0]), line[1] in CONTROL_NAMES))  # controls below the methods
 
     def cell(figure: str, *key) -> str:
         row = found.get(key, {})
@@ -58,9 +60,10 @@ def tables(facts: dict, figures: Iterable[str] = tuple(FIGURES)) -> str:
         spread = f" ± {100 * row[figure + '_sd']:.1f}" if figure + "_sd" in row else ""
         return f"{100 * row[figure]:.1f}{spread}"
 
+    several = len(dense["seeds"]) > 1
     text = [
         f"{facts['dataset']}, {facts['eval_rows']:,} rows: dense accuracy {cell('accuracy', *dense_key(dense))} %; "
-        f"seeds {', '.join(map(str, dense['seeds']))}, mean ± standard deviation."
+        f"seeds {', '.join(map(str, dense['seeds']))}" + (", mean ± standard deviation." if several else ", one run.")
     ]
     for figure in figures:
         text += ["", f"{FIGURES[figure]}, %, uniform budgets / budgets by sensitivity:", ""]
