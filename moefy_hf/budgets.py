@@ -12,6 +12,7 @@ from .controls import selecting
 from .modeling.moefied import is_moefied
 from .modeling.selection import count_experts
 from .quality import Quality, predictions
+from .replay import before, block_of, recorded, replayed
 
 GRID = (1 / 48, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # measured shares of a layer's experts
 
@@ -26,6 +27,7 @@ def measure_sensitivity(
         KL(dense || restricted), in nats, of the predicted distribution at each of them (0 at E).
     """
     sites = model.moe_sites()
+    blocks = [block_of(model, site) for site in sites]
     grids = [_grid(site.act.num_experts) for site in sites]
     quality = [[Quality() for _ in ks] for ks in grids]
     bar = tqdm(desc="sensitivity", unit="batch", disable=not progress)
@@ -34,13 +36,15 @@ def measure_sensitivity(
     try:
         with torch.no_grad(), selecting(model, type="top_k", k=1.0, allocation="uniform"), bar:
             for batch in batches:
-                dense, _ = predictions(model, batch)
+                with recorded([block for block in blocks if block is not None]) as outputs:
+                    dense, _ = predictions(model, batch)
                 positions += len(dense)
-                for site, ks, layer in zip(sites, grids, quality, strict=True):
+                for site, block, ks, layer in zip(sites, blocks, grids, quality, strict=True):
                     everything = site.act.selection
-                    for k, found in zip(ks[:-1], layer, strict=False):
-                        site.act.selection = replace(everything, k=k)
-                        found.update_(predictions(model, batch)[0], dense, None)
+                    with replayed(before(outputs, block)):  # layers before this one do what they did
+                        for k, found in zip(ks[:-1], layer, strict=False):
+                            site.act.selection = replace(everything, k=k)
+                            found.update_(predictions(model, batch)[0], dense, None)
                     site.act.selection = everything
                 bar.update()
     finally:
