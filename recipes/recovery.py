@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from common import MoeficationArguments
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from moefy_hf import DistillationCallback, MoEficationCallback, SparsityPenaltyCallback, Sweep, find_sites
@@ -48,7 +48,7 @@ def prepare(model: PreTrainedModel, moe_args: MoeficationArguments, task_type: s
 
 def finished_model(model: torch.nn.Module) -> PreTrainedModel:
     """Adapters merged."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def penalties(moe_args: MoeficationArguments) -> list[TrainerCallback]:

@@ -1,7 +1,8 @@
-"""Figures of sweep.py: averages over seeds, and Markdown tables of them.
+"""Figures of sweep.py: averages over seeds, Markdown tables of them, and a picture.
 
 python recipes/sweep_tables.py facts.json
 python recipes/sweep_tables.py facts.json relative_quality output_error
+python recipes/sweep_tables.py facts.json --plot facts.png
 """
 
 import json
@@ -9,6 +10,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
+
+from moefy_hf import Sweep
 
 # figure -> its title in a table; all are shown in percent
 FIGURES = {
@@ -82,7 +85,16 @@ def dense_key(row: dict) -> tuple:
     return row["splitter"], row["router"], row["share"], row["allocation"]
 
 
+def plot(facts: dict, path: str) -> None:
+    """Accuracy against FFN FLOPs, means over seeds, of facts with one split and one router beside the controls."""
+    (router,) = {row["router"] for row in facts["rows"]} - {"dense", *CONTROL_NAMES}
+    rows = [{**row, "router": "own" if row["router"] == router else row["router"]} for row in facts["rows"]]
+    Sweep(rows, {"quality": "accuracy", "router": router}).plot(path)
+
+
 def main() -> None:
+    if sys.argv[2:3] == ["--plot"] and len(sys.argv) == 4:
+        return plot(json.loads(Path(sys.argv[1]).read_text()), sys.argv[3])
     if len(sys.argv) < 2 or "--help" in sys.argv or set(sys.argv[2:]) - set(FIGURES):
         sys.exit(f"{__doc__}\nfigures: {', '.join(FIGURES)} (all by default)")
     print(tables(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2:] or FIGURES))

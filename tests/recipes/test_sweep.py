@@ -104,6 +104,11 @@ def test_tables(grid, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sweep_tables.py", str(grid / "facts.json"), "relative_quality"])
     sweep_tables.main()
     assert capsys.readouterr().out.strip() == text
+    one = [row for row in facts["rows"] if row["splitter"] == "random" and row["router"] != "similarity"]
+    (grid / "one.json").write_text(json.dumps({**facts, "rows": one}))
+    monkeypatch.setattr(sys, "argv", ["sweep_tables.py", str(grid / "one.json"), "--plot", str(grid / "one.png")])
+    sweep_tables.main()
+    assert (grid / "one.png").read_bytes()[:4] == b"\x89PNG"
     monkeypatch.setattr(sys, "argv", ["sweep_tables.py", str(grid / "facts.json"), "beauty"])
     with pytest.raises(SystemExit, match="relative_quality"):
         sweep_tables.main()
