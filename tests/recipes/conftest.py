@@ -95,3 +95,23 @@ def recipe(inputs, tmp_path_factory):
 
     yield run
     patch.undo()
+
+
+@pytest.fixture
+def run_config(tmp_path, monkeypatch):
+    """Run a recipe's `main` with the settings of its committed YAML file, but for those given (None: left out)."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run(main, config: Path, **settings) -> None:
+        given = yaml.safe_load(config.read_text()) | {
+            "disable_tqdm": True,
+            "report_to": "none",
+            "use_cpu": True,
+            **settings,
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in given.items() if value is not None}))
+        monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(path)])
+        main()
+
+    return run

@@ -1,14 +1,11 @@
 """The image recipe end to end: a tiny ViT learns bright from dark, is MoEfied, swept and recovered."""
 
 import json
-import sys
 from pathlib import Path
 
-import datasets
 import moefy_image_classification as recipe_module
 import numpy as np
 import pytest
-import yaml
 from datasets import ClassLabel, Dataset, Features, Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -32,11 +29,9 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def recipe(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
+def recipe(images, run_config):
     def run(output_dir: Path, **settings) -> None:
-        given = yaml.safe_load(CONFIG.read_text()) | {
+        small = {
             "config_overrides": SMALL + ",num_attention_heads=2",
             "dataset_name": str(images),
             "output_dir": str(output_dir),
@@ -44,15 +39,8 @@ def recipe(images, tmp_path, monkeypatch):
             "calibration_tokens": 500,
             "per_device_train_batch_size": 16,
             "num_train_epochs": 4,
-            "disable_tqdm": True,
-            "report_to": "none",
-            "use_cpu": True,
-            **settings,
         }
-        config = tmp_path / "config.yaml"
-        config.write_text(yaml.safe_dump({key: value for key, value in given.items() if value is not None}))
-        monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(config)])
-        recipe_module.main()
+        run_config(recipe_module.main, CONFIG, **(small | settings))
 
     return run
 

@@ -1,13 +1,10 @@
 """The encoder-decoder recipe end to end: a tiny T5 learns to name the mood of a text."""
 
 import json
-import sys
 from pathlib import Path
 
-import datasets
 import moefy_seq2seq as recipe_module
 import pytest
-import yaml
 from transformers import AutoModelForSeq2SeqLM
 
 from moefy_hf import Sweep
@@ -16,15 +13,14 @@ CONFIG = Path(recipe_module.__file__).parent / "configs" / "t5_r8" / "moeficatio
 
 
 @pytest.fixture
-def recipe(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def recipe(inputs, tmp_path, run_config):
     texts = tmp_path / "texts"  # with targets that are words of the vocabulary
     texts.mkdir()
     for path in Path(inputs["texts"]).glob("*.csv"):
         (texts / path.name).write_text(path.read_text().replace(",good", ",superb").replace(",bad", ",awful"))
 
     def run(output_dir: Path, **settings) -> None:
-        given = yaml.safe_load(CONFIG.read_text()) | {
+        small = {
             "tokenizer_name": inputs["model"],
             "config_overrides": "d_model=16,d_kv=8,d_ff=48,num_layers=2,num_heads=2",
             "dataset_name": str(texts),
@@ -35,15 +31,8 @@ def recipe(inputs, tmp_path, monkeypatch):
             "num_train_epochs": 6,
             "learning_rate": 0.01,
             "generated_rows": 20,
-            "disable_tqdm": True,
-            "report_to": "none",
-            "use_cpu": True,
-            **settings,
         }
-        config = tmp_path / "config.yaml"
-        config.write_text(yaml.safe_dump({key: value for key, value in given.items() if value is not None}))
-        monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(config)])
-        recipe_module.main()
+        run_config(recipe_module.main, CONFIG, **(small | settings))
 
     return run
 
