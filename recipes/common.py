@@ -1,7 +1,5 @@
-"""What the recipes share: arguments from a YAML file and the command line, labelled text, finished stages."""
+"""What the recipes share: arguments from a YAML file and the command line, and labelled text."""
 
-import json
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +11,6 @@ import torch
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedConfig, PreTrainedTokenizerBase
-
-MARKER = "moefy_run.json"
 
 
 @dataclass
@@ -67,7 +63,7 @@ class MoeficationArguments:
     sparsity_weight: float = field(default=0.0, metadata={"help": "factor of that penalty"})
     shares: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3], metadata={"help": "shares to sweep"})
     controls: list[str] = field(
-        default_factory=lambda: ["oracle", "random"], metadata={"help": "of oracle, oracle_mass, random"}
+        default_factory=lambda: ["oracle", "random"], metadata={"help": "of oracle, oracle_mass, random; or none"}
     )
     recovery_epochs: float = field(
         default=0.0, metadata={"help": "fine-tune the converted model for so many epochs, and the dense one beside it"}
@@ -78,6 +74,13 @@ class MoeficationArguments:
     lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA on every Linear, merged afterwards"})
     distillation_weight: float = field(
         default=0.0, metadata={"help": "while recovering: weight of the divergence from the dense model"}
+    )
+    schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "also MoEfy while training, from what the dense model began with and for as long: one_step, "
+            "anneal, smoe_dropout or switchable"
+        },
     )
     redo: bool = field(default=False, metadata={"help": "run finished stages again"})
 
@@ -249,80 +252,3 @@ def override(config: PreTrainedConfig, changes: str) -> PreTrainedConfig:
             raise ValueError(f"config_overrides: {type(config).__name__} has no setting {name!r}")
         setattr(config, name, int(value) if value.isdigit() else value)
     return config
-
-
-class Stages:
-    """Named steps of a run, each leaving one file or folder in the output directory; finished ones are not run again.
-
-    A marker file holds the settings that each result was made with, and says that the directory is ours.
-
-    Args:
-        settings: what decides the results, as JSON can hold it.
-        redo: make every result anew, once.
-
-    Raises:
-        ValueError: the directory holds something else, or results of other settings.
-    """
-
-    def __init__(self, directory: str | Path, settings: dict[str, Any], redo: bool = False):
-        self.directory, self.redo, self.settings = Path(directory), redo, settings
-        self.made: dict[str, dict[str, Any]] = {}
-        self.renewed: set[str] = set()
-        marker = self.directory / MARKER
-        if self.directory.exists() and any(self.directory.iterdir()):
-            if not marker.exists():
-                raise ValueError(
-                    f"{directory} exists and is not the output of a moefy recipe: choose another output_dir"
-                )
-            self.made = json.loads(marker.read_text())
-            changed = sorted(
-                {key for old in self.made.values() for key in old | settings if old.get(key) != settings.get(key)}
-            )
-            if changed and not redo:
-                raise ValueError(
-                    f"{directory} holds results of other settings ({', '.join(changed)} changed): "
-                    "choose another output_dir, or pass --redo true to replace them"
-                )
-
-    def begin(self) -> None:
-        """Make the directory and its marker: one process' work, once nothing can be found wrong any more."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        write_json(self.directory / MARKER, self.made)
-
-    def finished(self, name: str) -> bool:
-        """Whether a stage can be skipped; says so."""
-        done = name in self.made and (self.directory / name).exists() and (not self.redo or name in self.renewed)
-        if done:
-            print(f"{name}: done before, skipped (pass --redo true to run it again)", flush=True)
-        return done
-
-    def run(self, name: str, make: Callable[[Path], None]) -> Path:
-        """Let `make` write to a temporary sibling of `name`, then rename it; nothing is done where `name` is there."""
-        path = self.directory / name
-        if self.finished(name):
-            return path
-        self.begin()
-        temporary = self.directory / f".{name}.unfinished"
-        _remove(temporary)
-        make(temporary)
-        self.made.pop(name, None)
-        self.begin()  # a result without its settings in the marker does not count
-        _remove(path)
-        temporary.rename(path)
-        self.made[name] = self.settings
-        self.renewed.add(name)
-        self.begin()
-        return path
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, facts: Any) -> None:
-    temporary = path.with_name(path.name + ".unfinished")
-    temporary.write_text(json.dumps(facts, indent=1))
-    temporary.rename(path)

@@ -2,8 +2,8 @@
 
     accelerate launch recipes/moefy_seq2seq.py --config recipes/configs/t5_r8/moefication.yaml
 
-The stages are those of moefy_classification.py, with the accuracy of the target's tokens as quality; generation.json
-holds how many targets the models generate exactly. Without --model_name_or_path a small T5 is trained from nothing:
+The stages are those of moefy_classification.py, with the accuracy of the target's tokens as quality; generated_*.json
+hold how many targets the models generate exactly. Without --model_name_or_path a small T5 is trained from nothing:
 
     ... --model_name_or_path google-t5/t5-small --dataset_name knkarthick/samsum --source_column dialogue \\
         --target_column summary --source_prefix "summarize: "
@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import real_inputs
 import torch
-from common import CollatedBatches, MoeficationArguments, load_splits, override, parse, write_json
+from common import CollatedBatches, MoeficationArguments, load_splits, override, parse
 from datasets import DatasetDict
 from pipeline import classify
-from run import Run, begin_stages
+from run import MODELS, Run, begin_stages
+from stages import write_json
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -32,6 +33,8 @@ from transformers import (
     Seq2SeqTrainingArguments,
     T5Config,
 )
+
+from moefy_hf.modeling.moefied import is_moefied
 
 
 @dataclass
@@ -100,8 +103,10 @@ def main() -> None:
     )
     classify(run, make, model_args.activation)
     if training_args.should_save:
-        generated = stages.run("generation.json", partial(generate, run, data_args))
-        print(f"exactly generated targets: {generated.read_text()}")
+        for name in MODELS:
+            if (stages.directory / name).exists():
+                found = stages.run(f"generated_{name}.json", partial(generate, run, data_args, name))
+                print(f"exactly generated targets: {found.read_text()}")
 
 
 def load_tokenizer(model_args: Seq2SeqModelArguments) -> PreTrainedTokenizerBase:
@@ -171,24 +176,21 @@ def exact_match(tokenizer: PreTrainedTokenizerBase, found: EvalPrediction) -> di
 
 
 @torch.no_grad()
-def generate(run: Run, data: Seq2SeqDataArguments, path: Path) -> None:
-    """Share of targets that each model generates exactly, at every share of the experts."""
+def generate(run: Run, data: Seq2SeqDataArguments, name: str, path: Path) -> None:
+    """Share of targets that a model generates exactly, at every share of the experts."""
     scores: dict[str, float] = {}
-    for name in ("dense", "moefied", "recovered"):
-        if not (run.stages.directory / name).exists():
-            continue
-        model = run.load(run.stages.directory / name, trust_remote_code=True).eval()
-        for share in [None] if name == "dense" else run.moe_args.shares:
-            if share is not None:
-                model.set_selection(k=share)
-            right = total = 0
-            for batch in run.held_out(data.generated_rows):
-                inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
-                with run.autocast():
-                    ids = model.generate(**inputs, max_new_tokens=data.max_target_length, do_sample=False)
-                pairs = zip(decoded(run.processor, ids.cpu()), decoded(run.processor, batch["labels"]), strict=True)
-                right, total = right + sum(ours == theirs for ours, theirs in pairs), total + len(ids)
-            scores[name if share is None else f"{name} at {share}"] = right / total
+    model = run.load(run.stages.directory / name, trust_remote_code=True).eval()
+    for share in run.moe_args.shares if is_moefied(model) else [None]:
+        if share is not None:
+            model.set_selection(k=share)
+        right = total = 0
+        for batch in run.held_out(data.generated_rows):
+            inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+            with run.autocast():
+                ids = model.generate(**inputs, max_new_tokens=data.max_target_length, do_sample=False)
+            pairs = zip(decoded(run.processor, ids.cpu()), decoded(run.processor, batch["labels"]), strict=True)
+            right, total = right + sum(ours == theirs for ours, theirs in pairs), total + len(ids)
+        scores[name if share is None else f"{name} at {share}"] = right / total
     write_json(path, scores)
 
 

@@ -1,24 +1,19 @@
-"""The stages of a classification recipe: train dense, convert, sweep, recover."""
+"""The stages of a recipe: train dense, convert, sweep, recover; or MoEfy while training."""
 
-import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_json
-from recovery import (
-    finished_model,
-    penalties,
-    prepare,
-    recovery_arguments,
-    recovery_callbacks,
-    summary,
-)
+from recovery import finished_model, following, penalties, prepare, recovery_arguments
+from recovery_facts import facts_of
 from run import Run
+from stages import write_json
+from sweep_tables import tables
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
-from moefy_hf import Sweep, evaluate, moefy_, relufy_
+from moefy_hf import MoEficationCallback, Sweep, evaluate, moefy_, relufy_
 from moefy_hf.conversion import check_convertible
 from moefy_hf.quality import Quality, predictions
 
@@ -26,6 +21,8 @@ from moefy_hf.quality import Quality, predictions
 def classify(run: Run, make: Callable[[], PreTrainedModel], activation: str | None) -> None:
     """All stages; `make` gives the model to fine-tune."""
     dense = train_dense(run, make, activation)
+    if run.moe_args.schedule:
+        train_scheduled(run, make, activation, dense)
     if run.training_args.should_save:  # conversion and evaluation are one process' work
         moefied = run.stages.run("moefied", lambda path: convert(run, dense, path))
         run.stages.run("sweep.json", lambda path: sweep(run, moefied, path))
@@ -37,13 +34,26 @@ def classify(run: Run, make: Callable[[], PreTrainedModel], activation: str | No
 
 def train_dense(run: Run, make: Callable[[], PreTrainedModel], activation: str | None) -> Path:
     """Fine-tune the dense model, with another activation and a sparsity penalty where asked for."""
+    make = partial(checked, run, make, activation)
+    return train(run, "dense", run.training_args, make, penalties(run.moe_args))
 
-    def checked() -> PreTrainedModel:
-        model = make()
-        check_convertible(model, run.config, run.splits["train"])  # before training it
-        return relufy_(model, activation) if activation else model
 
-    return train(run, "dense", run.training_args, checked, penalties(run.moe_args))
+def checked(run: Run, make: Callable[[], PreTrainedModel], activation: str | None) -> PreTrainedModel:
+    """A model that can be converted, which is found out before it is trained."""
+    model = make()
+    check_convertible(model, run.config, run.splits["train"])
+    return relufy_(model, activation) if activation else model
+
+
+def train_scheduled(run: Run, make: Callable[[], PreTrainedModel], activation: str | None, dense: Path) -> None:
+    """The whole flow in one training: the callback profiles, splits, routes and anneals."""
+    callback = MoEficationCallback(run.config, schedule=run.moe_args.schedule)
+    make = partial(checked, run, make, activation)
+    scheduled = train(run, "scheduled", run.training_args, make, following(callback, run.auto, run.moe_args, dense))
+    if run.training_args.should_save:
+        run.stages.run("scheduled.json", lambda path: sweep(run, scheduled, path))
+        print(f"MoEfied while training ({run.moe_args.schedule}):")
+        print(Sweep.load(run.stages.directory / "scheduled.json").table())
 
 
 def train(
@@ -104,15 +114,14 @@ def recover(run: Run, dense: Path, moefied: Path) -> None:
     def control() -> PreTrainedModel:
         return prepare(run.auto.from_pretrained(dense), moe_args, run.task_type)
 
-    recovered = train(run, "recovered", training_args, converted, recovery_callbacks(run.auto, moe_args, dense))
+    callbacks = following(MoEficationCallback(), run.auto, moe_args, dense)
+    recovered = train(run, "recovered", training_args, converted, callbacks)
     trained_on = train(run, "control", training_args, control, penalties(moe_args))
     if not training_args.should_save:
         return
     run.stages.run("recovered.json", lambda path: sweep(run, recovered, path))
     run.stages.run("control.json", lambda path: write_json(path, {"accuracy": accuracy(run, trained_on)}))
-    directory = run.stages.directory
-    sweeps = {name: Sweep.load(directory / name) for name in ("sweep.json", "recovered.json")}
-    print(summary(sweeps, json.loads((directory / "control.json").read_text())))
+    print(tables(facts_of([run.stages.directory]), ["relative_quality"]))
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ from common import MoeficationArguments
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from moefy_hf import DistillationCallback, MoEficationCallback, SparsityPenaltyCallback, Sweep, find_sites
+from moefy_hf import DistillationCallback, MoEficationCallback, SparsityPenaltyCallback, find_sites
+from moefy_hf.schedule import make_schedule
 
 PARAMETERS = ("all", "down", "lora")
 
@@ -23,6 +24,8 @@ def check_recovery(moe_args: MoeficationArguments) -> None:
     for name in ("recovery_epochs", "distillation_weight"):
         if getattr(moe_args, name) < 0:
             raise ValueError(f"{name} must not be negative, got {getattr(moe_args, name)}")
+    if moe_args.schedule is not None:
+        make_schedule(moe_args.schedule)
     if moe_args.lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {moe_args.lora_rank}")
 
@@ -57,29 +60,12 @@ def penalties(moe_args: MoeficationArguments) -> list[TrainerCallback]:
     return [SparsityPenaltyCallback(moe_args.sparsity_penalty, moe_args.sparsity_weight)]
 
 
-def recovery_callbacks(auto: Any, moe_args: MoeficationArguments, dense: Path) -> list[TrainerCallback]:
-    """Keep the budget that the converted model has, and what pulls it towards sparsity and the dense model."""
-    callbacks = [MoEficationCallback(), *penalties(moe_args)]
+def following(
+    callback: MoEficationCallback, auto: Any, moe_args: MoeficationArguments, dense: Path
+) -> list[TrainerCallback]:
+    """The callback, and what pulls its model towards sparsity and the dense model."""
+    callbacks = [callback, *penalties(moe_args)]
     if moe_args.distillation_weight:
         teacher = auto.from_pretrained(dense)
         callbacks.append(DistillationCallback(teacher, moe_args.distillation_weight))
     return callbacks
-
-
-def summary(sweeps: dict[str, Sweep], control: dict) -> str:
-    """Markdown: accuracy of the dense model, the control, and of both converted ones at every share."""
-    before, after = sweeps["sweep.json"], sweeps["recovered.json"]
-    dense = before.rows[0]["accuracy"]
-    lines = [
-        f"dense {dense:.2%}, dense trained for as long {control['accuracy']:.2%}; converted, relative to dense:",
-        "",
-        "| experts | budgets | without training | recovered |",
-        "|---|---|---|---|",
-    ]
-    found = {(row["router"], row.get("allocation"), row.get("k")): row for row in after.rows}
-    for row in before.rows[1:]:
-        if row["router"] == "own":
-            other = found[row["router"], row["allocation"], row["k"]]
-            cells = (f"{each['accuracy'] / dense:.1%}" for each in (row, other))
-            lines.append(f"| {row['experts']:.1%} | {row['allocation']} | {' | '.join(cells)} |")
-    return "\n".join(lines)

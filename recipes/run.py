@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import MoeficationArguments, Stages
+from common import MoeficationArguments
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from recovery import check_recovery
+from stages import Stages
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
 from moefy_hf import MoeficationConfig
@@ -21,6 +22,23 @@ REPORTING = (
     *("redo", "output_dir", "run_name", "project", "logging_", "log_", "report_to", "disable_tqdm", "push_to_hub"),
     *("hub_", "local_rank", "dataloader_num_workers", "dataloader_p", "save_total_limit", "skip_memory_metrics"),
 )
+# arguments that a later stage reads first: changing them keeps what the earlier ones made
+CONVERSION = ("num_experts", "expert_size", "splitter", "router", "share", "allocation", "calibration_tokens")
+SWEEP = ("shares", "controls")
+RECOVERY = ("recovery_epochs", "recovery_parameters", "lora_rank", "distillation_weight", "schedule")
+MODELS = {  # what the training or conversion of each model does not read
+    "dense": (*CONVERSION, *RECOVERY),
+    "moefied": RECOVERY,
+    "recovered": ("schedule",),
+    "control": (*CONVERSION, "distillation_weight", "schedule"),
+    "scheduled": ("recovery_epochs", "recovery_parameters", "lora_rank"),
+}
+UNUSED = {
+    **{name: (*unused, *SWEEP) for name, unused in MODELS.items()},
+    **{f"{name}.json": unused for name, unused in MODELS.items()},
+    **{f"generated_{name}.json": unused for name, unused in MODELS.items()},
+    "sweep.json": MODELS["moefied"],
+}
 
 
 @dataclass
@@ -90,10 +108,12 @@ def begin_stages(moe_args: MoeficationArguments, training_args: TrainingArgument
     """Find what is wrong with the settings before any work, and what an earlier run has finished."""
     training_args.remove_unused_columns = False
     moefication_config(moe_args, training_args.seed)
+    if moe_args.controls == ["none"]:
+        moe_args.controls = []
     check_sweep(moe_args)
     check_recovery(moe_args)
     settings = run_settings(*others, moe_args, training_args)
-    return Stages(training_args.output_dir, settings, moe_args.redo)
+    return Stages(training_args.output_dir, settings, moe_args.redo, UNUSED)
 
 
 def moefication_config(moe_args: MoeficationArguments, seed: int) -> MoeficationConfig:

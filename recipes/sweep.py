@@ -22,11 +22,11 @@ from common import (
     ModelArguments,
     MoeficationArguments,
     parse,
-    write_json,
 )
 from moefy_classification import begin, make_model
 from pipeline import train_dense
 from run import Run, moefication_config
+from stages import write_json
 from sweep_tables import ALLOCATIONS, average, tables
 from transformers import TrainingArguments
 

@@ -23,6 +23,8 @@ FIGURES = {
 }
 AVERAGED = (*FIGURES, "loss", "kl", "chunk_share", "ffn_flops", "model_flops", "experts")
 ALLOCATIONS = ("uniform", "sensitivity")
+TRAINED_ON = "dense, trained on"  # the control of recovery
+DENSE = ("dense", TRAINED_ON)
 CONTROL_NAMES = {"oracle": "*oracle*", "random": "*random*"}
 
 
@@ -50,9 +52,9 @@ def tables(facts: dict, figures: Iterable[str] = tuple(FIGURES)) -> str:
     """Markdown: for each figure, a line per split and router, a column per share, cells with both budgets."""
     rows = facts["rows"]
     dense = next(row for row in rows if row["router"] == "dense")
-    shares = sorted({row["share"] for row in rows if row["router"] != "dense"})
+    shares = sorted({row["share"] for row in rows if row["router"] not in DENSE})
     found = {(row["splitter"], row["router"], row["share"], row["allocation"]): row for row in rows}
-    lines = list(dict.fromkeys(key[:2] for key in found if key[1] != "dense"))
+    lines = list(dict.fromkeys(key[:2] for key in found if key[1] not in DENSE))
     splitters = [splitter for splitter, _ in lines]
     lines.sort(key=lambda line: (splitters.index(line[0]), line[1] in CONTROL_NAMES))  # controls below the methods
 
@@ -68,6 +70,13 @@ def tables(facts: dict, figures: Iterable[str] = tuple(FIGURES)) -> str:
         f"{facts['dataset']}, {facts['eval_rows']:,} rows: dense accuracy {cell('accuracy', *dense_key(dense))} %; "
         f"seeds {', '.join(map(str, dense['seeds']))}" + (", mean ± standard deviation." if several else ", one run.")
     ]
+    for row in rows:
+        if row["router"] == TRAINED_ON:
+            accuracy = cell("accuracy", *dense_key(row))
+            text[0] += f" The dense model, trained for as many steps as recovery: {accuracy} %."
+    if "generated" in facts:
+        text += ["", "Exactly generated targets, %:", "", "| model | |", "|---|---|"]
+        text += [f"| {name} | {100 * share:.1f} |" for name, share in facts["generated"].items()]
     for figure in figures:
         text += ["", f"{FIGURES[figure]}, %, uniform budgets / budgets by sensitivity:", ""]
         text.append("| split | router | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
@@ -87,7 +96,7 @@ def dense_key(row: dict) -> tuple:
 
 def plot(facts: dict, path: str) -> None:
     """Accuracy against FFN FLOPs, means over seeds, of facts with one split and one router beside the controls."""
-    (router,) = {row["router"] for row in facts["rows"]} - {"dense", *CONTROL_NAMES}
+    (router,) = {row["router"] for row in facts["rows"]} - {*DENSE, *CONTROL_NAMES}
     rows = [{**row, "router": "own" if row["router"] == router else row["router"]} for row in facts["rows"]]
     Sweep(rows, {"quality": "accuracy", "router": router}).plot(path)
 

@@ -4,9 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-import common
 import pytest
 import torch
+from stages import MARKER
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moefy_hf import Sweep, find_sites
@@ -27,9 +27,7 @@ def times(folder: Path) -> dict[str, int]:
 
 
 def test_leaves_models_sweep_and_picture(finished):
-    assert {path.name for path in finished.iterdir()} == {
-        *("dense", "moefied", "sweep.json", "sweep.png", common.MARKER)
-    }
+    assert {path.name for path in finished.iterdir()} == {*("dense", "moefied", "sweep.json", "sweep.png", MARKER)}
     assert (finished / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     dense = AutoModelForSequenceClassification.from_pretrained(finished / "dense")
     assert not is_moefied(dense) and dense.config.id2label == {0: "bad", 1: "good"}
@@ -71,7 +69,7 @@ def test_the_sweep_is_of_validation_and_test(finished):
     assert own < dice
     dense = AutoModelForSequenceClassification.from_pretrained(finished / "dense").eval()
     tokenizer, right = AutoTokenizer.from_pretrained(finished / "dense"), 0
-    texts = Path(json.loads((finished / common.MARKER).read_text())["dense"]["dataset_name"])
+    texts = Path(json.loads((finished / MARKER).read_text())["dense"]["dataset_name"])
     for split in ("validation", "test"):
         for line in (texts / f"{split}.csv").read_text().splitlines()[1:]:
             text, label = line.split(",")
@@ -105,13 +103,18 @@ def test_an_unfinished_run_goes_on(recipe, finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"share": 0.25}, "share"), ({"learning_rate": 0.1}, "learning_rate"), ({"seed": 1}, "seed")],
+    [
+        ({"share": 0.25}, "share"),
+        ({"learning_rate": 0.1}, "learning_rate"),
+        ({"seed": 1}, "seed"),
+        ({"shares": 0.1}, "shares"),
+    ],
 )
 def test_changed_settings_are_refused(recipe, finished, settings, named):
-    before = times(finished), (finished / common.MARKER).read_text()
+    before = times(finished), (finished / MARKER).read_text()
     with pytest.raises(ValueError, match=rf"other settings \({named} changed\)"):
         recipe(finished, **settings)
-    assert (times(finished), (finished / common.MARKER).read_text()) == before
+    assert (times(finished), (finished / MARKER).read_text()) == before
 
 
 def test_a_foreign_folder_is_refused(recipe, tmp_path):
@@ -139,6 +142,7 @@ def test_a_foreign_folder_is_refused(recipe, tmp_path):
         ({"recovery_parameters": "some"}, "unknown recovery_parameters 'some'.*lora"),
         ({"recovery_epochs": -1.0}, "must not be negative"),
         ({"lora_rank": 0}, "at least 1"),
+        ({"schedule": "slowly"}, "unknown schedule 'slowly'.*anneal"),
     ],
 )
 def test_mistakes_are_named_before_training(recipe, tmp_path, settings, message):
@@ -169,3 +173,33 @@ def test_uniform_budgets_need_no_sensitivity(recipe, tmp_path):
 def test_reduced_precision(recipe, tmp_path):
     recipe(tmp_path / "run", max_steps=1, bf16=True)
     assert len(Sweep.load(tmp_path / "run" / "sweep.json").rows) == 13
+
+
+def test_more_can_be_asked_of_a_finished_run(recipe, finished, tmp_path):
+    """What was trained is trained once: recovery goes on from there."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    before = times(folder)
+    recipe(folder, "--recovery_epochs", "0.2")
+    assert times(folder) == before and (folder / "recovered.json").exists()
+
+
+def test_without_controls(recipe, finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "sweep.json").unlink()
+    recipe(folder, "--controls", "none")
+    assert {row["router"] for row in Sweep.load(folder / "sweep.json").rows} == {"dense", "own"}
+
+
+def test_moefied_while_training(recipe, finished, tmp_path, capsys):
+    """One training from the model that the dense one began with, beside it."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    recipe(folder, "--schedule", "anneal", "--distillation_weight", "1")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "scheduled", trust_remote_code=True)
+    assert is_moefied(model) and model.config.moefication["splits"] == 1
+    assert model.config.moefication["selection"]["k"] == 0.5 and model.config.hidden_act == "relu"
+    rows = Sweep.load(folder / "scheduled.json").rows
+    assert next(row["accuracy"] for row in rows if row["router"] == "own" and row["k"] == 0.5) > 0.9
+    assert "MoEfied while training (anneal)" in capsys.readouterr().out

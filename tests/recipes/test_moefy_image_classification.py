@@ -55,7 +55,7 @@ def test_a_model_from_nothing(recipe, tmp_path, capsys):
     assert model.config.id2label == {0: "dark", 1: "bright"} and model.config.hidden_act == "relu"
     assert AutoImageProcessor.from_pretrained(run / "moefied").size["height"] == 8
     assert json.loads((run / "control.json").read_text())["accuracy"] > 0.8
-    assert "| experts | budgets | without training | recovered |" in capsys.readouterr().out
+    assert "| coactivation | linear, recovered |" in capsys.readouterr().out
     # and the other way: a checkpoint is fine-tuned
     recipe(tmp_path / "again", model_name_or_path=str(run / "dense"), config_overrides=None, recovery_epochs=0.0)
     assert Sweep.load(tmp_path / "again" / "sweep.json").rows[0]["accuracy"] > 0.8

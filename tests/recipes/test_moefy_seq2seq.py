@@ -1,10 +1,11 @@
 """The encoder-decoder recipe end to end: a tiny T5 learns to name the mood of a text."""
 
-import json
 from pathlib import Path
 
 import moefy_seq2seq as recipe_module
 import pytest
+import recovery_facts
+import sweep_tables
 from transformers import AutoModelForSeq2SeqLM
 
 from moefy_hf import Sweep
@@ -45,8 +46,10 @@ def test_a_model_from_nothing(recipe, tmp_path, parameters):
     assert sweep.facts["quality"] == "accuracy" and sweep.rows[0]["accuracy"] > 0.8
     model = AutoModelForSeq2SeqLM.from_pretrained(run / "recovered", trust_remote_code=True)
     assert type(model).__name__ == "MoefiedT5ForConditionalGeneration" and len(model.moe_sites()) == 4
-    scores = json.loads((run / "generation.json").read_text())
-    assert list(scores) == ["dense", *(f"{name} at {k}" for name in ("moefied", "recovered") for k in (0.1, 0.2, 0.3))]
+    scores = recovery_facts.generated_by(run)
+    at = [f"{name} at {k}" for name in ("moefied", "recovered") for k in (0.1, 0.2, 0.3)]
+    assert set(scores) == {"dense", "control", *at}
+    assert "Exactly generated" in sweep_tables.tables(recovery_facts.facts_of([run]))
     assert scores["dense"] > 0.6 and all(0 <= score <= 1 for score in scores.values())
 
 

@@ -1,8 +1,10 @@
 """Recovery after conversion: what is trained, what is kept, and that it helps."""
 
 import json
+import sys
 
 import pytest
+import recovery_facts
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -44,7 +46,7 @@ def test_recovers_at_its_budget(recipe, tmp_path, parameters, capsys):
     assert after < before
     assert 0 < json.loads((run / "control.json").read_text())["accuracy"] <= 1
     out = capsys.readouterr().out
-    assert "| experts | budgets | without training | recovered |" in out and "| 25.0% | uniform |" in out
+    assert "trained for as many steps as recovery: " in out and "| random | random, recovered | " in out
 
 
 def test_a_second_run_skips_it(recipe, tmp_path, capsys):
@@ -54,3 +56,46 @@ def test_a_second_run_skips_it(recipe, tmp_path, capsys):
     out = capsys.readouterr().out
     for name in ("recovered", "control", "recovered.json", "control.json"):
         assert f"{name}: done before, skipped" in out
+
+
+def test_facts_are_means_over_runs(recipe, tmp_path, capsys, monkeypatch):
+    runs = [tmp_path / f"run_{seed}" for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        recipe(run, "--recovery_epochs", "0.5", "--controls", "oracle", seed=seed, max_steps=4)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["recovery_facts.py", str(tmp_path / "facts.json"), *map(str, runs)])
+    recovery_facts.main()
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert {row["router"] for row in facts["rows"]} == {
+        *("dense", "dense, trained on", "linear", "linear, recovered", "oracle")
+    }
+    sweeps = {name: [Sweep.load(run / name).rows for run in runs] for name in ("sweep.json", "recovered.json")}
+    dense = [rows[0]["accuracy"] for rows in sweeps["sweep.json"]]
+    for row in facts["rows"]:
+        assert row["seeds"] == [0, 1]
+        if row["router"] == "linear, recovered":
+            found = [
+                next(
+                    each["accuracy"]
+                    for each in rows
+                    if (each["router"], each.get("allocation"), each.get("k"))
+                    == ("own", row["allocation"], row["share"])
+                )
+                for rows in sweeps["recovered.json"]
+            ]
+            assert row["relative_quality"] == pytest.approx(sum(a / b for a, b in zip(found, dense, strict=True)) / 2)
+    controls = [json.loads((run / "control.json").read_text())["accuracy"] for run in runs]
+    (row,) = (row for row in facts["rows"] if row["router"] == "dense, trained on")
+    assert row["accuracy"] == pytest.approx(sum(controls) / 2)
+    out = capsys.readouterr().out
+    assert f"as recovery: {100 * row['accuracy']:.1f} ± " in out and "| coactivation | linear, recovered |" in out
+
+
+def test_facts_need_finished_runs_that_differ_only_in_their_seed(recipe, tmp_path):
+    recipe(tmp_path / "run", max_steps=2)
+    with pytest.raises(ValueError, match="lacks recovered.json, control.json"):
+        recovery_facts.facts_of([tmp_path / "run"])
+    for name, share in (("a", 0.25), ("b", 0.5)):
+        recipe(tmp_path / name, "--recovery_epochs", "0.5", max_steps=2, share=share)
+    with pytest.raises(ValueError, match="b differs from .*a in share"):
+        recovery_facts.facts_of([tmp_path / "a", tmp_path / "b"])
