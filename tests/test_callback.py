@@ -269,6 +269,25 @@ def test_with_what_trainers_do(settings, tmp_path):
     assert sum(site.act.selection.k for site in trainer.model.moe_sites()) == 4
 
 
+@pytest.mark.parametrize("schedule", [SCHEDULE, "switchable"], ids=["anneal", "switchable"])
+def test_compiled_training_is_the_same_training(schedule, tmp_path):
+    """Captured anew for every budget; without code generation, which would only test the compiler."""
+    finished = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        torch.compiler.reset()
+        trainer = trainer_for(dense_model(dropout=0.0), tmp_path, callback_for(schedule), max_steps=16, **settings)
+        trainer.train()
+        finished.append(trainer)
+    plain, compiled = finished
+    assert losses_of(compiled) == pytest.approx(losses_of(plain), rel=1e-3)
+    counts = [[site.act.selection.k for site in each.model.moe_sites()] for each in finished]
+    assert counts[0] == counts[1] and sum(counts[0]) == 4
+    inputs = {"input_ids": torch.stack([row["input_ids"] for row in Rows().rows[:8]])}
+    with torch.no_grad():
+        ours, theirs = (each.model.eval()(**inputs).logits for each in finished)
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
 def test_subclasses_of_trainer(tmp_path):
     args = transformers.Seq2SeqTrainingArguments(
         str(tmp_path),
