@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .controls import routed_by, selecting
-from .flops import ffn_flops, model_flops, routed_flops
+from .flops import model_flops
+from .modeling.ffn_sites import find_sites
 from .modeling.moefied import is_moefied
 from .profiling import observed
 from .quality import Quality, is_causal, predictions
@@ -220,9 +221,7 @@ def _sweep(model, flops, settings, reference, results, local) -> Sweep:
         with setting.on(model):
             sites = model.moe_sites()
             computed = [site.act.selection.k for site in sites]
-            costs = [routed_flops(site, k) for site, k in zip(sites, computed, strict=True)]
-        untouched = flops.ffn - sum(ffn_flops(site) for site in sites)
-        ffn, whole = flops.ratio(sum(costs) + untouched)
+            ffn, whole = flops.ratio(flops.routed(find_sites(model)))
         figures = result.figures()
         row = {"router": setting.router, **dict(setting.selection), "k_per_layer": computed}
         row |= {

@@ -1,6 +1,6 @@
 """FLOPs per token, dense and routed. A multiply-add counts as two."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,21 @@ def routed_flops(site: FfnSite, experts: float) -> float:
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs per token of a model: all of it, and its FFNs."""
+    """FLOPs per token of a model: all of it, and its FFNs.
+
+    Attributes:
+        tokens: how many tokens each FFN sees, relative to the one that sees most: those of a decoder read other texts
+            than those of its encoder.
+    """
 
     total: float
     ffn: float
+    tokens: tuple[float, ...]
+
+    def routed(self, sites: Sequence[FfnSite]) -> float:
+        """What all FFNs cost at the budgets they have now."""
+        costs = (routed_flops(site, site.act.selection.k if is_routed(site.act) else 0) for site in sites)
+        return sum(seen * cost for seen, cost in zip(self.tokens, costs, strict=True))
 
     def ratio(self, routed_ffn: float) -> tuple[float, float]:
         """(FFN, whole model) FLOPs relative to dense when the FFNs cost `routed_ffn`."""
@@ -73,11 +84,11 @@ def model_flops(model: PreTrainedModel, batch: Mapping[str, Any]) -> ModelFlops:
         model.train(training)
         for handle in handles:
             handle.remove()
-    per_token = max(tokens)
-    ffn = sum(seen * ffn_flops(site) for seen, site in zip(tokens, sites, strict=True)) / per_token
+    most = max(tokens)
+    ffn = sum(seen * ffn_flops(site) for seen, site in zip(tokens, sites, strict=True)) / most
     total = counter.get_total_flops()
     for seen, site in zip(tokens, sites, strict=True):
         routed = site.act
         if is_routed(routed) and not routed.selection.keeps_all(routed.num_experts):
             total -= seen * routed.router.flops()  # what counts is the dense model
-    return ModelFlops(total / per_token, ffn)
+    return ModelFlops(total / most, ffn, tuple(seen / most for seen in tokens))

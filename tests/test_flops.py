@@ -50,9 +50,9 @@ def test_routed(name, matrices, router):
 
 
 def test_ratio():
-    ffn, whole = ModelFlops(total=100.0, ffn=60.0).ratio(15.0)
+    ffn, whole = ModelFlops(total=100.0, ffn=60.0, tokens=()).ratio(15.0)
     assert (ffn, whole) == (0.25, 0.55)
-    assert ModelFlops(total=100.0, ffn=60.0).ratio(60.0) == (1, 1)
+    assert ModelFlops(total=100.0, ffn=60.0, tokens=()).ratio(60.0) == (1, 1)
 
 
 def bert_by_hand(rows: int, length: int) -> int:
@@ -112,6 +112,19 @@ def test_per_token_of_the_longer_side_of_an_encoder_decoder():
     text = batch(rows=2, length=8)
     found = model_flops(model, {**text, "decoder_input_ids": text["input_ids"][:, :4]})
     assert found.ffn == pytest.approx((2 * 8 + 2 * 4) * 4 * D * F / 8)
+    assert found.tokens == (1.0, 1.0, 0.5, 0.5)
+
+
+def test_each_ffn_costs_what_its_own_tokens_cost():
+    """A short decoder's budget matters less than its encoder's."""
+    model = routed("t5", "AutoModelForSeq2SeqLM", k=[1, EXPERTS, 3, 2])
+    text = batch(rows=2, length=8)
+    found = model_flops(model, {**text, "decoder_input_ids": text["input_ids"][:, :4]})
+    ffn, router = 4 * D * F, 2 * D * EXPERTS
+    by_hand = (ffn / EXPERTS + router) + ffn + (ffn / 2 + router) / 2 + (ffn / 3 + router) / 2
+    assert found.routed(find_sites(model)) == pytest.approx(by_hand)
+    stock = tiny_model("t5", "AutoModelForSeq2SeqLM")
+    assert found.routed(find_sites(stock)) == pytest.approx(found.ffn)
 
 
 @pytest.mark.parametrize("training", [True, False])
