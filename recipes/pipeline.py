@@ -1,6 +1,6 @@
 """The stages of a recipe: train dense, convert, sweep, recover; or MoEfy while training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def classify(run: Run, make: Callable[[], PreTrainedModel], activation: str | No
         train_scheduled(run, make, activation, dense)
     if run.training_args.should_save:  # conversion and evaluation are one process' work
         moefied = run.stages.run("moefied", lambda path: convert(run, dense, path))
-        run.stages.run("sweep.json", lambda path: sweep(run, moefied, path))
+        run.stages.run("sweep.json", lambda path: sweep(run, moefied, path, run.moe_args.controls))
         show(run.stages.directory)
     if run.moe_args.recovery_epochs:
         run.training_args.distributed_state.wait_for_everyone()
@@ -92,15 +92,13 @@ def convert(run: Run, dense: Path, path: Path) -> None:
     print(report.table(), flush=True)
 
 
-def sweep(run: Run, moefied: Path, path: Path) -> None:
+def sweep(run: Run, moefied: Path, path: Path, controls: Sequence[str] = ()) -> None:
     """Validation and test together, under autocast where training was."""
     model = run.load(moefied, trust_remote_code=True)
     measured = run.moe_args.allocation == "sensitivity"
     allocations = ["uniform", "sensitivity"] if measured else ["uniform"]
     with run.autocast():
-        found = evaluate(
-            model, run.held_out(), run.moe_args.shares, controls=run.moe_args.controls, allocations=allocations
-        )
+        found = evaluate(model, run.held_out(), run.moe_args.shares, controls=controls, allocations=allocations)
     found.save(path)
 
 
