@@ -58,7 +58,7 @@ class MoeficationArguments:
         default=100_000, metadata={"help": "training tokens to profile and fit routers on"}
     )
     sparsity_penalty: str | None = field(
-        default=None, metadata={"help": "while training the dense model: square_hoyer, l1 or density"}
+        default=None, metadata={"help": "in every training: square_hoyer, l1 or density"}
     )
     sparsity_weight: float = field(default=0.0, metadata={"help": "factor of that penalty"})
     shares: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3], metadata={"help": "shares to sweep"})
@@ -73,7 +73,7 @@ class MoeficationArguments:
     )
     lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA on every Linear, merged afterwards"})
     distillation_weight: float = field(
-        default=0.0, metadata={"help": "while recovering: weight of the divergence from the dense model"}
+        default=0.0, metadata={"help": "in recovery and schedule: weight of the divergence from the dense model"}
     )
     schedule: str | None = field(
         default=None,

@@ -20,7 +20,7 @@ import torch
 from common import CollatedBatches, MoeficationArguments, load_splits, override, parse
 from datasets import DatasetDict
 from pipeline import classify
-from run import MODELS, Run, begin_stages
+from run import Run, begin_stages, models_of
 from stages import write_json
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -103,10 +103,9 @@ def main() -> None:
     )
     classify(run, make, model_args.activation)
     if training_args.should_save:
-        for name in MODELS:
-            if (stages.directory / name).exists():
-                found = stages.run(f"generated_{name}.json", partial(generate, run, data_args, name))
-                print(f"exactly generated targets: {found.read_text()}")
+        for name in models_of(moe_args):
+            found = stages.run(f"generated_{name}.json", partial(generate, run, data_args, name))
+            print(f"exactly generated targets: {found.read_text()}")
 
 
 def load_tokenizer(model_args: Seq2SeqModelArguments) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from recovery import finished_model, following, penalties, prepare, recovery_arguments
 from recovery_facts import facts_of
-from run import Run
+from run import Run, models_of
 from stages import write_json
 from sweep_tables import tables
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
@@ -21,8 +21,6 @@ from moefy_hf.quality import Quality, predictions
 def classify(run: Run, make: Callable[[], PreTrainedModel], activation: str | None) -> None:
     """All stages; `make` gives the model to fine-tune."""
     dense = train_dense(run, make, activation)
-    if run.moe_args.schedule:
-        train_scheduled(run, make, activation, dense)
     if run.training_args.should_save:  # conversion and evaluation are one process' work
         moefied = run.stages.run("moefied", lambda path: convert(run, dense, path))
         run.stages.run("sweep.json", lambda path: sweep(run, moefied, path, run.moe_args.controls))
@@ -30,12 +28,17 @@ def classify(run: Run, make: Callable[[], PreTrainedModel], activation: str | No
     if run.moe_args.recovery_epochs:
         run.training_args.distributed_state.wait_for_everyone()
         recover(run, dense, run.stages.directory / "moefied")
+    if run.moe_args.schedule:
+        run.training_args.distributed_state.wait_for_everyone()
+        train_scheduled(run, make, activation, dense)
+    if run.training_args.should_save and (run.moe_args.recovery_epochs or run.moe_args.schedule):
+        print(tables(facts_of([run.stages.directory], models_of(run.moe_args)), ["relative_quality"]))
 
 
 def train_dense(run: Run, make: Callable[[], PreTrainedModel], activation: str | None) -> Path:
     """Fine-tune the dense model, with another activation and a sparsity penalty where asked for."""
     make = partial(checked, run, make, activation)
-    return train(run, "dense", run.training_args, make, penalties(run.moe_args))
+    return train(run, "dense", run.training_args, make, partial(penalties, run.moe_args))
 
 
 def checked(run: Run, make: Callable[[], PreTrainedModel], activation: str | None) -> PreTrainedModel:
@@ -47,13 +50,14 @@ def checked(run: Run, make: Callable[[], PreTrainedModel], activation: str | Non
 
 def train_scheduled(run: Run, make: Callable[[], PreTrainedModel], activation: str | None, dense: Path) -> None:
     """The whole flow in one training: the callback profiles, splits, routes and anneals."""
-    callback = MoEficationCallback(run.config, schedule=run.moe_args.schedule)
-    make = partial(checked, run, make, activation)
-    scheduled = train(run, "scheduled", run.training_args, make, following(callback, run.auto, run.moe_args, dense))
+
+    def callbacks() -> list[TrainerCallback]:
+        callback = MoEficationCallback(run.config, schedule=run.moe_args.schedule or "anneal")
+        return following(callback, run.auto, run.moe_args, dense)
+
+    scheduled = train(run, "scheduled", run.training_args, partial(checked, run, make, activation), callbacks)
     if run.training_args.should_save:
         run.stages.run("scheduled.json", lambda path: sweep(run, scheduled, path))
-        print(f"MoEfied while training ({run.moe_args.schedule}):")
-        print(Sweep.load(run.stages.directory / "scheduled.json").table())
 
 
 def train(
@@ -61,7 +65,7 @@ def train(
     name: str,
     training_args: TrainingArguments,
     make: Callable[[], PreTrainedModel],
-    callbacks: list[TrainerCallback],
+    callbacks: Callable[[], list[TrainerCallback]],
 ) -> Path:
     """One stage that trains a model and leaves it in a folder; all processes take part."""
     if run.stages.finished(name):
@@ -75,7 +79,7 @@ def train(
         processing_class=run.processor,
         data_collator=run.collator,
         compute_metrics=run.metrics,
-        callbacks=callbacks,
+        callbacks=callbacks(),
     )
     trainer.train()
     if training_args.should_save:
@@ -103,7 +107,7 @@ def sweep(run: Run, moefied: Path, path: Path, controls: Sequence[str] = ()) -> 
 
 
 def recover(run: Run, dense: Path, moefied: Path) -> None:
-    """Fine-tune the converted model at its budget, the dense one for as many steps beside it, and compare."""
+    """Fine-tune the converted model at its budget, and the dense one for as many steps beside it."""
     moe_args, training_args = run.moe_args, recovery_arguments(run.training_args, run.moe_args)
 
     def converted() -> PreTrainedModel:
@@ -112,14 +116,15 @@ def recover(run: Run, dense: Path, moefied: Path) -> None:
     def control() -> PreTrainedModel:
         return prepare(run.auto.from_pretrained(dense), moe_args, run.task_type)
 
-    callbacks = following(MoEficationCallback(), run.auto, moe_args, dense)
+    def callbacks() -> list[TrainerCallback]:
+        return following(MoEficationCallback(), run.auto, moe_args, dense)
+
     recovered = train(run, "recovered", training_args, converted, callbacks)
-    trained_on = train(run, "control", training_args, control, penalties(moe_args))
+    trained_on = train(run, "control", training_args, control, partial(penalties, moe_args))
     if not training_args.should_save:
         return
     run.stages.run("recovered.json", lambda path: sweep(run, recovered, path))
     run.stages.run("control.json", lambda path: write_json(path, {"accuracy": accuracy(run, trained_on)}))
-    print(tables(facts_of([run.stages.directory]), ["relative_quality"]))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Figures of recipe runs with recovery, averaged over their seeds, for sweep_tables.py to print.
+"""Figures of recipe runs that train a MoEfied model, averaged over their seeds, for sweep_tables.py to print.
 
     for seed in 0 1 2; do
         accelerate launch recipes/moefy_classification.py --config recipes/configs/minilm_movie/moefication.yaml \\
@@ -6,86 +6,124 @@
     done
     python recipes/recovery_facts.py facts.json outputs/recovery_0 outputs/recovery_1 outputs/recovery_2
 
-Everything is relative to the dense model that was converted. A line "linear, recovered" is the linear router in the
-model fine-tuned after conversion; the dense model trained for as many steps is named above the table.
+Accuracies are relative to the dense model that was converted. A line "linear, recovered" is the linear router in the
+model fine-tuned after conversion, "linear, anneal" in one that was MoEfied while training (--schedule anneal); the
+dense model trained for as many steps as recovery is named above the table.
 """
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 import transformers
-from stages import MARKER, write_json
-from sweep_tables import TRAINED_ON, average, tables
+from run import UNUSED
+from stages import MARKER, differing, unused_by, write_json
+from sweep_tables import TRAINED_ON, average, own_name, tables
 
-# settings that are facts about a run but not about where it was
+# settings in which runs may differ
 PLACES = ("seed", "data_seed", "redo")
+OPTIONAL = ("recovered", "control", "scheduled")
 
 
-def facts_of(directories: Sequence[Path]) -> dict:
+def facts_of(directories: Sequence[Path], models: Collection[str] | None = None) -> dict:
     """Averages over finished runs of one recipe that differ in their seed.
 
+    Args:
+        models: of "recovered", "control" and "scheduled", those to read; by default what all the runs have.
+
     Raises:
-        ValueError: a run is not finished, or they differ in something else.
+        ValueError: a run has none of them, two have one seed, or they differ in something else.
     """
-    settings = [settings_of(directory) for directory in directories]
+    runs = [made_in(directory) for directory in directories]
+    asked = OPTIONAL if models is None else models
+    models = [name for name in OPTIONAL if name in asked and all(f"{name}.json" in made for made in runs)]
+    if not models:
+        raise ValueError(f"{directories[0]} lacks recovered.json or scheduled.json: is it finished?")
+    for name in ("sweep.json", *(f"{name}.json" for name in models)):
+        for directory, made in zip(directories, runs, strict=True):
+            unused = (*PLACES, *unused_by(name, UNUSED))
+            if changed := differing(runs[0][name], made[name], unused):
+                raise ValueError(f"{directory} differs from {directories[0]} in {', '.join(sorted(changed))}")
+    settings = [made[f"{models[0]}.json"] for made in runs]
+    seeds = [each["seed"] for each in settings]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"runs must differ in their seed, got {', '.join(map(str, seeds))}")
     common = {key: value for key, value in settings[0].items() if key not in PLACES}
-    for directory, each in zip(directories, settings, strict=True):
-        differing = sorted(key for key in common if each.get(key) != common[key])
-        if differing:
-            raise ValueError(f"{directory} differs from {directories[0]} in {', '.join(differing)}")
-    cells = [row for directory, each in zip(directories, settings, strict=True) for row in cells_of(directory, each)]
-    sweep = json.loads((directories[0] / "sweep.json").read_text())
-    facts = {
+    cells = [
+        cell for directory, made in zip(directories, runs, strict=True) for cell in cells_of(directory, made, models)
+    ]
+    return {
         "model": common.get("model_name_or_path") or common.get("model_type") or "t5",
         "dataset": common["dataset_name"],
-        "eval_rows": sweep["facts"]["positions"],
+        "eval_rows": json.loads((directories[0] / "sweep.json").read_text())["facts"]["positions"],
+        "unit": "target tokens" if "target_column" in common else "rows",
         "autocast": common["mixed_precision"],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "settings": common,
         "rows": average(cells),
     }
-    generated = [generated_by(directory) for directory in directories]
-    if generated[0]:
-        facts["generated"] = {name: mean(each[name] for each in generated) for name in generated[0]}
-    return facts
 
 
-def settings_of(directory: Path) -> dict:
+def made_in(directory: Path) -> dict[str, dict]:
+    """The finished results of a run, and their settings.
+
+    Raises:
+        ValueError: there is no sweep.
+    """
     made = json.loads((directory / MARKER).read_text()) if (directory / MARKER).exists() else {}
-    missing = [name for name in ("sweep.json", "recovered.json", "control.json") if name not in made]
-    if missing:
-        raise ValueError(f"{directory} lacks {', '.join(missing)}: is it a finished run with --recovery_epochs?")
-    return made["recovered.json"]
+    if "sweep.json" not in made:
+        raise ValueError(f"{directory} lacks sweep.json: is it a finished run of a recipe?")
+    return made
 
 
-def cells_of(directory: Path, settings: dict) -> list[dict]:
-    """Rows as sweep.py has them: those before recovery, those after, and the dense model trained on."""
-    before, after = (json.loads((directory / f"{name}.json").read_text())["rows"] for name in ("sweep", "recovered"))
-    quality = before[0]["accuracy"]
-    control = {"router": TRAINED_ON, **json.loads((directory / "control.json").read_text())}
-    rows = [row if row["router"] != "own" else row | {"router": settings["router"]} for row in before]
-    rows += [row | {"router": f"{settings['router']}, recovered"} for row in after if row["router"] == "own"]
-    run = {"seed": settings["seed"], "splitter": settings["splitter"]}
-    return [{**row, **run, "relative_quality": row["accuracy"] / quality} for row in [*rows, control]]
+def cells_of(directory: Path, made: dict[str, dict], models: Collection[str]) -> list[dict]:
+    """Rows as sweep.py has them, of the model as it was converted and of those trained."""
+
+    def read(name: str) -> Any:
+        return json.loads((directory / f"{name}.json").read_text())
+
+    settings = made["sweep.json"]
+    rows = read("sweep")["rows"]
+    dense, router = rows[0]["accuracy"], own_name(settings["router"])
+    rows = [row | {"router": router} if row["router"] == "own" else row for row in rows]
+    for name in models:
+        if name == "control":
+            rows.append({"router": TRAINED_ON, **read(name)})
+            continue
+        how = made[f"{name}.json"]["schedule"] if name == "scheduled" else name
+        for row in read(name)["rows"]:
+            if row["router"] == "own":
+                other = {key: value for key, value in row.items() if key not in OF_ITSELF}
+                rows.append(other | {"router": f"{router}, {how}", "relative_quality": row["accuracy"] / dense})
+    return [{**row, "seed": settings["seed"], "splitter": settings["splitter"]} for row in rows]
+
+
+# a trained model is compared with itself when all its experts run: that is not the dense model
+OF_ITSELF = ("agreement", "kl", "relative_quality")
 
 
 def generated_by(directory: Path) -> dict[str, float]:
     """What moefy_seq2seq.py leaves: the share of exactly generated targets, of every model."""
     found = {}
-    for path in sorted(directory.glob("generated_*.json")):
-        found |= json.loads(path.read_text())
+    for name in made_in(directory):
+        if name.startswith("generated_"):
+            found |= json.loads((directory / name).read_text())
     return found
 
 
 def main() -> None:
     if len(sys.argv) < 3 or sys.argv[1].startswith("-") or not sys.argv[1].endswith(".json"):
         sys.exit(__doc__)
-    facts = {"command": "python recipes/recovery_facts.py " + " ".join(sys.argv[1:])}
-    facts |= facts_of([Path(each) for each in sys.argv[2:]])
+    directories = [Path(each) for each in sys.argv[2:]]
+    facts = {"command": "python recipes/recovery_facts.py " + " ".join(sys.argv[1:])} | facts_of(directories)
+    generated = [generated_by(directory) for directory in directories]
+    if common := set.intersection(*map(set, generated)):
+        names = [name for name in generated[0] if name in common]
+        facts["generated"] = {name: mean(each[name] for each in generated) for name in names}
     Path(sys.argv[1]).parent.mkdir(parents=True, exist_ok=True)
     write_json(Path(sys.argv[1]), facts)
     print(tables(facts))

@@ -34,10 +34,11 @@ MODELS = {  # what the training or conversion of each model does not read
     "scheduled": ("recovery_epochs", "recovery_parameters", "lora_rank"),
 }
 UNUSED = {
-    **{name: (*unused, *SWEEP) for name, unused in MODELS.items()},
-    **{f"{name}.json": unused for name, unused in MODELS.items()},
-    **{f"generated_{name}.json": unused for name, unused in MODELS.items()},
-    "sweep.json": MODELS["moefied"],
+    **{name: (*unused, *SWEEP, "generated_rows") for name, unused in MODELS.items()},
+    **{f"{name}.json": (*unused, "controls", "generated_rows") for name, unused in MODELS.items()},
+    **{f"generated_{name}.json": (*unused, "controls") for name, unused in MODELS.items()},
+    "sweep.json": (*MODELS["moefied"], "generated_rows"),
+    "*-*.json": ("splitter", "router", *RECOVERY),  # the cells of sweep.py
 }
 
 
@@ -113,7 +114,18 @@ def begin_stages(moe_args: MoeficationArguments, training_args: TrainingArgument
     check_sweep(moe_args)
     check_recovery(moe_args)
     settings = run_settings(*others, moe_args, training_args)
-    return Stages(training_args.output_dir, settings, moe_args.redo, UNUSED)
+    ignored = [
+        result
+        for name in MODELS.keys() - set(models_of(moe_args))
+        for result in (name, f"{name}.json", f"generated_{name}.json")
+    ]
+    return Stages(training_args.output_dir, settings, moe_args.redo, UNUSED, ignored)
+
+
+def models_of(moe_args: MoeficationArguments) -> list[str]:
+    """The models that a run makes."""
+    recovery = ["recovered", "control"] if moe_args.recovery_epochs else []
+    return ["dense", "moefied", *recovery, *(["scheduled"] if moe_args.schedule else [])]
 
 
 def moefication_config(moe_args: MoeficationArguments, seed: int) -> MoeficationConfig:

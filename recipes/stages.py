@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ class Stages:
     Args:
         settings: what decides the results, as JSON can hold it.
         redo: make every result anew, once.
-        unused: stage -> settings that it does not depend on.
+        unused: pattern of stage names -> settings that such stages do not depend on.
+        ignored: stages that this run neither makes nor reads; whatever they were made with, they are left alone.
 
     Raises:
         ValueError: the directory holds something else, or results of other settings.
@@ -29,6 +31,7 @@ class Stages:
         settings: Mapping[str, Any],
         redo: bool = False,
         unused: Mapping[str, Collection[str]] | None = None,
+        ignored: Collection[str] = (),
     ):
         self.directory, self.redo, self.settings, self.unused = Path(directory), redo, settings, unused or {}
         self.made: dict[str, dict[str, Any]] = {}
@@ -41,7 +44,10 @@ class Stages:
                 )
             made = json.loads(marker.read_text())
             self.made = {name: old for name, old in made.items() if (self.directory / name).exists()}
-            changed = sorted({key for name, old in self.made.items() for key in self.changed(name, old)})
+            asked = {name: old for name, old in self.made.items() if name not in ignored}
+            if redo:  # what others were made from is replaced
+                self.made = asked
+            changed = sorted({key for name, old in asked.items() for key in self.changed(name, old)})
             if changed and not redo:
                 raise ValueError(
                     f"{directory} holds results of other settings ({', '.join(changed)} changed): "
@@ -50,8 +56,7 @@ class Stages:
 
     def changed(self, name: str, old: Mapping[str, Any]) -> set[str]:
         """The settings that decide a stage's result and were others when it was made."""
-        keys = {*old, *self.settings} - set(self.unused.get(name, ()))
-        return {key for key in keys if old.get(key) != self.settings.get(key)}
+        return differing(old, self.settings, unused_by(name, self.unused))
 
     def begin(self) -> None:
         """Make the directory and its marker: one process' work, once nothing can be found wrong any more."""
@@ -82,6 +87,14 @@ class Stages:
         self.renewed.add(name)
         self.begin()
         return path
+
+
+def unused_by(name: str, unused: Mapping[str, Collection[str]]) -> Collection[str]:
+    return next((settings for pattern, settings in unused.items() if fnmatch(name, pattern)), ())
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any], unused: Collection[str]) -> set[str]:
+    return {key for key in {*old, *new} - set(unused) if old.get(key) != new.get(key)}
 
 
 def _remove(path: Path) -> None:

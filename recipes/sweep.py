@@ -27,7 +27,7 @@ from moefy_classification import begin, make_model
 from pipeline import train_dense
 from run import Run, moefication_config
 from stages import write_json
-from sweep_tables import ALLOCATIONS, average, tables
+from sweep_tables import ALLOCATIONS, average, own_name, tables
 from transformers import TrainingArguments
 
 from moefy_hf import evaluate, moefy_, profile
@@ -128,7 +128,7 @@ def rows_of(path: Path, router: str, position: int) -> list[dict]:
     """A cell's rows under the router's name; the dense row and the controls once per split."""
     rows = json.loads(path.read_text())["rows"]
     return [
-        {**row, "router": router if row["router"] == "own" else row["router"]}
+        {**row, "router": own_name(router) if row["router"] == "own" else row["router"]}
         for row in rows
         if row["router"] == "own" or not position
     ]

@@ -28,6 +28,11 @@ DENSE = ("dense", TRAINED_ON)
 CONTROL_NAMES = {"oracle": "*oracle*", "random": "*random*"}
 
 
+def own_name(router: str) -> str:
+    """A converted model's router, told from the control that draws experts anew for every token."""
+    return "fixed random" if router == "random" else router
+
+
 def average(cells: list[dict]) -> list[dict]:
     """Mean over seeds of every (split, router, allocation, share), and the standard deviation of each figure."""
     groups: dict[tuple, list[dict]] = {}
@@ -66,9 +71,10 @@ def tables(facts: dict, figures: Iterable[str] = tuple(FIGURES)) -> str:
         return f"{100 * row[figure]:.1f}{spread}"
 
     several = len(dense["seeds"]) > 1
+    spread = "mean ± standard deviation" if several else "one run"
     text = [
-        f"{facts['dataset']}, {facts['eval_rows']:,} rows: dense accuracy {cell('accuracy', *dense_key(dense))} %; "
-        f"seeds {', '.join(map(str, dense['seeds']))}" + (", mean ± standard deviation." if several else ", one run.")
+        f"{facts['dataset']}, {facts['eval_rows']:,} {facts.get('unit', 'rows')}: dense accuracy "
+        f"{cell('accuracy', *dense_key(dense))} %; seeds {', '.join(map(str, dense['seeds']))}, {spread}."
     ]
     for row in rows:
         if row["router"] == TRAINED_ON:
@@ -96,7 +102,12 @@ def dense_key(row: dict) -> tuple:
 
 def plot(facts: dict, path: str) -> None:
     """Accuracy against FFN FLOPs, means over seeds, of facts with one split and one router beside the controls."""
-    (router,) = {row["router"] for row in facts["rows"]} - {*DENSE, *CONTROL_NAMES}
+    routers = list(
+        dict.fromkeys(row["router"] for row in facts["rows"] if row["router"] not in {*DENSE, *CONTROL_NAMES})
+    )
+    if len(routers) != 1:
+        sys.exit(f"--plot draws one router beside the controls; these facts have {', '.join(routers)}")
+    router = routers[0]
     rows = [{**row, "router": "own" if row["router"] == router else row["router"]} for row in facts["rows"]]
     Sweep(rows, {"quality": "accuracy", "router": router}).plot(path)
 

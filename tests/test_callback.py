@@ -278,6 +278,7 @@ def test_compiled_training_is_the_same_training(schedule, tmp_path):
         trainer = trainer_for(dense_model(dropout=0.0), tmp_path, callback_for(schedule), max_steps=16, **settings)
         trainer.train()
         finished.append(trainer)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     plain, compiled = finished
     assert losses_of(compiled) == pytest.approx(losses_of(plain), rel=1e-3)
     counts = [[site.act.selection.k for site in each.model.moe_sites()] for each in finished]

@@ -182,6 +182,12 @@ def test_more_can_be_asked_of_a_finished_run(recipe, finished, tmp_path):
     before = times(folder)
     recipe(folder, "--recovery_epochs", "0.2")
     assert times(folder) == before and (folder / "recovered.json").exists()
+    made = (folder / "recovered.json").stat().st_mtime_ns
+    recipe(folder)  # which does not ask for it
+    recipe(folder, "--recovery_epochs", "0.2")
+    assert (folder / "recovered.json").stat().st_mtime_ns == made
+    with pytest.raises(ValueError, match=r"other settings \(recovery_parameters changed\)"):
+        recipe(folder, "--recovery_epochs", "0.2", "--recovery_parameters", "down")
 
 
 def test_without_controls(recipe, finished, tmp_path):
@@ -202,4 +208,4 @@ def test_moefied_while_training(recipe, finished, tmp_path, capsys):
     assert model.config.moefication["selection"]["k"] == 0.5 and model.config.hidden_act == "relu"
     rows = Sweep.load(folder / "scheduled.json").rows
     assert next(row["accuracy"] for row in rows if row["router"] == "own" and row["k"] == 0.5) > 0.9
-    assert "MoEfied while training (anneal)" in capsys.readouterr().out
+    assert "| coactivation | linear, anneal | " in capsys.readouterr().out

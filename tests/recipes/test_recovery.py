@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import recovery_facts
+import sweep_tables
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -46,7 +47,7 @@ def test_recovers_at_its_budget(recipe, tmp_path, parameters, capsys):
     assert after < before
     assert 0 < json.loads((run / "control.json").read_text())["accuracy"] <= 1
     out = capsys.readouterr().out
-    assert "trained for as many steps as recovery: " in out and "| random | random, recovered | " in out
+    assert "trained for as many steps as recovery: " in out and "| random | fixed random, recovered | " in out
 
 
 def test_a_second_run_skips_it(recipe, tmp_path, capsys):
@@ -88,14 +89,22 @@ def test_facts_are_means_over_runs(recipe, tmp_path, capsys, monkeypatch):
     (row,) = (row for row in facts["rows"] if row["router"] == "dense, trained on")
     assert row["accuracy"] == pytest.approx(sum(controls) / 2)
     out = capsys.readouterr().out
+    assert not any("agreement" in row for row in facts["rows"] if "recovered" in row["router"])  # with the dense one
+    monkeypatch.setattr(sys, "argv", ["sweep_tables.py", str(tmp_path / "facts.json"), "--plot", "plot.png"])
+    with pytest.raises(SystemExit, match="these facts have linear, linear, recovered"):
+        sweep_tables.main()
     assert f"as recovery: {100 * row['accuracy']:.1f} ± " in out and "| coactivation | linear, recovered |" in out
 
 
 def test_facts_need_finished_runs_that_differ_only_in_their_seed(recipe, tmp_path):
     recipe(tmp_path / "run", max_steps=2)
-    with pytest.raises(ValueError, match="lacks recovered.json, control.json"):
+    with pytest.raises(ValueError, match="lacks recovered.json or scheduled.json"):
         recovery_facts.facts_of([tmp_path / "run"])
     for name, share in (("a", 0.25), ("b", 0.5)):
         recipe(tmp_path / name, "--recovery_epochs", "0.5", max_steps=2, share=share)
     with pytest.raises(ValueError, match="b differs from .*a in share"):
         recovery_facts.facts_of([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(ValueError, match="differ in their seed, got 42, 42"):
+        recovery_facts.facts_of([tmp_path / "a", tmp_path / "a"])
+    with pytest.raises(ValueError, match="lacks sweep.json"):
+        recovery_facts.facts_of([tmp_path])

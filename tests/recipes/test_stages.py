@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from run import CONVERSION, RECOVERY, SWEEP, UNUSED
 from stages import MARKER, Stages
 
 SETTINGS = {"share": 0.2, "shares": [0.1, 0.2], "name": None}
@@ -116,3 +117,44 @@ def test_settings_that_a_stage_does_not_read_may_change(tmp_path):
         Stages(tmp_path, SETTINGS, unused=unused)
     with pytest.raises(ValueError, match=r"\(name changed\)"):
         Stages(tmp_path, SETTINGS | {"share": 0.3, "name": "other"}, unused=unused)
+
+
+def test_results_that_are_not_asked_for_are_left_alone(tmp_path):
+    Stages(tmp_path, SETTINGS).run("recovered", lambda path: path.write_text("model"))
+    changed = SETTINGS | {"share": 0.3}
+    Stages(tmp_path, changed, ignored=["recovered"]).run("moefied", lambda path: path.write_text("other"))
+    assert set(json.loads((tmp_path / MARKER).read_text())) == {"recovered", "moefied"}
+    with pytest.raises(ValueError, match=r"\(share changed\)"):
+        Stages(tmp_path, changed)
+    redone = Stages(tmp_path, changed, redo=True, ignored=["recovered"])
+    redone.run("moefied", lambda path: path.write_text("again"))
+    again = Stages(tmp_path, changed)  # what the old one was made from is gone
+    assert again.finished("moefied") and not again.finished("recovered")
+
+
+EVERYTHING = {"learning_rate", "sparsity_weight", "seed", *CONVERSION, *SWEEP, *RECOVERY, "generated_rows"}
+TRAINED = {"learning_rate", "sparsity_weight", "seed"}
+DECISIVE = {
+    "dense": TRAINED,
+    "moefied": TRAINED | {*CONVERSION},
+    "sweep.json": TRAINED | {*CONVERSION, *SWEEP},
+    "recovered": TRAINED | {*CONVERSION, "recovery_epochs", "recovery_parameters", "lora_rank", "distillation_weight"},
+    "control": TRAINED | {"recovery_epochs", "recovery_parameters", "lora_rank"},
+    "scheduled": TRAINED | {*CONVERSION, "schedule", "distillation_weight"},
+    "scheduled.json": TRAINED | {*CONVERSION, "schedule", "distillation_weight", "shares"},
+    "generated_dense.json": TRAINED | {"generated_rows", "shares"},
+    "coactivation-linear-500.json": EVERYTHING - {"splitter", "router", *RECOVERY},
+}
+
+
+@pytest.mark.parametrize("name", DECISIVE)
+def test_what_each_result_depends_on(name, tmp_path):
+    settings = dict.fromkeys(EVERYTHING, 0)
+    Stages(tmp_path / "run", settings, unused=UNUSED).run(name, lambda path: path.write_text(""))
+    refused = set()
+    for key in EVERYTHING:
+        try:
+            Stages(tmp_path / "run", settings | {key: 1}, unused=UNUSED)
+        except ValueError:
+            refused.add(key)
+    assert refused == DECISIVE[name]
