@@ -1,0 +1,172 @@
+"""Exported checkpoints load as stock architectures, without our code, and compute what the MoEfied model does."""
+
+import json
+import sys
+
+import pytest
+import torch
+import transformers
+from batches import text_batches
+from tiny import convert, tiny_inputs, tiny_model
+from transformers import AutoModelForCausalLM
+
+from moefy_hf import MoeficationConfig, export, moefy_
+from moefy_hf.export import TARGETS
+
+PAIRS = [(source, name) for name, target in TARGETS.items() for source in target.sources]
+TINY = {"llama": "llama-without-biases"}
+CAUSAL = "AutoModelForCausalLM"
+
+
+def moefied(source: str, k=2, router: str = "linear", **changes):
+    return route(tiny_model(TINY.get(source, source), CAUSAL, **changes).eval(), k, router)
+
+
+def route(model, k=2, router: str = "linear", layers: list[int] | None = None):
+    selection = {"type": "top_k", "k": k, "allocation": "uniform"}
+    settings = {"expert_size": 8, "splitter": "random", "calibration_tokens": 300, "layers": layers}
+    batches = None if router == "random" else text_batches(8)
+    moefy_(model, MoeficationConfig(router=router, selection=selection, **settings), batches, progress=False)
+    return model
+
+
+def assert_same(model, served, source: str) -> None:
+    ours, theirs = logits(model, source), logits(served, source)
+    assert (ours - theirs).abs().max() <= 1e-4 * ours.abs().max()
+
+
+def logits(model, source: str) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=tiny_inputs(TINY.get(source, source), CAUSAL)["input_ids"]).logits
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+@pytest.mark.parametrize(("source", "to"), PAIRS)
+def test_served_architectures_compute_the_same(source, to, k, tmp_path):
+    model = moefied(source, k)
+    assert export(model, tmp_path / "out") == tmp_path / "out"
+    served, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(served).__name__ == TARGETS[to].architecture and type(served).__module__.startswith("transformers.")
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert_same(model, served, source)
+    if k < 6:  # the selection matters
+        ours = logits(model, source)
+        model.set_selection(k=6)
+        assert (ours - logits(model, source)).abs().max() > 1e-3 * ours.abs().max()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("source", ["llama", "qwen3"])
+def test_embeddings_stay_tied_or_not(source, tied, tmp_path):
+    model = moefied(source, tie_word_embeddings=tied)
+    export(model, tmp_path / "out")
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (served.lm_head.weight is served.model.embed_tokens.weight) is tied
+    assert_same(model, served, source)
+
+
+def test_some_layers_may_stay_dense_where_the_target_has_such(tmp_path):
+    model = tiny_model("qwen3", CAUSAL).eval()
+    route(model, layers=[1])
+    export(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["mlp_only_layers"] == [0]
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_same(model, served, "qwen3")
+
+
+@pytest.mark.parametrize(("name", "head"), [("bert", "AutoModelForSequenceClassification"), ("gpt2", CAUSAL)])
+def test_the_dense_checkpoint_comes_back(name, head, tmp_path):
+    model = tiny_model(name, head).eval()
+    convert(model, 2)
+    export(model, tmp_path / "out", to="dense")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"moefication", "auto_map"} & set(config)
+    dense, info = getattr(transformers, head).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    model.set_selection(k=1.0)
+    inputs = tiny_inputs(name, head)
+    with torch.no_grad():
+        torch.testing.assert_close(dense(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_shards_hold_everything_once(tmp_path):
+    model = moefied("llama")
+    export(model, tmp_path / "whole")
+    export(model, tmp_path / "parts", max_shard_bytes=10_000)
+    files = sorted((tmp_path / "parts").glob("model-*.safetensors"))
+    assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] > 3 * 10_000 and len(set(index["weight_map"].values())) == len(files)
+    whole, parts = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
+    assert torch.equal(logits(whole, "llama"), logits(parts, "llama"))
+
+
+def test_what_belongs_to_it_comes_along(tmp_path):
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+    model = moefied("llama", rope_parameters=rope)
+    model.generation_config.max_new_tokens = 7
+    export(model, tmp_path / "out")
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert served.config.rope_parameters == rope and served.generation_config.max_new_tokens == 7
+    assert_same(model, served, "llama")
+    prompt = tiny_inputs("llama", CAUSAL)["input_ids"][:, :4]
+    ours, theirs = (each.generate(prompt, do_sample=False) for each in (model, served))
+    assert torch.equal(ours, theirs)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("make", "to", "message"),
+    [
+        (lambda: tiny_model("llama", CAUSAL), None, "is not MoEfied"),
+        (lambda: moefied("llama"), "mixtrall", "unknown target 'mixtrall'.*mixtral, qwen2_moe, qwen3_moe, dense"),
+        (lambda: moefied("llama"), "qwen3_moe", "llama model cannot become qwen3_moe: llama and mistral to mixtral"),
+        (lambda: moefied("gpt2"), None, "gpt2 model cannot become a served MoE"),
+        (lambda: moefied("llama", router="random"), None, "'random' one: convert with router='linear'"),
+        (lambda: moefied("llama", k=[1, 2]), None, "1 to 2 experts.*allocation='uniform'"),
+        (lambda: moefied("llama").half(), None, "float16.*bfloat16"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused(make, to, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export(make(), tmp_path / "out", to)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_do_not_fit_are_refused(tmp_path):
+    biased = route(tiny_model("llama", CAUSAL))
+    with pytest.raises(ValueError, match=r"no biases.*FFNs \(gate, up, down\)"):
+        export(biased, tmp_path / "out")
+    part = route(tiny_model("llama-without-biases", CAUSAL), layers=[0])
+    with pytest.raises(ValueError, match="1 of 2 layers.*layers=None"):
+        export(part, tmp_path / "out")
+    attention = moefied("llama", attention_bias=True)
+    with pytest.raises(ValueError, match="no biases.*attention"):
+        export(attention, tmp_path / "out")
+    base = route(tiny_model("llama-without-biases"))
+    with pytest.raises(ValueError, match="no causal language model"):
+        export(base, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    with pytest.raises(FileExistsError, match="not empty"):
+        export(moefied("llama"), tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+    (tmp_path / "empty").mkdir()
+    export(moefied("llama"), tmp_path / "empty")
+    assert (tmp_path / "empty" / "model.safetensors").exists()
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["moefy_hf.export"], "save_file", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export(moefied("llama"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
