@@ -9,7 +9,7 @@ from .configuration import MoeficationConfig
 from .conversion import ConversionReport, moefied_class, moefy_
 from .distillation import DistillationCallback
 from .evaluation import Sweep, evaluate
-from .export import export
+from .exporting import export
 from .modeling.ffn_sites import find_sites, permute_neurons_
 from .profiling import profile
 from .router_fitting import fit_routers

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from .configuration import MoeficationConfig
 from .conversion import check_convertible, moefied_class, moefy_
-from .export import TARGETS, export
+from .exporting import TARGETS, export
+from .folders import written_whole
 from .modeling.ffn_sites import find_sites
 from .modeling.moefied import is_moefied
 from .modeling.routers import ROUTERS
@@ -163,16 +163,10 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision) if args.texts else None
     batches = TextBatches(args.texts, tokenizer, args.max_length, args.seed) if args.texts else None
     report = moefy_(model, config, batches)
-    temporary = output_dir.with_name(f".{output_dir.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        model.save_pretrained(temporary)
+    with written_whole(output_dir) as folder:
+        model.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        temporary.rename(output_dir)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            tokenizer.save_pretrained(folder)
     return {"output_dir": str(output_dir), "table": report.table(), **report.to_dict()}
 
 

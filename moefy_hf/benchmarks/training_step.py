@@ -8,7 +8,6 @@ MoEficationCallback logs, as it does in the steps that are logged. Medians of th
 """
 
 import argparse
-import csv
 import time
 from statistics import median
 
@@ -16,6 +15,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from moefy_hf import MoeficationConfig, moefy_
+from moefy_hf.benchmarks.tables import write_csv
 from moefy_hf.monitor import RoutingMonitor
 
 COLUMNS = ("hidden", "neurons", "layers", "batch", "length", "share", "threads", "dense_seconds", "routed", "watched")
@@ -76,10 +76,7 @@ def main() -> None:
         )
         print(f"{rows} x {length}: dense {dense:.3f} s, routed {routed / dense:.2f}, watched {watched / dense:.2f}")
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(runs)
+        write_csv(args.csv, COLUMNS, runs)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Rows are L2-normalised, as the splitter's are: Gaussian ones of the given shapes
 """
 
 import argparse
-import csv
 import resource
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from moefy_hf.benchmarks.tables import write_csv
 from moefy_hf.splitting.balanced_kmeans import balanced_kmeans, inertia
 
 COLUMNS = (
@@ -116,10 +116,7 @@ def main() -> None:
                 line += f"   x{wall / reference[0]:.2f} the time, x{loss / reference[2]:.4f} the inertia"
             print(line, flush=True)
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(runs)
+        write_csv(args.csv, COLUMNS, runs)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ the parts is given relative to that inside the planted groups; a random split ha
 """
 
 import argparse
-import csv
 import resource
 import time
 
 import torch
 
+from moefy_hf.benchmarks.tables import write_csv
 from moefy_hf.splitting.equal_parts import labels_of, weight_inside
 from moefy_hf.splitting.graph import METHODS, coactivation_matrix, partition_graph
 
@@ -78,10 +78,7 @@ def main() -> None:
             )
         del graph
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(runs)
+        write_csv(args.csv, COLUMNS, runs)
 
 
 if __name__ == "__main__":

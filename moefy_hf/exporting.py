@@ -8,8 +8,6 @@ the scaled scores differ, and experts whose scaled scores differ by less than 6e
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from transformers.models.mixtral import MixtralConfig
 from transformers.models.qwen2_moe import Qwen2MoeConfig
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 
+from .folders import written_whole
 from .modeling.ffn_sites import FfnSite
 from .modeling.moefied import is_moefied
 
@@ -86,25 +85,14 @@ def export(
         check_expressible(model, target)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir} exists and is not empty: choose another output_dir")
-    temporary = output_dir.with_name(f".{output_dir.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with written_whole(output_dir) as folder:
         config = dense_config(model) if target is None else moe_config(model, target)
-        config.save_pretrained(temporary)
+        config.save_pretrained(folder)
         if model.can_generate() and model.generation_config is not None:
-            model.generation_config.save_pretrained(temporary)
+            model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        write_shards(
-            dense_tensors(model) if target is None else moe_tensors(model, target), temporary, max_shard_bytes
-        )
-        if output_dir.exists():
-            output_dir.rmdir()
-        os.replace(temporary, output_dir)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            tokenizer.save_pretrained(folder)
+        write_shards(own_tensors(model) if target is None else moe_tensors(model, target), folder, max_shard_bytes)
     return output_dir
 
 
@@ -193,10 +181,6 @@ def own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
         if ".router." not in name and id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor.detach()
-
-
-def dense_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from own_tensors(model)
 
 
 def moe_tensors(model: PreTrainedModel, target: Target) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,7 +1,6 @@
 """Exported checkpoints load as stock architectures, without our code, and compute what the MoEfied model does."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from tiny import convert, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM
 
 from moefy_hf import MoeficationConfig, export, moefy_
-from moefy_hf.export import TARGETS
+from moefy_hf.exporting import TARGETS
 
 PAIRS = [(source, name) for name, target in TARGETS.items() for source in target.sources]
 TINY = {"llama": "llama-without-biases"}
@@ -166,7 +165,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["moefy_hf.export"], "save_file", fail)
+    monkeypatch.setattr("moefy_hf.exporting.save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         export(moefied("llama"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
