@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         found = args.run(args)
     except (ValueError, OSError) as error:  # what users can mend; anything else is a bug and shows its traceback
-        print(f"moefy {args.command}: {error}", file=sys.stderr)
+        print(f"moefy {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     print(json.dumps(found, indent=1) if args.json else args.show(found))
 
@@ -77,7 +77,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def share_or_count(text: str) -> int | float:
-    return float(text) if "." in text or "e" in text else int(text)
+    try:
+        return float(text) if "." in text or "e" in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a share like 0.2 or a number of experts, got {text!r}") from None
 
 
 def class_of(config: Any) -> type[PreTrainedModel]:

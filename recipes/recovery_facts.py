@@ -119,7 +119,11 @@ def main() -> None:
     if len(sys.argv) < 3 or sys.argv[1].startswith("-") or not sys.argv[1].endswith(".json"):
         sys.exit(__doc__)
     directories = [Path(each) for each in sys.argv[2:]]
-    facts = {"command": "python recipes/recovery_facts.py " + " ".join(sys.argv[1:])} | facts_of(directories)
+    facts: dict[str, Any] = {"command": "python recipes/recovery_facts.py " + " ".join(sys.argv[1:])}
+    try:
+        facts |= facts_of(directories)
+    except ValueError as error:
+        sys.exit(str(error))
     generated = [generated_by(directory) for directory in directories]
     if common := set.intersection(*map(set, generated)):
         names = [name for name in generated[0] if name in common]

@@ -108,6 +108,7 @@ def test_export(moe, tmp_path, capsys):
         (["convert", "{dense}", "{tmp}/out", "--texts", "{texts}", "--k", "1.5"], "1.5"),
         (["convert", "{dense}", "{dense}"], "exists: choose another"),
         (["export", "{dense}", "{tmp}/out"], "is not MoEfied"),
+        (["convert", "{dense}", "{tmp}/out", "--k", "abc"], "a share like 0.2 or a number of experts, got 'abc'"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(dense, tmp_path, arguments, message, capsys):
@@ -117,6 +118,7 @@ def test_bad_input_is_one_line_and_code_2(dense, tmp_path, arguments, message, c
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and "Traceback" not in error
+    assert error.startswith("usage: ") or error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

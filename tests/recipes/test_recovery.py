@@ -96,7 +96,7 @@ def test_facts_are_means_over_runs(recipe, tmp_path, capsys, monkeypatch):
     assert f"as recovery: {100 * row['accuracy']:.1f} ± " in out and "| coactivation | linear, recovered |" in out
 
 
-def test_facts_need_finished_runs_that_differ_only_in_their_seed(recipe, tmp_path):
+def test_facts_need_finished_runs_that_differ_only_in_their_seed(recipe, tmp_path, monkeypatch):
     recipe(tmp_path / "run", max_steps=2)
     with pytest.raises(ValueError, match="lacks recovered.json or scheduled.json"):
         recovery_facts.facts_of([tmp_path / "run"])
@@ -106,5 +106,7 @@ def test_facts_need_finished_runs_that_differ_only_in_their_seed(recipe, tmp_pat
         recovery_facts.facts_of([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(ValueError, match="differ in their seed, got 42, 42"):
         recovery_facts.facts_of([tmp_path / "a", tmp_path / "a"])
-    with pytest.raises(ValueError, match="lacks sweep.json"):
-        recovery_facts.facts_of([tmp_path])
+    monkeypatch.setattr(sys, "argv", ["recovery_facts.py", str(tmp_path / "facts.json"), str(tmp_path)])
+    with pytest.raises(SystemExit, match="lacks sweep.json"):
+        recovery_facts.main()
+    assert not (tmp_path / "facts.json").exists()
