@@ -3,18 +3,23 @@
 Zhang et al., "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts", Findings of ACL 2022.
 """
 
+from .architectures import moefied_class
 from .budgets import allocate_budgets
 from .callback import MoEficationCallback
+from .cards import model_card, write_card
 from .configuration import MoeficationConfig
-from .conversion import ConversionReport, moefied_class, moefy_
+from .conversion import ConversionReport, moefy_
 from .distillation import DistillationCallback
 from .evaluation import Sweep, evaluate
 from .exporting import export
+from .facts import add_facts
+from .hub import PushError, push_to_hub
 from .modeling.ffn_sites import find_sites, permute_neurons_
 from .profiling import profile
 from .router_fitting import fit_routers
 from .schedule import Phase
 from .sparsity import SparsityPenaltyCallback, relufy_
+from .verification import verify
 
 __all__ = [
     "ConversionReport",
@@ -22,16 +27,22 @@ __all__ = [
     "MoEficationCallback",
     "MoeficationConfig",
     "Phase",
+    "PushError",
     "SparsityPenaltyCallback",
     "Sweep",
+    "add_facts",
     "allocate_budgets",
     "evaluate",
     "export",
     "find_sites",
     "fit_routers",
+    "model_card",
     "moefied_class",
     "moefy_",
     "permute_neurons_",
     "profile",
+    "push_to_hub",
     "relufy_",
+    "verify",
+    "write_card",
 ]

@@ -1,6 +1,5 @@
 """`moefy_`: a dense model becomes its MoEfied self, in place."""
 
-import importlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,9 +10,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .architectures import moefied_class
 from .budgets import allocate_budgets
 from .configuration import MoeficationConfig
-from .modeling.ffn_sites import SPECS, FfnSite, find_sites, permute_neurons_
+from .facts import is_hub_id
+from .modeling.ffn_sites import FfnSite, find_sites, permute_neurons_
 from .modeling.moefied import install_, is_moefied, selected_sites, split_sizes
 from .modeling.routers import ROUTERS
 from .modeling.selection import resolve_selection
@@ -27,7 +28,8 @@ logger = logging.get_logger("moefy_hf")
 
 @dataclass
 class ConversionReport:
-    """What a conversion did. `fits` is empty where no router could be measured (no calibration data)."""
+    """What a conversion did. `fits` is empty where no router could be measured (no calibration data); `base_model` is
+    the Hub id that the dense model was loaded by, if it was."""
 
     experts: list[int]
     expert_sizes: list[int]
@@ -36,6 +38,7 @@ class ConversionReport:
     sparsity: list[float]
     fits: list[RouterFit]
     seconds: dict[str, float] = field(default_factory=dict)
+    base_model: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,23 +53,6 @@ class ConversionReport:
                 cells += [f"{share:.1%}" for share in (self.sparsity[position], fit.captured, fit.oracle, fit.random)]
             lines.append("| " + " | ".join(cells + [""] * (7 - len(cells))) + " |")
         return "\n".join(lines)
-
-
-def moefied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The MoEfied version of a transformers model class.
-
-    Raises:
-        ValueError: this architecture has no MoEfied version of this head; those it has are named.
-    """
-    model_type = cls.config_class.model_type
-    if model_type not in SPECS:
-        raise ValueError(f"model type {model_type!r} is not supported; supported: {', '.join(sorted(SPECS))}")
-    module = importlib.import_module(f".modeling.modeling_moefied_{model_type.replace('-', '_')}", __package__)
-    heads = {c.stock_class(): c for c in vars(module).values() if isinstance(c, type) and "_auto_class" in vars(c)}
-    if cls not in heads:
-        known = ", ".join(stock.__name__ for stock in heads)
-        raise ValueError(f"{cls.__name__} has no MoEfied version; supported for {model_type!r}: {known}")
-    return heads[cls]
 
 
 def moefy_(
@@ -128,6 +114,7 @@ def moefy_(
         sparsity=[stats.sparsity for stats in found.sites] if found else [],
         fits=fits,
         seconds=seconds,
+        base_model=model.name_or_path if is_hub_id(model.name_or_path or "") else None,
     )
 
 

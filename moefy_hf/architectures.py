@@ -1,0 +1,48 @@
+"""Which class a model or a checkpoint has, dense or MoEfied."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from .modeling.ffn_sites import SPECS
+
+
+def moefied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The MoEfied version of a transformers model class.
+
+    Raises:
+        ValueError: this architecture has no MoEfied version of this head; those it has are named.
+    """
+    model_type = cls.config_class.model_type
+    if model_type not in SPECS:
+        raise ValueError(f"model type {model_type!r} is not supported; supported: {', '.join(sorted(SPECS))}")
+    module = importlib.import_module(f".modeling.modeling_moefied_{model_type.replace('-', '_')}", __package__)
+    heads = {c.stock_class(): c for c in vars(module).values() if isinstance(c, type) and "_auto_class" in vars(c)}
+    if cls not in heads:
+        known = ", ".join(stock.__name__ for stock in heads)
+        raise ValueError(f"{cls.__name__} has no MoEfied version; supported for {model_type!r}: {known}")
+    return heads[cls]
+
+
+def checkpoint_class(config: Any) -> type[PreTrainedModel]:
+    """The model class that a checkpoint's config names, MoEfied where it is.
+
+    Raises:
+        ValueError: it names none, or none that this version of transformers has.
+    """
+    names = config.architectures or []
+    if not names:
+        raise ValueError("its config names no architecture, so that there is no telling what head it has")
+    stock = getattr(transformers, names[0].removeprefix("Moefied"), None)
+    if stock is None:
+        raise ValueError(f"{names[0]} is no architecture of transformers {transformers.__version__}")
+    return moefied_class(stock) if hasattr(config, "moefication") else stock
+
+
+def load_checkpoint(name: str | Path, revision: str = "main", **kwargs: Any) -> PreTrainedModel:
+    """A dense or MoEfied model from the Hub or a folder, with this package's own modeling code."""
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    return checkpoint_class(config).from_pretrained(name, revision=revision, **kwargs)

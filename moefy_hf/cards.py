@@ -1,0 +1,211 @@
+"""The model card of a checkpoint, rendered from its config and facts; what is not known is left out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import logging
+
+from .conversion import ConversionReport
+from .evaluation import Sweep
+from .facts import is_hub_id, read_facts
+from .router_fitting import RouterFit
+
+logger = logging.get_logger("moefy_hf")
+
+PLOT = "quality_against_compute.png"
+TASKS = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
+}
+
+
+def model_card(folder: str | Path, repo_id: str | None = None, revision: str | None = None) -> ModelCard:
+    """The card of a MoEfied checkpoint.
+
+    Args:
+        repo_id: where it is going to be; by default the card names the folder.
+        revision: a branch or tag that its example loads.
+
+    Raises:
+        ValueError: the folder holds no MoEfied checkpoint.
+    """
+    folder, config = Path(folder), moefied_config(folder)
+    facts, section = known_facts(folder), config["moefication"]
+    architecture = config["architectures"][0].removeprefix("Moefied")
+    auto = auto_class(config)
+    sweep = Sweep(facts["sweep"]["rows"], facts["sweep"]["facts"]) if "sweep" in facts else None
+    report = conversion_report(facts["conversion"]) if "conversion" in facts else None
+    name = (repo_id or folder.resolve().name).rpartition("/")[2]
+    return ModelCard.from_template(
+        card_data(name, facts, auto, sweep),
+        template_path=str(Path(__file__).with_name("card_template.md")),
+        name=name,
+        repo_id=repo_id or folder.resolve().name,
+        revision="" if revision is None else f', revision="{revision}"',
+        pin=revision is None,
+        base_model=linked(facts["base_model"]) if "base_model" in facts else None,
+        architecture=architecture,
+        auto=auto,
+        ffns="all its" if section["layers"] is None else f"{len(section['layers'])} of its",
+        summary=summary(section, report, facts),
+        training=facts.get("training"),
+        sweep=sweep and sweep.table(),
+        quality=sweep and sweep.facts["quality"],
+        evaluation=data_of(facts.get("evaluation")),
+        plot=PLOT if (folder / PLOT).exists() else None,
+        conversion=report and report.table(),
+        speed=facts.get("speed") and speed_table(facts["speed"]),
+        calibration=data_of(facts.get("calibration")),
+        license=facts.get("license"),
+    )
+
+
+def write_card(
+    folder: str | Path, repo_id: str | None = None, revision: str | None = None, *, overwrite: bool = False
+) -> Path:
+    """Write a checkpoint's card, README.md, and the plot of its sweep (where matplotlib is installed).
+
+    Raises:
+        ValueError: the folder holds no MoEfied checkpoint.
+        FileExistsError: there is a card already.
+    """
+    folder = Path(folder)
+    moefied_config(folder)
+    path = folder / "README.md"
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; overwrite it only if nobody has written in it")
+    facts = read_facts(folder)
+    if "sweep" in facts:
+        try:
+            Sweep(facts["sweep"]["rows"], facts["sweep"]["facts"]).plot(folder / PLOT)
+        except ImportError as error:
+            logger.warning_once(f"the card has no plot: {error}")
+    temporary = folder / "README.md.tmp"
+    temporary.write_text(str(model_card(folder, repo_id, revision)), encoding="utf-8")
+    temporary.rename(path)
+    return path
+
+
+def known_facts(folder: Path) -> dict[str, Any]:
+    """A checkpoint's facts, with the base model that its conversion saw where nobody named one."""
+    facts = read_facts(folder)
+    base = facts.get("conversion", {}).get("base_model")
+    return facts if base is None else {"base_model": base} | facts
+
+
+def moefied_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a MoEfied checkpoint."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no checkpoint: there is no config.json")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if "moefication" not in config:
+        raise ValueError(f"{folder} holds a checkpoint that is not MoEfied")
+    return config
+
+
+def auto_class(config: dict[str, Any]) -> str:
+    """The AutoModel name that a checkpoint's own head is loaded by."""
+    own = config["architectures"][0]
+    names = [name for name, path in config["auto_map"].items() if path.rpartition(".")[2] == own]
+    return next((name for name in names if name in TASKS), names[0] if names else "AutoModel")
+
+
+def card_data(name: str, facts: dict[str, Any], auto: str, sweep: Sweep | None) -> ModelCardData:
+    base = facts.get("base_model")
+    known: dict[str, Any] = {}
+    if base is not None and is_hub_id(base):
+        known = {"base_model": base, "base_model_relation": "finetune"}
+    data = facts.get("evaluation", {}).get("data")
+    if sweep is not None and data is not None and auto in TASKS:
+        known |= {"model_name": name, "eval_results": eval_results(facts["evaluation"], TASKS[auto], sweep)}
+    return ModelCardData(
+        library_name="transformers",
+        license=facts.get("license"),
+        pipeline_tag=TASKS.get(auto),
+        tags=["moefication", "moe", "custom_code"],
+        **known,
+    )
+
+
+def eval_results(evaluation: dict[str, Any], task: str, sweep: Sweep) -> list[EvalResult]:
+    """The model-index: a metric per budget of the checkpoint's own router."""
+    quality, data = sweep.facts["quality"], evaluation["data"]
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=data if is_hub_id(data) else "other",
+            dataset_name=data,
+            dataset_split=evaluation.get("split"),
+            metric_type=quality,
+            metric_name=f"{quality}, {row['experts']:.0%} of experts ({row['allocation']} budgets)",
+            metric_value=row[quality],
+        )
+        for row in sweep.rows
+        if row["router"] == "own"
+    ]
+
+
+def conversion_report(found: dict[str, Any]) -> ConversionReport:
+    return ConversionReport(**found | {"fits": [RouterFit(**fit) for fit in found["fits"]]})
+
+
+def summary(section: dict[str, Any], report: ConversionReport | None, facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """The rows of the first table."""
+    selection, base = section["selection"], facts.get("base_model")
+    size = section["expert_size"]
+    rows = [] if base is None else [("base model", linked(base))]
+    rows += [
+        ("experts", f"{size} neurons each" if section["num_experts"] is None else f"{section['num_experts']} per FFN"),
+        ("split", f"`{section['splitter']}`"),
+        ("router", f"`{section['router']}`"),
+        ("budget", budget(selection)),
+    ]
+    if report is not None and report.calibration_tokens:
+        data = data_of(facts.get("calibration"))
+        rows.append(("calibration", f"{report.calibration_tokens:,} tokens" + (f" of {data}" if data else "")))
+    for name, value in facts.get("training", {}).items():
+        rows.append((f"training: {name}", f"{value}"))
+    if "versions" in facts:
+        rows.append(("made with", ", ".join(f"{name} {number}" for name, number in facts["versions"].items())))
+    return rows
+
+
+def budget(selection: dict[str, Any]) -> str:
+    k, allocation = selection["k"], selection.get("allocation", "uniform")
+    if isinstance(k, list):
+        return f"{', '.join(map(str, k))} experts, layer by layer"
+    share = f"{k:.0%} of the experts" if isinstance(k, float) else f"{k} experts"
+    return f"{share}, " + (
+        "more where a layer needs them" if allocation == "sensitivity" else "the same in each layer"
+    )
+
+
+def speed_table(speed: dict[str, Any]) -> str:
+    """Rows of equal keys as a Markdown table, under the hardware they were measured on."""
+    columns = list(speed["rows"][0])
+    lines = [f"Measured on {speed['hardware']}.", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(f"{row[name]}" for name in columns) + " |" for row in speed["rows"]]
+    return "\n".join(lines)
+
+
+def data_of(found: dict[str, Any] | None) -> str | None:
+    """'imdb, test': name and split of a data set."""
+    if not found or "data" not in found:
+        return None
+    return ", ".join(f"{found[key]}" for key in ("data", "split") if found.get(key))
+
+
+def linked(name: str) -> str:
+    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else name

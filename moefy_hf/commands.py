@@ -1,0 +1,197 @@
+"""What the `moefy` command's words do: each takes the parsed arguments and returns what `--json` prints."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from .architectures import checkpoint_class, load_checkpoint
+from .cards import moefied_config, write_card
+from .configuration import MoeficationConfig
+from .controls import check_control
+from .conversion import check_convertible, moefy_
+from .evaluation import evaluate
+from .exporting import TARGETS, export
+from .facts import add_facts
+from .folders import written_whole
+from .hub import add_license, push_to_hub
+from .modeling.ffn_sites import find_sites
+from .modeling.moefied import is_moefied
+from .profiling import SiteProfile, profile
+from .quality import is_causal
+from .text_files import TextBatches, read_labelled, read_lines
+
+
+def inspect(args: Namespace) -> dict[str, Any]:
+    """Without loading weights."""
+    config = AutoConfig.from_pretrained(args.model, revision=args.revision)
+    with torch.device("meta"):
+        model = checkpoint_class(config)(config)
+    sites = find_sites(model)
+    ffn = sum(param.numel() for site in sites for param in {id(p): p for _, p, _, _ in site.neuron_dims()}.values())
+    return {
+        "model_type": config.model_type,
+        "architecture": model._get_name(),
+        "parameters": model.num_parameters(),
+        "ffn_parameters": ffn,
+        "moefication": getattr(config, "moefication", None),
+        "export": [name for name, target in TARGETS.items() if config.model_type in target.sources] + ["dense"],
+        "ffns": [
+            {
+                "name": site.name,
+                "hidden_size": site.sizes[0],
+                "neurons": site.sizes[1],
+                "gated": site.gate is not None or site.spec.parts == 2,
+                "expert_sizes": [n for n in range(8, site.sizes[1] // 2 + 1) if site.sizes[1] % n == 0],
+            }
+            for site in sites
+        ],
+    }
+
+
+def show_inspected(found: dict[str, Any]) -> str:
+    share = found["ffn_parameters"] / found["parameters"]
+    section = found["moefication"]
+    lines = [
+        f"{found['architecture']} ({found['model_type']}), {found['parameters'] / 1e6:,.1f} M parameters, "
+        f"{share:.0%} of them in {len(found['ffns'])} FFNs",
+        f"can be exported to {', '.join(found['export'])}" if section else "dense",
+    ]
+    if section:
+        lines.append(f"MoEfied: {section['splitter']} split, {section['router']} router, {section['selection']}")
+    lines += ["", "| FFN | d | neurons | gated | expert sizes |", "|---|---|---|---|---|"]
+    for ffn in found["ffns"]:
+        sizes = ", ".join(map(str, [n for n in ffn["expert_sizes"] if n <= 256]))
+        gated = "yes" if ffn["gated"] else "no"
+        lines.append(f"| {ffn['name']} | {ffn['hidden_size']} | {ffn['neurons']} | {gated} | {sizes} |")
+    return "\n".join(lines)
+
+
+def profile_model(args: Namespace) -> dict[str, Any]:
+    texts = read_lines(args.texts)
+    model, tokenizer = load_checkpoint(args.model, args.revision), load_tokenizer(args)
+    batches = TextBatches(texts, tokenizer, max_length=args.max_length, seed=args.seed)
+    with profile(model, batches, max_tokens=args.calibration_tokens, sample=False) as found:
+        sites = find_sites(model)
+        rows = [{"ffn": site.name, **described(stats)} for site, stats in zip(sites, found.sites, strict=True)]
+    lines = ["| FFN | neurons | not active | never active | half of the mass |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['ffn']} | {row['neurons']} | {row['not_active']:.1%} | {row['never_active']} | "
+        f"{row['half_of_the_mass']:.1%} of the neurons |"
+        for row in rows
+    ]
+    return {"tokens": found.tokens, "rows": rows, "table": "\n".join(lines)}
+
+
+def described(stats: SiteProfile) -> dict[str, Any]:
+    """`not_active`: share of activations that are not positive. `half_of_the_mass`: the smallest share of neurons that
+    has half of the summed |activation|."""
+    mass = stats.mass.sort(descending=True).values
+    half = int((mass.cumsum(0) < mass.sum() / 2).sum()) + 1
+    return {
+        "neurons": len(mass),
+        "not_active": stats.sparsity,
+        "never_active": int((stats.active == 0).sum()),
+        "half_of_the_mass": half / len(mass),
+    }
+
+
+def convert(args: Namespace) -> dict[str, Any]:
+    output_dir = Path(args.output_dir)
+    if output_dir.exists():
+        raise ValueError(f"{output_dir} exists: choose another output_dir")
+    selection = {"type": "top_k", "k": args.k} | ({"allocation": args.allocation} if args.allocation else {})
+    config = MoeficationConfig(
+        num_experts=args.num_experts,
+        expert_size=args.expert_size,
+        splitter=args.splitter,
+        router=args.router,
+        selection=selection,
+        calibration_tokens=args.calibration_tokens,
+        seed=args.seed,
+    )
+    texts = read_lines(args.texts) if args.texts else None
+    model = load_checkpoint(args.model, args.revision)
+    check_convertible(model, config, texts)
+    tokenizer = batches = None
+    if texts is not None:
+        tokenizer = load_tokenizer(args)
+        batches = TextBatches(texts, tokenizer, max_length=args.max_length, seed=args.seed)
+    report = moefy_(model, config, batches)
+    with written_whole(output_dir) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        add_facts(folder, conversion=report, calibration={"data": Path(args.texts).name} if texts else None)
+        add_license(folder, HfApi())
+    return {"output_dir": str(output_dir), "table": report.table(), **report.to_dict()}
+
+
+def sweep(args: Namespace) -> dict[str, Any]:
+    if bool(args.texts) == bool(args.csv):
+        raise ValueError("give --texts (perplexity, or agreement with the dense model) or --csv (accuracy)")
+    for control in args.controls:
+        check_control(control)
+    texts = read_lines(args.texts) if args.texts else None
+    model = load_checkpoint(args.model, args.revision)
+    if not is_moefied(model):
+        raise ValueError(f"{args.model} is not MoEfied: moefy convert makes a checkpoint that is")
+    labels: list[int] | str | None = "next" if is_causal(model) else None
+    if texts is None:
+        texts, labels = read_labelled(args.csv, model.config)
+    batches = TextBatches(texts, load_tokenizer(args), labels=labels, max_length=args.max_length, seed=args.seed)
+    found = evaluate(model, batches, args.shares, controls=args.controls)
+    if args.output:
+        found.save(args.output)
+    if args.plot:
+        found.plot(args.plot)
+    if Path(args.model).is_dir():
+        add_facts(args.model, sweep=found, evaluation={"data": Path(args.texts or args.csv).name})
+    return {"table": found.table(), **found.to_dict()}
+
+
+def card(args: Namespace) -> dict[str, Any]:
+    folder = checkpoint_folder(args)
+    if (folder / "README.md").exists() and not args.overwrite:
+        raise FileExistsError(f"{folder / 'README.md'} exists: --overwrite it, unless somebody has written in it")
+    add_facts(folder, base_model=args.base_model, license=args.license)
+    add_license(folder, HfApi())
+    return {"card": str(write_card(folder, args.repo_id, overwrite=True))}
+
+
+def push(args: Namespace) -> dict[str, Any]:
+    commit = push_to_hub(
+        checkpoint_folder(args),
+        args.repo_id,
+        private=args.private,
+        branch=args.branch,
+        create_pr=args.create_pr,
+        overwrite=args.overwrite,
+        message=args.message,
+    )
+    return {"url": commit.pr_url or commit.commit_url, "commit": commit.oid}
+
+
+def export_model(args: Namespace) -> dict[str, Any]:
+    model = load_checkpoint(args.model, args.revision)
+    if args.k is not None and is_moefied(model):
+        model.set_selection(k=args.k, allocation="uniform")
+    try:
+        tokenizer = load_tokenizer(args)
+    except (ValueError, OSError):  # a checkpoint without one is exported without one
+        tokenizer = None
+    return {"output_dir": str(export(model, args.output_dir, args.to, tokenizer=tokenizer))}
+
+
+def load_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+
+
+def checkpoint_folder(args: Namespace) -> Path:
+    """A local checkpoint, for what is written beside its weights."""
+    folder = Path(args.model)
+    moefied_config(folder)
+    return folder

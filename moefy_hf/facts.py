@@ -1,0 +1,65 @@
+"""What is known about a checkpoint: each step that makes or measures it adds a part to one file beside its weights."""
+
+import json
+import platform
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+FILE = "moefication_facts.json"
+PARTS = {
+    "base_model": "name on the Hub of the dense model that was converted, or what it is",
+    "license": "of the base model, which the checkpoint inherits",
+    "calibration": "{'data': name}: what splits and routers were fitted on",
+    "conversion": "a ConversionReport",
+    "training": "{setting: value} of training after conversion",
+    "evaluation": "{'data': name, 'split': name}: what the sweep was measured on",
+    "sweep": "a Sweep: quality against compute",
+    "speed": "{'hardware': ..., 'rows': [...]}: measured seconds against dense",
+}
+
+
+def read_facts(folder: str | Path) -> dict[str, Any]:
+    """The parts that are known; empty where there is no file."""
+    path = Path(folder) / FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def add_facts(folder: str | Path, **parts: Any) -> dict[str, Any]:
+    """Add parts (see PARTS) to a checkpoint's facts, replacing those of the same name; None leaves one as it is.
+
+    Values are JSON, or have a `to_dict`.
+
+    Returns:
+        all that is known now.
+
+    Raises:
+        ValueError: an unknown part; the known ones are named.
+    """
+    check_parts(parts)
+    added = {name: part.to_dict() if hasattr(part, "to_dict") else part for name, part in parts.items()}
+    found = read_facts(folder) | {name: part for name, part in added.items() if part is not None}
+    found["versions"] = versions()
+    path = Path(folder) / FILE
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    temporary.rename(path)
+    return found
+
+
+def check_parts(parts: Mapping[str, Any]) -> None:
+    unknown = [name for name in parts if name not in PARTS]
+    if unknown:
+        raise ValueError(f"unknown part {unknown[0]!r} of a checkpoint's facts; choose from {', '.join(PARTS)}")
+
+
+def versions() -> dict[str, str]:
+    packages = ("moefy-hf", "transformers", "torch")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be that of a repository: 'owner/name', and no folder here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and not Path(name).exists()

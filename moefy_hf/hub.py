@@ -1,0 +1,164 @@
+"""Push a MoEfied checkpoint to the Hub: save, verify in a clean process, write the card, upload as one commit."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .cards import known_facts, moefied_config, write_card
+from .facts import add_facts, check_parts, is_hub_id
+from .folders import written_whole
+from .modeling.moefied import is_moefied
+from .verification import VerificationError, verify
+
+logger = logging.get_logger("moefy_hf")
+
+
+class PushError(OSError):
+    """Why a checkpoint was not pushed, and what to do."""
+
+
+def push_to_hub(
+    source: PreTrainedModel | str | Path,
+    repo_id: str,
+    *,
+    folder: str | Path | None = None,
+    processor: Any = None,
+    facts: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    private: bool | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+    overwrite: bool = False,
+    token: str | None = None,
+    message: str = "MoEfied checkpoint",
+) -> CommitInfo:
+    """Upload a MoEfied model with its modeling files, card and figures, as one commit, once it was verified.
+
+    Verified means: loaded by a new Python process in which this package cannot be imported, it gives the same outputs.
+    Files that the repository already has are not uploaded again, so that a push that was cut off is simply repeated.
+
+    Args:
+        source: a model, or the folder of a saved one.
+        repo_id: "owner/name"; created where it does not exist.
+        folder: where a model is saved first; must not exist. By default the name in repo_id.
+        processor: tokenizer, image processor or feature extractor to save beside a model.
+        facts: what is known beyond the config, for the card: see `moefy_hf.facts.PARTS`.
+        inputs: model inputs to verify with; by default made up from the config.
+        private: visibility of a new repository; by default the owner's setting.
+        branch: push to this branch, created where it does not exist.
+        create_pr: open a pull request instead of committing.
+        overwrite: also push to a repository that holds something which is not MoEfied.
+
+    Raises:
+        ValueError: not MoEfied, an unknown part of facts, or no repository id; nothing was written or sent.
+        FileExistsError: `folder` exists.
+        PushError: no token, a repository that is refused, a checkpoint that failed verification, or the network.
+    """
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id!r} is no repository: give 'owner/name'")
+    check_parts(facts or {})
+    model = None
+    if isinstance(source, PreTrainedModel):
+        model, folder = source, Path(folder or repo_id.rpartition("/")[2])
+        if not is_moefied(model):
+            raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+        if folder.exists():
+            raise FileExistsError(f"{folder} exists: choose another folder, or push that one")
+    else:
+        folder = Path(source)
+        moefied_config(folder)
+    api = HfApi(token=token)
+    check_repository(api, repo_id, branch, overwrite)
+    if model is not None:
+        save(model, folder, processor)
+    add_facts(folder, **(facts or {}))
+    add_license(folder, api)
+    try:
+        verify(folder, model, inputs)
+    except VerificationError as error:
+        raise PushError(f"{folder} was not pushed: {error}") from error
+    if not (folder / "README.md").exists():
+        write_card(folder, repo_id, branch)
+    return upload(api, folder, repo_id, private, branch, create_pr, message)
+
+
+def save(model: PreTrainedModel, folder: Path, processor: Any = None) -> None:
+    with written_whole(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        if processor is not None:
+            processor.save_pretrained(unfinished)
+
+
+def check_repository(api: HfApi, repo_id: str, branch: str | None, overwrite: bool) -> None:
+    """Refuse early: without a valid token, and where something that is not MoEfied would be overwritten."""
+    if not isinstance(api.token, str) and get_token() is None:
+        raise PushError("there is no token: run `hf auth login`, set HF_TOKEN, or pass token")
+    try:
+        api.whoami()
+        held = files_of(api, repo_id, branch)
+        if overwrite or set(held) <= {".gitattributes", "README.md"}:
+            return
+        config = json.loads(Path(api.hf_hub_download(repo_id, "config.json", revision=branch)).read_text())
+    except EntryNotFoundError:
+        config = {}
+    except Exception as error:  # of the network, in whatever words
+        raise PushError(f"cannot push to {repo_id}: {error}") from error
+    if "moefication" not in config:
+        raise PushError(
+            f"{repo_id} holds something that is not a MoEfied model ({', '.join(held[:3])}, ...): choose another "
+            "repository, or overwrite=True (--overwrite)"
+        )
+
+
+def files_of(api: HfApi, repo_id: str, branch: str | None) -> list[str]:
+    """What a push would change: nothing where there is no repository, main where the branch is new."""
+    try:
+        return api.list_repo_files(repo_id, revision=branch)
+    except RevisionNotFoundError:
+        return api.list_repo_files(repo_id)
+    except RepositoryNotFoundError:
+        return []
+
+
+def add_license(folder: Path, api: HfApi) -> None:
+    """The base model's licence, where the Hub knows it."""
+    facts = known_facts(folder)
+    base = facts.get("base_model")
+    if "license" in facts or base is None or not is_hub_id(base):
+        return
+    try:
+        card = api.model_info(base).card_data
+    except Exception as error:
+        logger.warning(f"the card names no licence: that of {base} could not be read ({error})")
+        return
+    if card is not None and card.license:
+        add_facts(folder, license=card.license)
+
+
+def upload(
+    api: HfApi, folder: Path, repo_id: str, private: bool | None, branch: str | None, create_pr: bool, message: str
+) -> CommitInfo:
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if branch is not None and not branch.startswith("refs/"):
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=message,
+            revision=branch,
+            create_pr=create_pr,
+            ignore_patterns=[".*", "**/.*", "**/__pycache__/**"],
+        )
+    except Exception as error:
+        raise PushError(
+            f"the upload to {repo_id} failed: {error}. {folder} is complete and verified; what was uploaded is not "
+            f"sent again: moefy push {folder} {repo_id}"
+        ) from error

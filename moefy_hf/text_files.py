@@ -1,0 +1,85 @@
+"""Text files as model-ready batches, for the command line."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+class TextBatches:
+    """Texts as padded batches in a seeded order; can be read any number of times.
+
+    Args:
+        labels: one class id per text; or "next", for language models, whose labels are the tokens themselves.
+    """
+
+    def __init__(
+        self,
+        texts: list[str],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        labels: list[int] | str | None = None,
+        max_length: int = 256,
+        seed: int = 0,
+        batch_size: int = 16,
+    ):
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+        self.parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        self.texts, self.labels, self.tokenizer, self.max_length = texts, labels, tokenizer, max_length
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for part in self.parts:
+            texts = [self.texts[i] for i in part]
+            batch = dict(
+                self.tokenizer(texts, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt")
+            )
+            if self.labels == "next":
+                batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+            elif self.labels is not None:
+                batch["labels"] = torch.tensor([self.labels[i] for i in part])
+            yield batch
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        ValueError: there is no such file, or nothing in it.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is no text file")
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line]
+    if not lines:
+        raise ValueError(f"{path} holds no text")
+    return lines
+
+
+def read_labelled(path: str, config: PreTrainedConfig) -> tuple[list[str], list[int]]:
+    """Columns `text` and `label` of a csv file; labels are class ids or names that the model's config knows.
+
+    Raises:
+        ValueError: no such file or columns, or a label that the model does not have; the known ones are named.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is no csv file")
+    found = load_dataset("csv", data_files=path, split="train")
+    assert isinstance(found, Dataset)
+    missing = {"text", "label"} - set(found.column_names)
+    if missing:
+        raise ValueError(f"{path} has no column {', '.join(sorted(missing))}; it has {', '.join(found.column_names)}")
+    classes: dict[Any, int] = {**{i: i for i in config.id2label}, **{name: i for i, name in config.id2label.items()}}
+    unknown = [label for label in found["label"] if label not in classes]
+    if unknown:
+        raise ValueError(f"{path}: label {unknown[0]!r} is none of {', '.join(map(str, config.id2label.values()))}")
+    return list(found["text"]), [classes[label] for label in found["label"]]

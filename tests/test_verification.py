@@ -1,0 +1,77 @@
+"""A checkpoint is verified by a process that cannot import the package."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import NAMES, TINY, convert, run, tiny_inputs, tiny_model
+
+from moefy_hf import verify
+from moefy_hf.verification import VerificationError, example_inputs
+
+HEAD = "AutoModelForSequenceClassification"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    model = tiny_model("bert", HEAD)
+    convert(model, k=2)
+    folder = tmp_path_factory.mktemp("verification") / "moe"
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_a_good_checkpoint_passes(saved):
+    model, folder = saved
+    model.train()
+    assert verify(folder, model) < 1e-5
+    assert model.training and not list(folder.glob("outputs*"))
+
+
+def test_own_inputs_and_the_checkpoint_alone(saved):
+    assert verify(saved[1], inputs=tiny_inputs("bert", HEAD)) < 1e-5
+
+
+def test_another_model_is_found_out(saved):
+    other = tiny_model("bert", HEAD)
+    convert(other, k=4)
+    with pytest.raises(VerificationError, match="outputs that differ by 0"):
+        verify(saved[1], other)
+
+
+def damaged(folder, how):
+    if how == "routers":
+        tensors = load_file(folder / "model.safetensors")
+        tensors |= {name: -value for name, value in tensors.items() if ".router." in name}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    elif how == "code":
+        (folder / "routers.py").unlink()
+    else:
+        config = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(config.replace(f'"{HEAD}":', '"AutoModelForNothing":'))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("routers", "outputs that differ by 0"),
+        ("code", "does not load in a new process: .*routers"),
+        ("map", "it loads as BertForSequenceClassification, not as Moefied|does not load"),
+    ],
+)
+def test_damage_is_found(saved, tmp_path, how, message):
+    folder = shutil.copytree(saved[1], tmp_path / "damaged")
+    damaged(folder, how)
+    with pytest.raises(VerificationError, match=message):
+        verify(folder, saved[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_are_made_up_for_every_architecture(name):
+    model = tiny_model(name)
+    inputs = example_inputs(model.config)
+    assert len(run(model, inputs)) > 0
+    again = example_inputs(model.config)
+    assert all(torch.equal(value, again[key]) for key, value in inputs.items())
+    assert name not in TINY or set(inputs) >= {model.main_input_name}
