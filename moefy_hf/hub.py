@@ -63,6 +63,8 @@ def push_to_hub(
     """
     if "/" not in repo_id:
         raise ValueError(f"{repo_id!r} is no repository: give 'owner/name'")
+    if create_pr and branch is not None:
+        raise ValueError(f"a pull request is against main: give branch={branch!r} or create_pr, not both")
     check_parts(facts or {})
     model = None
     if isinstance(source, PreTrainedModel):
@@ -102,10 +104,10 @@ def check_repository(api: HfApi, repo_id: str, branch: str | None, overwrite: bo
         raise PushError("there is no token: run `hf auth login`, set HF_TOKEN, or pass token")
     try:
         api.whoami()
-        held = files_of(api, repo_id, branch)
+        held, revision = files_of(api, repo_id, branch)
         if overwrite or set(held) <= {".gitattributes", "README.md"}:
             return
-        config = json.loads(Path(api.hf_hub_download(repo_id, "config.json", revision=branch)).read_text())
+        config = json.loads(Path(api.hf_hub_download(repo_id, "config.json", revision=revision)).read_text())
     except EntryNotFoundError:
         config = {}
     except Exception as error:  # of the network, in whatever words
@@ -117,14 +119,14 @@ def check_repository(api: HfApi, repo_id: str, branch: str | None, overwrite: bo
         )
 
 
-def files_of(api: HfApi, repo_id: str, branch: str | None) -> list[str]:
-    """What a push would change: nothing where there is no repository, main where the branch is new."""
+def files_of(api: HfApi, repo_id: str, branch: str | None) -> tuple[list[str], str | None]:
+    """What a push would change, and where that is: main where the branch is new, nothing where all is."""
     try:
-        return api.list_repo_files(repo_id, revision=branch)
+        return api.list_repo_files(repo_id, revision=branch), branch
     except RevisionNotFoundError:
-        return api.list_repo_files(repo_id)
+        return api.list_repo_files(repo_id), None
     except RepositoryNotFoundError:
-        return []
+        return [], None
 
 
 def add_license(folder: Path, api: HfApi) -> None:
@@ -157,8 +159,9 @@ def upload(
             create_pr=create_pr,
             ignore_patterns=[".*", "**/.*", "**/__pycache__/**"],
         )
-    except Exception as error:
+    except Exception as error:  # of the network, in whatever words
+        cause = error if error.__cause__ is None else f"{error} {error.__cause__}"
         raise PushError(
-            f"the upload to {repo_id} failed: {error}. {folder} is complete and verified; what was uploaded is not "
+            f"the upload to {repo_id} failed: {cause}. {folder} is complete and verified; what was uploaded is not "
             f"sent again: moefy push {folder} {repo_id}"
         ) from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from publishing import describe_conversion, describe_quality, describe_training, publish
 from recovery import finished_model, following, penalties, prepare, recovery_arguments
 from recovery_facts import facts_of
 from run import Run, models_of
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 
 from moefy_hf import MoEficationCallback, Sweep, evaluate, moefy_, relufy_
 from moefy_hf.conversion import check_convertible
+from moefy_hf.modeling.moefied import is_moefied
 from moefy_hf.quality import Quality, predictions
 
 
@@ -33,6 +35,8 @@ def classify(run: Run, make: Callable[[], PreTrainedModel], activation: str | No
         train_scheduled(run, make, activation, dense)
     if run.training_args.should_save and (run.moe_args.recovery_epochs or run.moe_args.schedule):
         print(tables(facts_of([run.stages.directory], models_of(run.moe_args)), ["relative_quality"]))
+    if run.training_args.should_save:
+        publish(run)
 
 
 def train_dense(run: Run, make: Callable[[], PreTrainedModel], activation: str | None) -> Path:
@@ -83,7 +87,7 @@ def train(
     )
     trainer.train()
     if training_args.should_save:
-        run.stages.run(name, lambda path: save(finished_model(trainer.model), run.processor, path))
+        run.stages.run(name, lambda path: save_trained(run, finished_model(trainer.model), path, name))
     training_args.distributed_state.wait_for_everyone()
     return run.stages.directory / name
 
@@ -92,7 +96,7 @@ def convert(run: Run, dense: Path, path: Path) -> None:
     model = run.load(dense)
     report = moefy_(model, run.config, run.calibration())
     save(model, run.processor, path)
-    write_json(path / "conversion.json", report.to_dict())
+    describe_conversion(run, path, report)
     print(report.table(), flush=True)
 
 
@@ -103,6 +107,7 @@ def sweep(run: Run, moefied: Path, path: Path, controls: Sequence[str] = ()) -> 
     allocations = ["uniform", "sensitivity"] if measured else ["uniform"]
     with run.autocast():
         found = evaluate(model, run.held_out(), run.moe_args.shares, controls=controls, allocations=allocations)
+    describe_quality(run, moefied, found)
     found.save(path)
 
 
@@ -136,6 +141,12 @@ def accuracy(run: Run, folder: Path) -> float:
             logits, labels = predictions(model, batch)
             quality.update_(logits, logits, labels)
     return quality.figures()["accuracy"]
+
+
+def save_trained(run: Run, model: PreTrainedModel, path: Path, name: str) -> None:
+    save(model, run.processor, path)
+    if is_moefied(model):
+        describe_training(run, path, run.stages.directory / "moefied" if name == "recovered" else None)
 
 
 def save(model: PreTrainedModel, processor: Any, path: Path) -> None:

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from common import MoeficationArguments
 from datasets import Dataset, DatasetDict, concatenate_datasets
+from huggingface_hub import HfApi
 from recovery import check_recovery
 from stages import Stages
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
 from moefy_hf import MoeficationConfig
 from moefy_hf.controls import check_control
+from moefy_hf.hub import check_repository
 
 # arguments that change no result
 REPORTING = (
@@ -113,6 +115,7 @@ def begin_stages(moe_args: MoeficationArguments, training_args: TrainingArgument
         moe_args.controls = []
     check_sweep(moe_args)
     check_recovery(moe_args)
+    check_push(training_args)
     settings = run_settings(*others, moe_args, training_args)
     ignored = [
         result
@@ -120,6 +123,24 @@ def begin_stages(moe_args: MoeficationArguments, training_args: TrainingArgument
         for result in (name, f"{name}.json", f"generated_{name}.json")
     ]
     return Stages(training_args.output_dir, settings, moe_args.redo, UNUSED, ignored)
+
+
+def check_push(training_args: TrainingArguments) -> None:
+    """Find what would stop the push at the end before any work; the Trainer itself pushes nothing.
+
+    Raises:
+        ValueError: no hub_model_id, or one that has no owner.
+        PushError: no token, or a repository that holds something else.
+    """
+    if training_args.push_to_hub:
+        if "/" not in (training_args.hub_model_id or ""):
+            raise ValueError(
+                f"push_to_hub needs hub_model_id, 'owner/name' of the repository; got {training_args.hub_model_id!r}"
+            )
+        check_repository(HfApi(token=training_args.hub_token), training_args.hub_model_id, None, False)
+        training_args.push_to_hub = False
+    else:
+        training_args.hub_model_id = None
 
 
 def models_of(moe_args: MoeficationArguments) -> list[str]:

@@ -69,7 +69,16 @@ def test_what_is_not_known_is_left_out(measured, tmp_path):
     measured[0].save_pretrained(tmp_path / "bare")
     text = write_card(tmp_path / "bare").read_text()
     assert text.count("# bare") == 1 and "BertForSequenceClassification" in text
-    for word in ("More Information", "None", "Licence", "Quality against", "Speed", "base model |", "Every layer", "{"):
+    for word in (
+        "More Information",
+        "None",
+        "Licence",
+        "Quality against",
+        "Speed",
+        "base model |",
+        "Every layer",
+        "{",
+    ):
         assert word not in text.partition("```bibtex")[0], word
     assert not (tmp_path / "bare" / PLOT).exists()
     data = ModelCard.load(tmp_path / "bare" / "README.md").data
@@ -109,7 +118,13 @@ def test_what_is_no_moefied_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "is_one"),
-    [("google-bert/bert-base-uncased", True), ("bert", False), ("a/b/c", False), ("./a/b", False), ("My model", False)],
+    [
+        ("google-bert/bert-base-uncased", True),
+        ("bert", False),
+        ("a/b/c", False),
+        ("./a/b", False),
+        ("My model", False),
+    ],
 )
 def test_hub_ids(name, is_one):
     assert is_hub_id(name) is is_one

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from stages import MARKER
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moefy_hf import Sweep, find_sites
+from moefy_hf.facts import read_facts
 from moefy_hf.modeling.moefied import is_moefied
 
 
@@ -50,8 +52,18 @@ def test_the_converted_model_is_the_trained_one(finished):
     model.set_selection(k=1.0)
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, dense(**batch).logits, rtol=1e-4, atol=1e-5)
-    report = json.loads((finished / "moefied" / "conversion.json").read_text())
+    facts = read_facts(finished / "moefied")
+    report = facts["conversion"]
     assert report["experts"] == [8, 8] and report["calibration_tokens"] == 900 and len(report["fits"]) == 2
+    assert facts["calibration"]["split"] == "train" and facts["base_model"] == "model"  # no path of this machine
+    assert facts["sweep"] == json.loads((finished / "sweep.json").read_text())
+
+
+def test_the_converted_model_has_a_card(finished):
+    card = ModelCard.load(finished / "moefied" / "README.md")
+    assert card.data.pipeline_tag == "text-classification"
+    assert "## Quality against compute" in card.text and "texts, validation and test" in card.text
+    assert str(finished) not in card.content and (finished / "moefied" / "quality_against_compute.png").exists()
 
 
 def test_the_sweep_is_of_validation_and_test(finished):

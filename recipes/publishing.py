@@ -1,0 +1,56 @@
+"""What the checkpoints of a run say of themselves: facts and a card in each folder, and the last one on the Hub."""
+
+from pathlib import Path
+from typing import Any
+
+from run import Run, models_of
+
+from moefy_hf import Sweep, add_facts, push_to_hub, write_card
+from moefy_hf.facts import is_hub_id, read_facts
+
+# settings of a training that a reader of its card wants to know
+TRAINING = (
+    *("recovery_epochs", "recovery_parameters", "schedule", "distillation_weight", "sparsity_penalty"),
+    *("sparsity_weight", "learning_rate", "per_device_train_batch_size", "seed"),
+)
+
+
+def describe_conversion(run: Run, folder: Path, report: Any) -> None:
+    base = run.stages.settings.get("model_name_or_path")
+    data = {"data": public(run.stages.settings["dataset_name"]), "split": "train"}
+    add_facts(folder, base_model=public(base) if base else None, calibration=data, conversion=report)
+
+
+def describe_training(run: Run, folder: Path, converted: Path | None) -> None:
+    """How a MoEfied model was trained on; `converted` is the one it began as."""
+    settings = run.stages.settings
+    found = {name: settings[name] for name in TRAINING if settings.get(name)}
+    if converted is None:
+        describe_conversion(run, folder, None)
+    else:
+        known = read_facts(converted)
+        add_facts(folder, **{name: known.get(name) for name in ("base_model", "calibration", "conversion", "license")})
+    add_facts(folder, training=found)
+
+
+def describe_quality(run: Run, folder: Path, sweep: Sweep) -> None:
+    settings = run.stages.settings
+    splits = " and ".join(dict.fromkeys((settings["validation_split"], settings["test_split"])))
+    add_facts(folder, sweep=sweep, evaluation={"data": public(settings["dataset_name"]), "split": splits})
+    write_card(folder, overwrite=True)
+
+
+def publish(run: Run) -> None:
+    """Push the last MoEfied model of the run, where that was asked for."""
+    args = run.training_args
+    if args.hub_model_id is not None:
+        last = next(name for name in ("scheduled", "recovered", "moefied") if name in models_of(run.moe_args))
+        folder = run.stages.directory / last
+        write_card(folder, args.hub_model_id, overwrite=True)
+        commit = push_to_hub(folder, args.hub_model_id, private=args.hub_private_repo, token=args.hub_token)
+        print(f"{folder} is on the Hub: {commit.commit_url}")
+
+
+def public(name: str) -> str:
+    """A model or data set as others may read it: local folders without their path."""
+    return name if is_hub_id(name) or name.startswith("package:") else Path(name).name

@@ -1,0 +1,40 @@
+"""A recipe's last step: its checkpoint on the Hub, a loopback one here."""
+
+import pytest
+from hub_server import HubServer, use_in_process
+from huggingface_hub import ModelCard
+
+from moefy_hf import PushError, hub
+
+REPO = "user/movies-moe"
+ONE_STEP = {"max_steps": 1, "splitter": "random", "router": "random", "allocation": "uniform"}
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    with HubServer() as server:
+        use_in_process(monkeypatch, server, tmp_path / "cache")
+        yield server
+
+
+def test_a_finished_run_is_pushed_when_asked(recipe, server, tmp_path, monkeypatch, capsys):
+    checked = []
+    monkeypatch.setattr(hub, "verify", lambda folder, *others: checked.append(folder.name))
+    recipe(tmp_path / "run", **ONE_STEP)
+    assert not server.requests
+    recipe(tmp_path / "run", "--push_to_hub", "true", "--hub_model_id", REPO, "--recovery_epochs", "1", **ONE_STEP)
+    assert "sweep.json: done before, skipped" in capsys.readouterr().out and checked == ["recovered"]
+    (commit,), files = server.repos[REPO].commits, server.repos[REPO].revisions["main"]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "moefication_facts.json"} <= set(files)
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.model_name == "movies-moe" and f'from_pretrained("{REPO}"' in card.text
+    assert str(tmp_path) not in card.content + files["moefication_facts.json"].decode()
+
+
+def test_what_would_stop_the_push_is_found_before_training(recipe, server, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="hub_model_id, 'owner/name' of the repository; got 'movies'"):
+        recipe(tmp_path / "run", "--push_to_hub", "true", "--hub_model_id", "movies", **ONE_STEP)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(PushError, match="there is no token"):
+        recipe(tmp_path / "run", "--push_to_hub", "true", "--hub_model_id", REPO, **ONE_STEP)
+    assert not (tmp_path / "run").exists()
