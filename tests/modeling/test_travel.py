@@ -1,76 +1,195 @@
 """What is saved works where this package is not installed."""
 
 import ast
+import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny import convert, distance, run, tiny_inputs, tiny_model
+import transformers
+from PIL import Image
+from tiny import TINY, VOCAB, convert, distance, run, tiny_inputs, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil, pipeline
+from transformers.models.auto.modeling_auto import AutoModelForMaskedLM
 
 from moefy_hf.modeling import moefied
 
 FILES = sorted(path for path in Path(moefied.__file__).parent.iterdir() if path.name != "__pycache__")
+CLASSIFIER, CAUSAL, SEQ2SEQ = "AutoModelForSequenceClassification", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 HEADS = {
-    "bert": "AutoModelForSequenceClassification",
-    "t5": "AutoModelForSeq2SeqLM",
-    "llama": "AutoModelForCausalLM",
-    "vit": "AutoModelForImageClassification",
+    "seq2seq": SEQ2SEQ,
+    "speech": "AutoModelForSpeechSeq2Seq",
+    "image": "AutoModelForImageClassification",
+    "clip": "AutoModelForZeroShotImageClassification",
 }
 
-ELSEWHERE = """
-import sys
-sys.modules["moefy_hf"] = None  # importing it fails
-import torch
-import transformers
 
-root = sys.argv[1]
-for name, head in zip(sys.argv[2::2], sys.argv[3::2]):
-    auto = getattr(transformers, head)
-    model = auto.from_pretrained(f"{root}/{name}", trust_remote_code=True).eval()
-    assert type(model).__name__.startswith("Moefied"), type(model)
-    inputs = torch.load(f"{root}/{name}/inputs.pt")
-    with torch.no_grad():
-        sparse = model(**inputs).logits
-        model.save_pretrained(f"{root}/{name}/again")
-        again = auto.from_pretrained(f"{root}/{name}/again", trust_remote_code=True).eval()
-        assert type(again).__name__ == type(model).__name__ and torch.equal(again(**inputs).logits, sparse)
-        model.set_selection(k=1.0)
-        full = model(**inputs).logits
-    torch.save([sparse, full], f"{root}/{name}/outputs.pt")
-"""
+def usual_head(name: str) -> str:
+    """What the architecture is mostly used for; a text encoder is one that has a masked language model."""
+    if TINY[name].inputs != "text":
+        return HEADS[TINY[name].inputs]
+    encoder = transformers.CONFIG_MAPPING[TINY[name].model_type] in AutoModelForMaskedLM._model_mapping
+    return CLASSIFIER if encoder else CAUSAL
 
 
-def test_loads_without_the_package(tmp_path):
-    expected = {}
-    for name, head in HEADS.items():
-        model, inputs = tiny_model(name, head), tiny_inputs(name, head)
-        dense = model(**inputs).logits
-        convert(model, k=2)
-        model.save_pretrained(tmp_path / name)
-        torch.save(inputs, tmp_path / name / "inputs.pt")
-        expected[name] = (run(model, inputs), dense.detach())
+def run_elsewhere(script: str, folder: Path, *arguments: str) -> str:
+    """Run a script in a process of its own, in which importing moefy_hf fails and nobody can answer a question.
+
+    Returns:
+        what it wrote to standard error; it must succeed, and write nothing to standard output.
+    """
     environment = {
-        "PATH": "/usr/bin:/bin",
-        "HOME": str(tmp_path),
-        "HF_HOME": str(tmp_path / "hf"),
+        "PATH": os.defpath,
+        "HOME": str(folder),
+        "HF_HOME": str(folder / "hf"),
         "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(tmp_path), *(word for pair in HEADS.items() for word in pair)],
+        [sys.executable, "-c", 'import sys\nsys.modules["moefy_hf"] = None\n' + script, *arguments],
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         env=environment,
-        cwd=tmp_path,
+        cwd=folder,
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    return done.stderr
+
+
+ARCHITECTURES = """
+import torch
+import transformers
+
+for name, head in zip(sys.argv[1::2], sys.argv[2::2]):
+    auto = getattr(transformers, head)
+    model = auto.from_pretrained(name, trust_remote_code=True).eval()
+    assert type(model).__name__.startswith("Moefied"), type(model)
+    inputs = torch.load(f"{name}/inputs.pt")
+    with torch.no_grad():
+        sparse = model(**inputs)[0]
+        model.save_pretrained(f"{name}/again")
+        again = auto.from_pretrained(f"{name}/again", trust_remote_code=True).eval()
+        assert type(again).__name__ == type(model).__name__ and type(again) is not type(model)
+        resaved = again(**inputs)[0]
+        model.set_selection(k=1.0)
+        full = model(**inputs)[0]
+    torch.save([sparse, resaved, full], f"{name}/outputs.pt")
+"""
+
+
+def test_every_architecture_loads_without_the_package(tmp_path):
+    heads, expected = {name: usual_head(name) for name in TINY}, {}
+    for name, head in heads.items():
+        model, inputs = tiny_model(name, head), tiny_inputs(name, head)
+        dense = run(model, inputs)[0]
+        convert(model, k=2)
+        model.save_pretrained(tmp_path / name)
+        torch.save(inputs, tmp_path / name / "inputs.pt")
+        expected[name] = (run(model, inputs)[0], dense)
+    run_elsewhere(ARCHITECTURES, tmp_path, *(word for pair in heads.items() for word in pair))
     for name, (sparse, dense) in expected.items():
-        found = torch.load(tmp_path / name / "outputs.pt")
-        assert torch.equal(found[0], sparse[0]), name
-        assert distance([found[1]], [dense]) < 1e-5 < distance([found[0]], [dense])
+        found, resaved, full = torch.load(tmp_path / name / "outputs.pt")
+        assert torch.equal(found, sparse) and torch.equal(resaved, sparse), name
+        assert distance([full], [dense]) < 1e-5 < distance([sparse], [dense]), name
+
+
+LONGER = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+GENERATE = {"gpt_neox": CAUSAL, "mt5": SEQ2SEQ}
+PIPELINES = {  # name -> task, its input, settings
+    "bert": ("text-classification", ["5 6 7", "8 9 10 11"], {"top_k": None}),
+    "llama": ("text-generation", ["5 6 7", "8 9 10 11"], LONGER),
+    "vit": ("image-classification", "image.png", {}),
+}
+USES = """
+import json
+import torch
+import transformers
+
+asked, answers = json.load(open("asked.json")), {}
+for name, head in asked["generate"].items():
+    model = getattr(transformers, head).from_pretrained(name, trust_remote_code=True).eval()
+    assert type(model).__name__.startswith("Moefied"), type(model)
+    answers[name] = model.generate(**torch.load(f"{name}/inputs.pt"), **asked["longer"]).tolist()
+for name, (task, data, settings) in asked["pipelines"].items():
+    pipe = transformers.pipeline(task, model=name, trust_remote_code=True)
+    assert type(pipe.model).__name__.startswith("Moefied"), type(pipe.model)
+    answers[name] = pipe(data, **settings)
+json.dump(answers, open("answers.json", "w"))
+"""
+
+
+def preprocessor(task: str) -> dict[str, Any]:
+    """What a pipeline needs besides the model, by the name under which it takes it."""
+    if task == "image-classification":
+        return {"image_processor": ViTImageProcessorPil(size={"height": 8, "width": 8})}
+    numbers = Tokenizer(models.WordLevel({str(number): number for number in range(VOCAB)}, unk_token="0"))
+    numbers.pre_tokenizer = pre_tokenizers.Whitespace()
+    return {"tokenizer": PreTrainedTokenizerFast(tokenizer_object=numbers, pad_token="0", eos_token="2")}
+
+
+def test_generate_and_pipelines_work_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # as elsewhere: the image has one name in both processes
+    expected = {}
+    for name, head in GENERATE.items():
+        model = tiny_model(name, head, use_cache=True)
+        inputs = {key: value[:1] for key, value in tiny_inputs(name, CAUSAL).items()}  # the text without padding
+        dense = model.generate(**inputs, **LONGER).tolist()
+        convert(model, k=2)
+        expected[name] = model.generate(**inputs, **LONGER).tolist()
+        assert expected[name] != dense
+        model.save_pretrained(name)
+        torch.save(inputs, f"{name}/inputs.pt")
+    noise = torch.randint(256, (8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.numpy()).save("image.png")
+    for name, (task, data, settings) in PIPELINES.items():
+        model, parts = tiny_model(name, usual_head(name)), preprocessor(task)
+        convert(model, k=2)
+        expected[name] = pipeline(task, model=model, **parts)(data, **settings)
+        model.save_pretrained(name)
+        for part in parts.values():
+            part.save_pretrained(name)
+    asked = {"generate": GENERATE, "pipelines": PIPELINES, "longer": LONGER}
+    Path("asked.json").write_text(json.dumps(asked))
+    run_elsewhere(USES, tmp_path)
+    assert json.loads(Path("answers.json").read_text()) == expected
+
+
+STOCK = """
+import torch
+import transformers
+
+for name, head in zip(sys.argv[1::2], sys.argv[2::2]):
+    model = getattr(transformers, head).from_pretrained(name).eval()
+    assert type(model).__module__.startswith("transformers.models."), type(model)
+    with torch.no_grad():
+        torch.save(model(**torch.load(f"{name}/inputs.pt"))[0], f"{name}/outputs.pt")
+"""
+
+
+def test_without_trust_it_is_the_dense_model_and_the_routers_are_reported(tmp_path):
+    """No question, no error and no warning but transformers' report of keys that the dense model has no use for."""
+    heads, dense, routers = {"bert": CLASSIFIER, "llama": CAUSAL}, {}, []
+    for name, head in heads.items():
+        model, inputs = tiny_model(name, head), tiny_inputs(name, head)
+        dense[name] = run(model, inputs)[0]
+        convert(model, k=2)
+        model.save_pretrained(tmp_path / name)
+        torch.save(inputs, tmp_path / name / "inputs.pt")
+        routers += {re.sub(r"\.\d\.", ".{0, 1}.", key) for key in model.state_dict() if ".router." in key}
+    printed = run_elsewhere(STOCK, tmp_path, *(word for pair in heads.items() for word in pair))
+    rows = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines() if "|" in line]
+    assert [row[:2] for row in rows if row[0] != "Key"] == [[key, "UNEXPECTED"] for key in routers], printed
+    assert printed.count("LOAD REPORT") == 2 and not re.search("trust|error|warn|MISSING", printed, re.I), printed
+    for name, outputs in dense.items():
+        assert distance([torch.load(tmp_path / name / "outputs.pt")], [outputs]) < 1e-5, name
 
 
 def test_the_folder_is_flat():

@@ -24,7 +24,8 @@ def test_a_finished_run_is_pushed_when_asked(recipe, server, tmp_path, monkeypat
     assert not server.requests
     recipe(tmp_path / "run", "--push_to_hub", "true", "--hub_model_id", REPO, "--recovery_epochs", "1", **ONE_STEP)
     assert "sweep.json: done before, skipped" in capsys.readouterr().out and checked == ["recovered"]
-    (commit,), files = server.repos[REPO].commits, server.repos[REPO].revisions["main"]
+    files = server.repos[REPO].revisions["main"]
+    assert len(server.repos[REPO].commits) == 1
     assert {"config.json", "model.safetensors", "tokenizer.json", "moefication_facts.json"} <= set(files)
     card = ModelCard(files["README.md"].decode())
     assert card.data.model_name == "movies-moe" and f'from_pretrained("{REPO}"' in card.text
