@@ -2,16 +2,29 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
-from tiny import tiny_inputs, tiny_model
+from huggingface_hub import ModelCard
+from tiny import convert, tiny_inputs, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from moefy_hf import Sweep
+from moefy_hf.architectures import load_checkpoint
 from moefy_hf.cli import main
+from moefy_hf.facts import read_facts
 
 CAUSAL = "AutoModelForCausalLM"
+
+
+def number_tokenizer() -> PreTrainedTokenizerFast:
+    """Writes each number as the token of that id."""
+    words = {"[END]" if number == 2 else str(number): number for number in range(99)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[END]")
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +32,7 @@ def dense(tmp_path_factory):
     """A tiny Llama with a tokenizer of numbers, and texts."""
     folder = tmp_path_factory.mktemp("cli")
     tiny_model("llama-without-biases", CAUSAL).save_pretrained(folder / "dense")
-    tokenizer = Tokenizer(models.WordLevel({str(number): number for number in range(99)}, unk_token="0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="2").save_pretrained(folder / "dense")
+    number_tokenizer().save_pretrained(folder / "dense")
     ids = torch.randint(3, 99, (60, 12), generator=torch.Generator().manual_seed(0)).tolist()
     (folder / "texts.txt").write_text("\n".join(" ".join(map(str, row)) for row in ids))
     return folder
@@ -65,7 +76,7 @@ def test_convert_leaves_a_checkpoint_that_loads(dense, moe, capsys):
     model = AutoModelForCausalLM.from_pretrained(moe, trust_remote_code=True)
     assert type(model).__name__ == "MoefiedLlamaForCausalLM"
     assert {site.act.selection.k for site in model.moe_sites()} == {2}
-    assert AutoTokenizer.from_pretrained(moe).eos_token == "2"
+    assert AutoTokenizer.from_pretrained(moe).eos_token == "[END]"
     model.set_selection(k=1.0)
     torch.testing.assert_close(
         logits(model), logits(AutoModelForCausalLM.from_pretrained(dense / "dense")), rtol=1e-4, atol=1e-5
@@ -83,6 +94,79 @@ def test_convert_without_data(dense, tmp_path, capsys):
     assert (tmp_path / "moe" / "model.safetensors").exists()
 
 
+def test_profile(dense, capsys):
+    texts = ["--texts", str(dense / "texts.txt"), "--calibration_tokens", "200"]
+    main(["profile", str(dense / "dense"), *texts, "--json"])
+    out = capsys.readouterr().out
+    found = json.loads(out[out.index("{") :])
+    assert found["tokens"] == 200 and [row["ffn"] for row in found["rows"]] == [
+        "model.layers.0.mlp",
+        "model.layers.1.mlp",
+    ]
+    for row in found["rows"]:  # SiLU of noise: half of the activations are positive, and none is zero
+        assert row["neurons"] == 48 and 0.3 < row["not_active"] < 0.7 and 0.02 < row["half_of_the_mass"] < 0.5
+    main(["profile", str(dense / "dense"), *texts])
+    assert "| model.layers.1.mlp | 48 | " in capsys.readouterr().out
+
+
+@pytest.fixture
+def copy(moe, tmp_path):
+    return shutil.copytree(moe, tmp_path / "moe")
+
+
+def test_sweep_a_language_model(dense, copy, tmp_path, capsys):
+    figures, plot = tmp_path / "figures.json", tmp_path / "plot.png"
+    texts = ["--texts", str(dense / "texts.txt"), "--shares", "2", "1.0", "--controls", "oracle"]
+    main(["sweep", str(copy), *texts, "--output", str(figures), "--plot", str(plot)])
+    out = capsys.readouterr().out
+    assert "| own | uniform | 100.0% |" in out and "| oracle |" in out and "perplexity" in out
+    sweep = Sweep.load(figures)
+    assert sweep.facts["quality"] == "perplexity"
+    assert [row["router"] for row in sweep.rows] == ["dense", "own", "own", "oracle", "oracle"]
+    model, lines = load_checkpoint(dense / "dense").eval(), (dense / "texts.txt").read_text().splitlines()
+    ids = torch.tensor([list(map(int, line.split())) for line in lines])
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss
+    assert sweep.rows[0]["loss"] == pytest.approx(float(loss), rel=1e-4)
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    facts = read_facts(copy)
+    assert facts["sweep"] == sweep.to_dict() and facts["evaluation"] == {"data": "texts.txt"}
+    assert facts["calibration"] == {"data": "texts.txt"} and facts["conversion"]["experts"] == [6, 6]
+
+
+def test_sweep_a_classifier(tmp_path, capsys):
+    model = tiny_model("bert", "AutoModelForSequenceClassification", id2label={0: "no", 1: "yes"})
+    convert(model, k=2)
+    model.save_pretrained(tmp_path / "moe")
+    number_tokenizer().save_pretrained(tmp_path / "moe")
+    rows = [(f"{n} {n + 1}", ["no", "yes"][n % 2]) for n in range(3, 40)]
+    (tmp_path / "test.csv").write_text("text,label\n" + "\n".join(f"{text},{label}" for text, label in rows))
+    main(["sweep", str(tmp_path / "moe"), "--csv", str(tmp_path / "test.csv"), "--shares", "2", "--json"])
+    out = capsys.readouterr().out
+    dense = json.loads(out[out.index("{") :])["rows"][0]
+    model.set_selection(k=1.0)
+    right = 0
+    for text, label in rows:
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.tensor([list(map(int, text.split()))])).logits
+        right += model.config.id2label[int(logits.argmax())] == label
+    assert dense["accuracy"] == pytest.approx(right / len(rows))
+
+
+def test_card(copy, capsys):
+    main(["card", str(copy), "--repo_id", "me/smol-moe", "--license", "mit"])
+    assert capsys.readouterr().out.strip() == str(copy / "README.md")
+    card = ModelCard.load(copy / "README.md")
+    assert card.data.license == "mit" and card.data.pipeline_tag == "text-generation"
+    assert 'AutoModelForCausalLM.from_pretrained("me/smol-moe"' in card.text and "400 tokens of texts.txt" in card.text
+    (copy / "README.md").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["card", str(copy)])
+    assert (copy / "README.md").read_text() == "mine" and "--overwrite" in capsys.readouterr().err
+    main(["card", str(copy), "--overwrite"])
+    assert "| router | `linear` |" in (copy / "README.md").read_text()
+
+
 def test_export(moe, tmp_path, capsys):
     main(["export", str(moe), str(tmp_path / "mixtral"), "--k", "3"])
     assert capsys.readouterr().out.strip() == str(tmp_path / "mixtral")
@@ -91,7 +175,7 @@ def test_export(moe, tmp_path, capsys):
     served = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral")
     assert type(served).__name__ == "MixtralForCausalLM" and served.config.num_experts_per_tok == 3
     assert (logits(model) - logits(served)).abs().max() <= 1e-4 * logits(model).abs().max()
-    assert AutoTokenizer.from_pretrained(tmp_path / "mixtral").eos_token == "2"
+    assert AutoTokenizer.from_pretrained(tmp_path / "mixtral").eos_token == "[END]"
 
 
 @pytest.mark.parametrize(
@@ -108,6 +192,13 @@ def test_export(moe, tmp_path, capsys):
         (["convert", "{dense}", "{tmp}/out", "--texts", "{texts}", "--k", "1.5"], "1.5"),
         (["convert", "{dense}", "{dense}"], "exists: choose another"),
         (["export", "{dense}", "{tmp}/out"], "is not MoEfied"),
+        (["profile", "{dense}", "--texts", "{tmp}/none.txt"], "none.txt is no text file"),
+        (["sweep", "{dense}", "--texts", "{texts}"], "is not MoEfied: moefy convert"),
+        (["sweep", "{dense}"], "give --texts .* or --csv"),
+        (["sweep", "{dense}", "--texts", "{texts}", "--controls", "x"], "'x'"),
+        (["card", "{dense}"], "is not MoEfied"),
+        (["card", "{tmp}/nothing"], "no config.json"),
+        (["push", "{dense}", "me/moe"], "is not MoEfied"),
         (["convert", "{dense}", "{tmp}/out", "--k", "abc"], "a share like 0.2 or a number of experts, got 'abc'"),
     ],
 )
@@ -122,10 +213,10 @@ def test_bad_input_is_one_line_and_code_2(dense, tmp_path, arguments, message, c
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["sweep", "--help"]])
 def test_help_teaches(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert not stopped.value.code
     out = capsys.readouterr().out
-    assert "moefy convert" in out and ("examples:" in out or "--splitter" in out)
+    assert "moefy convert" in out or "--texts" in out
