@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -93,10 +93,8 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         if not self.follows:
             self.section = base.config.moefication
             return
-        if self.splits and setting(args.fsdp, "ACCELERATE_USE_FSDP"):
-            raise ValueError(SHARDED.format("FSDP"))
-        if self.splits and setting(args.deepspeed, "ACCELERATE_USE_DEEPSPEED"):
-            raise ValueError(SHARDED.format("DeepSpeed"))
+        if self.splits:
+            refuse_sharded(args)
         if base is not model:
             raise ValueError("an adapter cannot follow neurons that are permuted: moefy_ the model before adding it")
         if is_moefied(model):
@@ -241,6 +239,17 @@ def describe(model: PreTrainedModel) -> str:
 def say(args, state, text: str) -> None:
     if state.is_world_process_zero and not args.disable_tqdm:
         tqdm.write(f"[moefy_hf] step {state.global_step}: {text}")
+
+
+def refuse_sharded(args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: parameters are going to be sharded, so that neurons cannot be permuted.
+    """
+    if setting(args.fsdp, "ACCELERATE_USE_FSDP"):
+        raise ValueError(SHARDED.format("FSDP"))
+    if setting(args.deepspeed, "ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(SHARDED.format("DeepSpeed"))
 
 
 def setting(argument: Any, variable: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from publishing import describe_conversion, describe_quality, describe_training, publish
-from recovery import finished_model, following, penalties, prepare, recovery_arguments
+from recovery import check_schedule, finished_model, following, penalties, prepare, recovery_arguments
 from recovery_facts import facts_of
 from run import Run, models_of
 from stages import write_json
@@ -22,6 +22,7 @@ from moefy_hf.quality import Quality, predictions
 
 def classify(run: Run, make: Callable[[], PreTrainedModel], activation: str | None) -> None:
     """All stages; `make` gives the model to fine-tune."""
+    check_schedule(run.moe_args, run.training_args, len(run.splits["train"]))
     dense = train_dense(run, make, activation)
     if run.training_args.should_save:  # conversion and evaluation are one process' work
         moefied = run.stages.run("moefied", lambda path: convert(run, dense, path))
@@ -146,7 +147,7 @@ def accuracy(run: Run, folder: Path) -> float:
 def save_trained(run: Run, model: PreTrainedModel, path: Path, name: str) -> None:
     save(model, run.processor, path)
     if is_moefied(model):
-        describe_training(run, path, run.stages.directory / "moefied" if name == "recovered" else None)
+        describe_training(run, path, name)
 
 
 def save(model: PreTrainedModel, processor: Any, path: Path) -> None:

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from run import Run, models_of
+from run import MODELS, Run, models_of
 
 from moefy_hf import Sweep, add_facts, push_to_hub, write_card
 from moefy_hf.facts import is_hub_id, read_facts
 
 # settings of a training that a reader of its card wants to know
 TRAINING = (
-    *("recovery_epochs", "recovery_parameters", "schedule", "distillation_weight", "sparsity_penalty"),
-    *("sparsity_weight", "learning_rate", "per_device_train_batch_size", "seed"),
+    *("recovery_epochs", "recovery_parameters", "schedule", "num_train_epochs", "distillation_weight"),
+    *("sparsity_penalty", "sparsity_weight", "learning_rate", "per_device_train_batch_size", "seed"),
 )
 
 
@@ -21,15 +21,15 @@ def describe_conversion(run: Run, folder: Path, report: Any) -> None:
     add_facts(folder, base_model=public(base) if base else None, calibration=data, conversion=report)
 
 
-def describe_training(run: Run, folder: Path, converted: Path | None) -> None:
-    """How a MoEfied model was trained on; `converted` is the one it began as."""
+def describe_training(run: Run, folder: Path, name: str) -> None:
+    """How one of the MODELS was trained."""
     settings = run.stages.settings
-    found = {name: settings[name] for name in TRAINING if settings.get(name)}
-    if converted is None:
+    found = {key: settings[key] for key in TRAINING if settings.get(key) and key not in MODELS[name]}
+    if name == "scheduled":
         describe_conversion(run, folder, None)
     else:
-        known = read_facts(converted)
-        add_facts(folder, **{name: known.get(name) for name in ("base_model", "calibration", "conversion", "license")})
+        known = read_facts(run.stages.directory / "moefied")
+        add_facts(folder, **{part: known.get(part) for part in ("base_model", "calibration", "conversion", "license")})
     add_facts(folder, training=found)
 
 

@@ -1,6 +1,7 @@
 """Recovery: fine-tune a converted model at its budget, and the dense one for as many steps as a control."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from moefy_hf import DistillationCallback, MoEficationCallback, SparsityPenaltyCallback, find_sites
-from moefy_hf.schedule import make_schedule
+from moefy_hf.callback import refuse_sharded
+from moefy_hf.schedule import Timetable, make_schedule
 
 PARAMETERS = ("all", "down", "lora")
 
@@ -28,6 +30,15 @@ def check_recovery(moe_args: MoeficationArguments) -> None:
         make_schedule(moe_args.schedule)
     if moe_args.lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {moe_args.lora_rank}")
+
+
+def check_schedule(moe_args: MoeficationArguments, training_args: TrainingArguments, rows: int) -> None:
+    """Find what would stop the scheduled training before the dense one: sharding, or too few steps."""
+    if moe_args.schedule is not None:
+        refuse_sharded(training_args)
+        step = training_args.train_batch_size * training_args.world_size * training_args.gradient_accumulation_steps
+        steps = math.ceil(math.ceil(rows / step) * training_args.num_train_epochs)
+        Timetable(make_schedule(moe_args.schedule), training_args.max_steps if training_args.max_steps > 0 else steps)
 
 
 def recovery_arguments(training_args: TrainingArguments, moe_args: MoeficationArguments) -> TrainingArguments:

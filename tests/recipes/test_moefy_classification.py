@@ -221,3 +221,12 @@ def test_moefied_while_training(recipe, finished, tmp_path, capsys):
     rows = Sweep.load(folder / "scheduled.json").rows
     assert next(row["accuracy"] for row in rows if row["router"] == "own" and row["k"] == 0.5) > 0.9
     assert "| coactivation | linear, anneal | " in capsys.readouterr().out
+
+
+def test_a_schedule_that_cannot_run_is_found_before_training(recipe, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="of 3: train longer"):
+        recipe(tmp_path / "run", "--schedule", "switchable", max_steps=3)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP"):
+        recipe(tmp_path / "other", "--schedule", "anneal")
+    assert not (tmp_path / "run" / "dense").exists() and not (tmp_path / "other" / "dense").exists()
