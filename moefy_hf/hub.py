@@ -19,6 +19,9 @@ from .verification import VerificationError, verify
 
 logger = logging.get_logger("moefy_hf")
 
+# hidden files, and what a Trainer keeps in a checkpoint to go on from
+LEFT_OUT = [".*", "**/.*", "__pycache__/*", "checkpoint-*/*", "optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*"]
+
 
 class PushError(OSError):
     """Why a checkpoint was not pushed, and what to do."""
@@ -42,6 +45,7 @@ def push_to_hub(
     """Upload a MoEfied model with its modeling files, card and figures, as one commit, once it was verified.
 
     Verified means: loaded by a new Python process in which this package cannot be imported, it gives the same outputs.
+    A README.md that is there already is kept.
     Files that the repository already has are not uploaded again, so that a push that was cut off is simply repeated.
 
     Args:
@@ -157,7 +161,7 @@ def upload(
             commit_message=message,
             revision=branch,
             create_pr=create_pr,
-            ignore_patterns=[".*", "**/.*", "**/__pycache__/**"],
+            ignore_patterns=LEFT_OUT,
         )
     except Exception as error:  # of the network, in whatever words
         cause = error if error.__cause__ is None else f"{error} {error.__cause__}"

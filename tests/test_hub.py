@@ -79,6 +79,17 @@ with torch.no_grad():
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
 
+def test_what_a_trainer_goes_on_from_stays_here(server, folder):
+    for name in ("optimizer.pt", "rng_state_0.pth", "checkpoint-5/model.safetensors", "training_args.bin", ".secret"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"0")
+    push_to_hub(folder, REPO)
+    assert set(server.repos[REPO].revisions["main"]) & {p.name for p in folder.iterdir()} >= {"training_args.bin"}
+    assert not [
+        p for p in server.repos[REPO].commits[0].paths if p.startswith(("optimizer", "rng", "checkpoint", "."))
+    ]
+
+
 def test_a_second_push_sends_what_changed(server, folder):
     push_to_hub(folder, REPO)
     files, sending = server.repos[REPO].revisions["main"], sent(server, "/lfs-storage/")
