@@ -10,7 +10,13 @@ import real_inputs
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 
 
 @dataclass
@@ -89,6 +95,10 @@ def parse(types: tuple[type, ...], description: str, arguments: list[str] | None
     """Dataclasses from `--config FILE.yaml` and the command line, which wins. Unknown names are errors in both."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     from_file: list[str] = []
+    if any(
+        issubclass(each, TrainingArguments) for each in types
+    ):  # the first process converts and measures while the others wait for it
+        from_file += ["--ddp_timeout", "21600"]
     while "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 >= len(arguments):

@@ -23,6 +23,7 @@ from moefy_hf.hub import check_repository
 REPORTING = (
     *("redo", "output_dir", "run_name", "project", "logging_", "log_", "report_to", "disable_tqdm", "push_to_hub"),
     *("hub_", "local_rank", "dataloader_num_workers", "dataloader_p", "save_total_limit", "skip_memory_metrics"),
+    "ddp_timeout",
 )
 # arguments that a later stage reads first: changing them keeps what the earlier ones made
 CONVERSION = ("num_experts", "expert_size", "splitter", "router", "share", "allocation", "calibration_tokens")

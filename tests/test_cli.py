@@ -11,7 +11,7 @@ from tiny import convert, tiny_inputs, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from moefy_hf import Sweep
+from moefy_hf import Sweep, commands
 from moefy_hf.architectures import load_checkpoint
 from moefy_hf.cli import main
 from moefy_hf.facts import read_facts
@@ -84,6 +84,17 @@ def test_convert_leaves_a_checkpoint_that_loads(dense, moe, capsys):
     main(["inspect", str(moe)])
     assert "MoEfied: coactivation split, linear router" in capsys.readouterr().out
     assert not list(dense.glob(".*unfinished"))
+
+
+def test_interrupted_conversion_leaves_nothing(dense, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "add_facts", interrupted)  # when the weights are written
+    settings = ["--splitter", "parameter_clustering", "--router", "similarity", "--expert_size", "8"]
+    with pytest.raises(KeyboardInterrupt):
+        main(["convert", str(dense / "dense"), str(tmp_path / "moe"), *settings])
+    assert not list(tmp_path.iterdir())
 
 
 def test_convert_without_data(dense, tmp_path, capsys):
