@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from .commands import card, convert, export_model, inspect, profile_model, push, show_inspected, sweep
-from .exporting import TARGETS
+from .export_targets import TARGETS
 from .modeling.routers import ROUTERS
 from .splitting import SPLITTERS
 

@@ -14,7 +14,8 @@ from .configuration import MoeficationConfig
 from .controls import check_control
 from .conversion import check_convertible, moefy_
 from .evaluation import evaluate
-from .exporting import TARGETS, export
+from .export_targets import TARGETS
+from .exporting import export
 from .facts import add_facts
 from .folders import written_whole
 from .hub import add_license, push_to_hub

@@ -1,59 +1,21 @@
-"""Write a MoEfied model as a checkpoint of an architecture that serving engines know, or as its plain dense one.
-
-Mixtral and the Qwen MoEs weigh the selected experts by a softmax over their router scores. Scores made tiny by a power
-of two, which leaves their order as it is, make those weights equal, 1 / k each; multiplying `down` by k then makes
-them 1, which is what a MoEfied FFN computes. Float32 bounds this on both sides: weights differ from 1 by as much as
-the scaled scores differ, and experts whose scaled scores differ by less than 6e-8 are equals to the softmax.
-"""
+"""Write a MoEfied model as a checkpoint of an architecture that serving engines know, or as its plain dense one."""
 
 import json
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.mixtral import MixtralConfig
-from transformers.models.qwen2_moe import Qwen2MoeConfig
+from transformers.models.llama4 import Llama4TextConfig
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 
+from .export_targets import TARGETS, Target, moe_config, moe_tensors, own_tensors
 from .folders import written_whole
-from .modeling.ffn_sites import FfnSite
 from .modeling.moefied import is_moefied
 
-SPREAD = 2.0**-14  # standard deviation of the scaled scores; ties are then those closer than 1 / 1,000 of it
 LINEAR_ROUTERS = ("linear", "prior_approximate")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A served MoE architecture.
-
-    Attributes:
-        sources: model types whose attention, norms and embeddings it has.
-        block: name of the MoE in a layer's checkpoint keys, and `names` those of (gate, up, down) in an expert.
-        dense_layers: whether layers may keep a dense FFN.
-    """
-
-    config: type[PreTrainedConfig]
-    architecture: str
-    sources: tuple[str, ...]
-    block: str
-    names: tuple[str, str, str]
-    dense_layers: bool
-
-
-GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
-TARGETS = {
-    "mixtral": Target(
-        MixtralConfig, "MixtralForCausalLM", ("llama", "mistral"), "block_sparse_moe", ("w1", "w3", "w2"), False
-    ),
-    "qwen2_moe": Target(Qwen2MoeConfig, "Qwen2MoeForCausalLM", ("qwen2",), "mlp", GATE_UP_DOWN, True),
-    "qwen3_moe": Target(Qwen3MoeConfig, "Qwen3MoeForCausalLM", ("qwen3",), "mlp", GATE_UP_DOWN, True),
-}
 
 
 def export(
@@ -68,8 +30,9 @@ def export(
 
     Args:
         output_dir: must not exist, or be empty.
-        to: "mixtral" (of Llama and Mistral), "qwen2_moe", "qwen3_moe", or "dense" (any model: all its neurons, no
-            routers); by default the one that has the model's attention.
+        to: "llama4" (of Llama and Mistral), exact; "mixtral" (of the same), "qwen2_moe", "qwen3_moe", whose softmax
+            over experts comes close only; or "dense" (any model: all its neurons, no routers). By default the first
+            of these that has the model's attention.
         tokenizer: saved beside the weights.
         max_shard_bytes: size of a weights file; beyond the model itself so much memory is needed.
 
@@ -107,7 +70,12 @@ def choose_target(model: PreTrainedModel, to: str | None) -> Target:
         raise ValueError(f"a {model_type} model cannot become {to or 'a served MoE'}: {exportable}; any to 'dense'")
     if not model._get_name().endswith("ForCausalLM"):
         raise ValueError(f"{model._get_name()} is no causal language model, which is what the served MoEs are")
-    return TARGETS[to or fitting[0]]
+    return TARGETS[to or next(name for name in fitting if name != "llama4" or not slides(model))]
+
+
+def slides(model: PreTrainedModel) -> bool:
+    """Whether attention is limited to a window of the last tokens."""
+    return getattr(model.config, "sliding_window", None) is not None
 
 
 def check_expressible(model: PreTrainedModel, target: Target) -> None:
@@ -137,29 +105,10 @@ def check_expressible(model: PreTrainedModel, target: Target) -> None:
         raise ValueError(f"{target.architecture} has no biases, this model has some in {where}")
     if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()) and target.config is Qwen3MoeConfig:
         raise ValueError("Qwen3MoeForCausalLM has no sliding attention in some of its layers only")
+    if slides(model) and target.config is Llama4TextConfig:
+        raise ValueError("Llama4ForCausalLM has no sliding attention: export to 'mixtral', which has")
     if model.dtype == torch.float16:
         raise ValueError("float16 cannot hold the scaled router: export in float32 or bfloat16, e.g. model.float()")
-
-
-def moe_config(model: PreTrainedModel, target: Target) -> PreTrainedConfig:
-    """The settings that both configs have, and the experts."""
-    site, source = model.moe_sites()[0], model.config.to_dict()
-    known = set(target.config().to_dict()) - {"model_type", "architectures", "transformers_version"}
-    settings = {name: value for name, value in source.items() if name in known | {"head_dim", "dtype"}}
-    experts, size = site.act.num_experts, site.sizes[1] // site.act.num_experts
-    settings |= {"num_experts_per_tok": site.act.selection.k, "architectures": [target.architecture]}
-    if target.config is MixtralConfig:
-        return MixtralConfig(**settings | {"num_local_experts": experts, "intermediate_size": size})
-    converted = {layer_of(site) for site in model.moe_sites()}
-    settings |= {
-        "num_experts": experts,
-        "moe_intermediate_size": size,
-        "norm_topk_prob": True,
-        "mlp_only_layers": [layer for layer in range(model.config.num_hidden_layers) if layer not in converted],
-    }
-    if target.config is Qwen2MoeConfig:
-        settings["shared_expert_intermediate_size"] = size  # which must exist, and adds nothing
-    return target.config(**settings)
 
 
 def dense_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -167,51 +116,6 @@ def dense_config(model: PreTrainedModel) -> PreTrainedConfig:
         name: value for name, value in model.config.to_dict().items() if name not in ("moefication", "auto_map")
     }
     return type(model.config)(**settings | {"architectures": [model._get_name()]})
-
-
-def layer_of(site: FfnSite) -> int:
-    """The number in "model.layers.3.mlp"."""
-    return next(int(part) for part in site.name.split(".") if part.isdigit())
-
-
-def own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors that are saved, tied ones once, without routers."""
-    seen = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if ".router." not in name and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, tensor.detach()
-
-
-def moe_tensors(model: PreTrainedModel, target: Target) -> Iterator[tuple[str, torch.Tensor]]:
-    """Keys and tensors of the target's checkpoint, one FFN at a time."""
-    sites = {f"{site.name}.": site for site in model.moe_sites()}
-    for name, tensor in own_tensors(model):
-        if not name.startswith(tuple(sites)):
-            yield name, tensor
-    for site in sites.values():
-        prefix = f"{site.name.rpartition('.')[0]}.{target.block}"
-        routed, (d, f) = site.act, site.sizes
-        size = f // routed.num_experts
-        norm = model.get_submodule(f"{site.name.rpartition('.')[0]}.post_attention_layernorm")
-        yield f"{prefix}.gate.weight", scaled(routed.router.weight.detach(), norm.weight.detach()).to(model.dtype)
-        gate, up, down = (part.weight.detach() for part in (site.gate, site.up, site.down))
-        for expert in range(routed.num_experts):
-            own = slice(expert * size, (expert + 1) * size)
-            tensors = gate[own], up[own], down[:, own] * routed.selection.k
-            for part, tensor in zip(target.names, tensors, strict=True):
-                yield f"{prefix}.experts.{expert}.{part}.weight", tensor
-        if target.config is Qwen2MoeConfig:
-            yield f"{prefix}.shared_expert_gate.weight", gate.new_zeros(1, d)
-            for part, shape in zip(target.names, ((size, d), (size, d), (d, size)), strict=True):
-                yield f"{prefix}.shared_expert.{part}.weight", gate.new_zeros(shape)
-
-
-def scaled(router: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """router (E, d), norm (d,) the scale of its input's normalisation -> (E, d): times the power of two that gives the
-    scores of one token a standard deviation of at most SPREAD, were the normalised input white."""
-    spread = float(((router - router.mean(0)).float() * norm.float()).square().sum(-1).mean().sqrt())
-    return router * 2.0 ** math.floor(math.log2(SPREAD / max(spread, 1e-12)))
 
 
 def write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, max_bytes: int) -> None:

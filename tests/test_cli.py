@@ -68,7 +68,7 @@ def test_inspect(dense, capsys):
     )
     main(["inspect", str(dense / "dense"), "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found["ffn_parameters"] == 2 * 3 * 16 * 48 and found["export"] == ["mixtral", "dense"]
+    assert found["ffn_parameters"] == 2 * 3 * 16 * 48 and found["export"] == ["llama4", "mixtral", "dense"]
     assert found["parameters"] == sum(p.numel() for p in tiny_model("llama-without-biases", CAUSAL).parameters())
 
 
@@ -179,7 +179,7 @@ def test_card(copy, capsys):
 
 
 def test_export(moe, tmp_path, capsys):
-    main(["export", str(moe), str(tmp_path / "mixtral"), "--k", "3"])
+    main(["export", str(moe), str(tmp_path / "mixtral"), "--k", "3", "--to", "mixtral"])
     assert capsys.readouterr().out.strip() == str(tmp_path / "mixtral")
     model = AutoModelForCausalLM.from_pretrained(moe, trust_remote_code=True)
     model.set_selection(k=3)

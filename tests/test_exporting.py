@@ -10,11 +10,16 @@ from tiny import convert, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM
 
 from moefy_hf import MoeficationConfig, export, moefy_
-from moefy_hf.exporting import TARGETS
+from moefy_hf.export_targets import TARGETS
 
 PAIRS = [(source, name) for name, target in TARGETS.items() for source in target.sources]
+CHANGES = {("mistral", "llama4"): {"sliding_window": None}}
 TINY = {"llama": "llama-without-biases"}
 CAUSAL = "AutoModelForCausalLM"
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 16,
+}
 
 
 def moefied(source: str, k=2, router: str = "linear", **changes):
@@ -42,8 +47,8 @@ def logits(model, source: str) -> torch.Tensor:
 @pytest.mark.parametrize("k", [1, 3, 6])
 @pytest.mark.parametrize(("source", "to"), PAIRS)
 def test_served_architectures_compute_the_same(source, to, k, tmp_path):
-    model = moefied(source, k)
-    assert export(model, tmp_path / "out") == tmp_path / "out"
+    model = moefied(source, k, **CHANGES.get((source, to), {}))
+    assert export(model, tmp_path / "out", to) == tmp_path / "out"
     served, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert type(served).__name__ == TARGETS[to].architecture and type(served).__module__.startswith("transformers.")
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -64,13 +69,58 @@ def test_embeddings_stay_tied_or_not(source, tied, tmp_path):
     assert_same(model, served, source)
 
 
-def test_some_layers_may_stay_dense_where_the_target_has_such(tmp_path):
-    model = tiny_model("qwen3", CAUSAL).eval()
+@pytest.mark.parametrize(
+    ("source", "setting", "value"), [("qwen3", "mlp_only_layers", [0]), ("llama", "moe_layers", [1])]
+)
+def test_some_layers_may_stay_dense_where_the_target_has_such(source, setting, value, tmp_path):
+    model = tiny_model(TINY.get(source, source), CAUSAL).eval()
     route(model, layers=[1])
     export(model, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["mlp_only_layers"] == [0]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())[setting] == value
     served = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert_same(model, served, "qwen3")
+    assert_same(model, served, source)
+
+
+def test_llama4_is_exact_where_a_softmax_is_not(tmp_path):
+    """Many experts, layers and tokens: some scores are so close that a softmax calls them equal."""
+    torch.manual_seed(0)
+    changes = {"num_hidden_layers": 6, "intermediate_size": 512, "hidden_size": 32, "rope_parameters": LLAMA3}
+    model = tiny_model("llama-without-biases", CAUSAL, **changes)
+    settings = {
+        "expert_size": 4,
+        "splitter": "random",
+        "selection": {"type": "top_k", "k": 32, "allocation": "uniform"},
+    }
+    moefy_(
+        model, MoeficationConfig(router="linear", calibration_tokens=300, **settings), text_batches(8), progress=False
+    )
+    ids = torch.randint(3, 99, (16, 32), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for to in ("llama4", "mixtral"):
+        export(model, tmp_path / to, to)
+        served = AutoModelForCausalLM.from_pretrained(tmp_path / to)
+        with torch.no_grad():
+            ours, theirs = (each.eval()(input_ids=ids).logits for each in (model, served))
+        found[to] = float((ours - theirs).abs().max() / ours.abs().max())
+    assert found["llama4"] < 1e-5 < found["mixtral"], found
+
+
+def test_bfloat16_routes_alike(tmp_path):
+    """A sigmoid of scaled scores is 1 / 2 in bfloat16, too."""
+    model = moefied("llama").bfloat16()
+    export(model, tmp_path / "out")
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert served.dtype == torch.bfloat16
+    ours, theirs = logits(model, "llama").float(), logits(served, "llama").float()
+    assert (ours - theirs).norm() < 0.05 * ours.norm()
+
+
+def test_a_window_of_attention_has_another_target(tmp_path):
+    model = moefied("mistral")
+    export(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["MixtralForCausalLM"]
+    with pytest.raises(ValueError, match="no sliding attention: export to 'mixtral'"):
+        export(model, tmp_path / "other", "llama4")
 
 
 @pytest.mark.parametrize(("name", "head"), [("bert", "AutoModelForSequenceClassification"), ("gpt2", CAUSAL)])
@@ -120,8 +170,12 @@ def test_what_belongs_to_it_comes_along(tmp_path):
     ("make", "to", "message"),
     [
         (lambda: tiny_model("llama", CAUSAL), None, "is not MoEfied"),
-        (lambda: moefied("llama"), "mixtrall", "unknown target 'mixtrall'.*mixtral, qwen2_moe, qwen3_moe, dense"),
-        (lambda: moefied("llama"), "qwen3_moe", "llama model cannot become qwen3_moe: llama and mistral to mixtral"),
+        (
+            lambda: moefied("llama"),
+            "mixtrall",
+            "unknown target 'mixtrall'.*llama4, mixtral, .*, dense",
+        ),
+        (lambda: moefied("llama"), "qwen3_moe", "llama model cannot become qwen3_moe: llama and mistral to llama4"),
         (lambda: moefied("gpt2"), None, "gpt2 model cannot become a served MoE"),
         (lambda: moefied("llama", router="random"), None, "'random' one: convert with router='linear'"),
         (lambda: moefied("llama", k=[1, 2]), None, "1 to 2 experts.*allocation='uniform'"),
@@ -140,10 +194,10 @@ def test_models_that_do_not_fit_are_refused(tmp_path):
         export(biased, tmp_path / "out")
     part = route(tiny_model("llama-without-biases", CAUSAL), layers=[0])
     with pytest.raises(ValueError, match="1 of 2 layers.*layers=None"):
-        export(part, tmp_path / "out")
+        export(part, tmp_path / "out", "mixtral")
     attention = moefied("llama", attention_bias=True)
     with pytest.raises(ValueError, match="no biases.*attention"):
-        export(attention, tmp_path / "out")
+        export(attention, tmp_path / "out", "mixtral")
     base = route(tiny_model("llama-without-biases"))
     with pytest.raises(ValueError, match="no causal language model"):
         export(base, tmp_path / "out")

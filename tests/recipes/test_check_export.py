@@ -1,0 +1,117 @@
+"""check_export.py on a tiny Llama: an export is found exact, a damaged one is not, bad input is one line."""
+
+import contextlib
+import io
+import json
+import random
+import sys
+
+import check_export
+import pytest
+import torch
+from batches import text_batches
+from tiny import VOCAB, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from moefy_hf import MoeficationConfig, export, moefy_
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A MoEfied checkpoint, its export, and sentences of words that the tokenizer has."""
+    folder, choose = tmp_path_factory.mktemp("made"), random.Random(0)
+    words = ["[UNK]", "<s>", "</s>", *(f"Word{number}" for number in range(VOCAB - 3))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>")
+    model = tiny_model("llama-without-biases", "AutoModelForCausalLM").eval()
+    settings = {"expert_size": 8, "splitter": "random", "router": "linear", "calibration_tokens": 300}
+    selection = {"type": "top_k", "k": 2, "allocation": "uniform"}
+    moefy_(model, MoeficationConfig(selection=selection, **settings), text_batches(8), progress=False)
+    model.save_pretrained(folder / "moe")
+    tokenizer.save_pretrained(folder / "moe")
+    model.set_selection(k=3)  # another budget than the checkpoint's
+    export(model, folder / "exported", tokenizer=tokenizer)
+    sentences = (" ".join(choose.choices(words[3:], k=7)) + "." for _ in range(30))
+    (folder / "texts.txt").write_text("\n".join(sentences))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def check(made):
+    """Run the script in this process; what it wrote, and what it printed."""
+
+    def run(*flags, moefied="moe", exported="exported", texts="texts.txt", facts="facts.json") -> tuple[dict, str]:
+        given = [made / moefied, made / exported, "--texts", made / texts, "--facts", made / facts]
+        sizes = ["--tokens", "48", "--prompt_tokens", "5", "--new_tokens", "4"]
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+            patch.setattr(sys, "argv", ["check_export.py", *map(str, given), *sizes, *map(str, flags)])
+            check_export.main()
+        return json.loads((made / facts).read_text()), out.getvalue()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def exact(check, made):
+    """Facts, output and prompts of the export as it is."""
+    found = check("--prompts", made / "prompts.json")
+    return *found, json.loads((made / "prompts.json").read_text())
+
+
+def test_an_export_is_exact(exact):
+    facts, out, prompts = exact
+    assert facts["architecture"] == "Llama4ForCausalLM" and facts["experts"] == 6 and facts["k"] == 3
+    assert facts["logits"]["tokens"] == 48 and facts["logits"]["relative_difference"] <= 1e-5
+    assert facts["generations"]["identical"] == facts["generations"]["prompts"] == 20
+    assert "| identical greedy generations, 4 tokens | 20 of 20 |" in out and "engine" not in facts
+    assert {len(prompt) for prompt in prompts["prompts"]} == {5} and prompts["stop"] == [2]
+    assert len({tuple(prompt) for prompt in prompts["prompts"]}) == len(prompts["expected"]) == 20
+    assert all(len(each) == 4 or each[-1] == 2 for each in prompts["expected"])
+
+
+def test_a_damaged_export_is_found(check, made):
+    model = AutoModelForCausalLM.from_pretrained(made / "exported")
+    with torch.no_grad():
+        model.model.layers[0].feed_forward.router.weight.neg_()  # the wrong experts
+    model.save_pretrained(made / "damaged")
+    facts, _ = check(exported="damaged")
+    assert facts["logits"]["relative_difference"] > 1e-2 and facts["logits"]["same_top_token"] < 1
+    assert facts["generations"]["identical"] == 20 - len(facts["generations"]["differing"]) < 20
+    assert all(each["token"] < 4 and each["margin"] >= 0 for each in facts["generations"]["differing"])
+
+
+def test_an_engine_is_compared(check, exact, made):
+    prompts = exact[2]
+    served = AutoModelForCausalLM.from_pretrained(made / "exported")
+    with torch.no_grad():
+        first = [served(input_ids=torch.tensor([each])).logits[0, -1].tolist() for each in prompts["prompts"]]
+    generations = [list(each) for each in prompts["expected"]]
+    generations[7][-1] += 1
+    found = {"engine": "an engine 1.0", "generations": generations, "first_logits": first}
+    (made / "generations.json").write_text(json.dumps(found))
+    facts, out = check("--generations", made / "generations.json")
+    engine = facts["engine"]
+    assert engine["identical"] == 19 and [each["prompt"] for each in engine["differing"]] == [7]
+    assert engine["first_step"]["same_top_token"] == 20 and engine["first_step"]["relative_difference"] <= 1e-4
+    assert "| an engine 1.0: identical generations | 19 of 20 |" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "message"),
+    [
+        ({"moefied": "nothing"}, (), "nothing is no checkpoint"),
+        ({"moefied": "mixtral"}, (), "mixtral is not MoEfied"),
+        ({"exported": "moe"}, (), "moe is MoEfied, not exported"),
+        ({"texts": "nothing.txt"}, (), "No such file"),
+        ({}, ("--tokens", "5000"), "tokens, 5000 are needed"),
+        ({}, ("--prompt_tokens", "9"), "0 sentences of more than 9 tokens"),
+        ({}, ("--generations", "empty.json"), "lacks engine, generations or first_logits"),
+    ],
+)
+def test_bad_input_is_one_line(check, made, changes, flags, message):
+    (made / "empty.json").write_text("{}")
+    with pytest.raises(SystemExit, match=f"^check_export.py: [^\n]*{message}[^\n]*$"):
+        check(*(made / flag if flag == "empty.json" else flag for flag in flags), **changes, facts="none.json")
+    assert not (made / "none.json").exists()
