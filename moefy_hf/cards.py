@@ -1,5 +1,6 @@
 """The model card of a checkpoint, rendered from its config and facts; what is not known is left out."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def model_card(folder: str | Path, repo_id: str | None = None, revision: str | N
     Raises:
         ValueError: the folder holds no MoEfied checkpoint.
     """
-    folder, config = Path(folder), moefied_config(folder)
+    folder = Path(folder)
+    config = moefied_config(folder)
     facts, section = known_facts(folder), config["moefication"]
     architecture = config["architectures"][0].removeprefix("Moefied")
     auto = auto_class(config)
@@ -76,15 +78,17 @@ def write_card(
 ) -> Path:
     """Write a checkpoint's card, README.md, and the plot of its sweep (where matplotlib is installed).
 
+    A card that was rendered and not touched since is rendered anew.
+
     Raises:
         ValueError: the folder holds no MoEfied checkpoint.
-        FileExistsError: there is a card already.
+        FileExistsError: there is a README.md that somebody has written in, and not `overwrite`.
     """
     folder = Path(folder)
     moefied_config(folder)
     path = folder / "README.md"
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; overwrite it only if nobody has written in it")
+    if path.exists() and not overwrite and not is_rendered(path.read_text(encoding="utf-8")):
+        raise FileExistsError(f"{path} exists, and somebody has written in it: move it away, or overwrite it")
     facts = read_facts(folder)
     if "sweep" in facts:
         try:
@@ -92,9 +96,20 @@ def write_card(
         except ImportError as error:
             logger.warning_once(f"the card has no plot: {error}")
     temporary = folder / "README.md.tmp"
-    temporary.write_text(str(model_card(folder, repo_id, revision)), encoding="utf-8")
+    temporary.write_text(sealed(str(model_card(folder, repo_id, revision))), encoding="utf-8")
     temporary.rename(path)
     return path
+
+
+def sealed(text: str) -> str:
+    """With a last line by which it is known, later, that nobody has changed it."""
+    return f"{text.rstrip()}\n\n<!-- rendered: {hashlib.sha256(text.rstrip().encode()).hexdigest()[:16]} -->\n"
+
+
+def is_rendered(text: str) -> bool:
+    """Whether a card is as it was rendered."""
+    own, _, _ = text.rpartition("\n\n<!-- rendered: ")
+    return sealed(own) == text
 
 
 def known_facts(folder: Path) -> dict[str, Any]:
@@ -119,7 +134,8 @@ def auto_class(config: dict[str, Any]) -> str:
     """The AutoModel name that a checkpoint's own head is loaded by."""
     own = config["architectures"][0]
     names = [name for name, path in config["auto_map"].items() if path.rpartition(".")[2] == own]
-    return next((name for name in names if name in TASKS), names[0] if names else "AutoModel")
+    heads = [name for name in names if name != "AutoModel"]  # CLIP has two names
+    return next((name for name in heads if name in TASKS), (heads or ["AutoModel"])[0])
 
 
 def card_data(name: str, facts: dict[str, Any], auto: str, sweep: Sweep | None) -> ModelCardData:
@@ -179,7 +195,7 @@ def summary(section: dict[str, Any], report: ConversionReport | None, facts: dic
         rows.append((f"training: {name}", f"{value}"))
     if "versions" in facts:
         rows.append(("made with", ", ".join(f"{name} {number}" for name, number in facts["versions"].items())))
-    return rows
+    return [(what, value.replace("|", "\\|")) for what, value in rows]
 
 
 def budget(selection: dict[str, Any]) -> str:

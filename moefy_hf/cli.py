@@ -10,6 +10,7 @@ from .export_targets import TARGETS
 from .modeling.routers import ROUTERS
 from .splitting import SPLITTERS
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXAMPLES = """examples:
   moefy inspect google-bert/bert-base-uncased
   moefy profile HuggingFaceTB/SmolLM2-135M --texts train.txt
@@ -19,7 +20,7 @@ EXAMPLES = """examples:
   moefy sweep my-classifier-moe --csv test.csv --plot quality.png
   moefy card smol-moe --repo_id me/smol-moe
   moefy push smol-moe me/smol-moe --private
-  moefy export smol-moe smol-mixtral --k 0.25
+  moefy export smol-moe smol-llama4 --k 0.25 --dtype float32
   moefy export smol-moe smol-dense --to dense
 
 MODEL is a Hub id or a local directory. Exit code 2: something about the input, said in one line."""
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=what, description=what)
         added.add_argument("model", metavar="MODEL", help="Hub id or local directory")
         added.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
+        added.add_argument("--dtype", default="auto", choices=DTYPES, help="load in this type (default: as saved)")
         added.add_argument("--json", action="store_true", help="print JSON")
         added.set_defaults(run=run, show=show)
         return added
@@ -106,3 +108,7 @@ def share_or_count(text: str) -> int | float:
         return float(text) if "." in text or "e" in text else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"a share like 0.2 or a number of experts, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    main()

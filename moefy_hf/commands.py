@@ -1,15 +1,17 @@
 """What the `moefy` command's words do: each takes the parsed arguments and returns what `--json` prints."""
 
+import contextlib
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import checkpoint_class, load_checkpoint
-from .cards import moefied_config, write_card
+from .cards import is_rendered, moefied_config, write_card
 from .configuration import MoeficationConfig
 from .controls import check_control
 from .conversion import check_convertible, moefy_
@@ -73,8 +75,8 @@ def show_inspected(found: dict[str, Any]) -> str:
 
 def profile_model(args: Namespace) -> dict[str, Any]:
     texts = read_lines(args.texts)
-    model, tokenizer = load_checkpoint(args.model, args.revision), load_tokenizer(args)
-    batches = TextBatches(texts, tokenizer, max_length=args.max_length, seed=args.seed)
+    model, tokenizer = load_model(args), load_tokenizer(args)
+    batches = TextBatches(texts, tokenizer, max_length=length(args, model), seed=args.seed)
     with profile(model, batches, max_tokens=args.calibration_tokens, sample=False) as found:
         sites = find_sites(model)
         rows = [{"ffn": site.name, **described(stats)} for site, stats in zip(sites, found.sites, strict=True)]
@@ -115,18 +117,17 @@ def convert(args: Namespace) -> dict[str, Any]:
         seed=args.seed,
     )
     texts = read_lines(args.texts) if args.texts else None
-    model = load_checkpoint(args.model, args.revision)
+    model = load_model(args)
     check_convertible(model, config, texts)
-    tokenizer = batches = None
+    batches = None
     if texts is not None:
-        tokenizer = load_tokenizer(args)
-        batches = TextBatches(texts, tokenizer, max_length=args.max_length, seed=args.seed)
+        batches = TextBatches(texts, load_tokenizer(args), max_length=length(args, model), seed=args.seed)
     report = moefy_(model, config, batches)
     with written_whole(output_dir) as folder:
         model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        add_facts(folder, conversion=report, calibration={"data": Path(args.texts).name} if texts else None)
+        for processor in processors(args):
+            processor.save_pretrained(folder)
+        add_facts(folder, conversion=report, calibration=Path(args.texts).name if texts else None)
         add_license(folder, HfApi())
     return {"output_dir": str(output_dir), "table": report.table(), **report.to_dict()}
 
@@ -136,28 +137,41 @@ def sweep(args: Namespace) -> dict[str, Any]:
         raise ValueError("give --texts (perplexity, or agreement with the dense model) or --csv (accuracy)")
     for control in args.controls:
         check_control(control)
+    for path in filter(None, (args.output, args.plot)):
+        if not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"there is no folder for {path}")
+    if args.plot and find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'moefy-hf[plots]'")
     texts = read_lines(args.texts) if args.texts else None
-    model = load_checkpoint(args.model, args.revision)
+    model = load_model(args)
     if not is_moefied(model):
         raise ValueError(f"{args.model} is not MoEfied: moefy convert makes a checkpoint that is")
+    if model.config.is_encoder_decoder and not model._get_name().endswith("Classification"):
+        raise ValueError(
+            "texts alone are no data for an encoder-decoder: use moefy_hf.evaluate on batches with labels"
+        )
+    if args.csv and is_causal(model):
+        raise ValueError("a language model has no classes: give --texts")
     labels: list[int] | str | None = "next" if is_causal(model) else None
     if texts is None:
         texts, labels = read_labelled(args.csv, model.config)
-    batches = TextBatches(texts, load_tokenizer(args), labels=labels, max_length=args.max_length, seed=args.seed)
+    longest = length(args, model)
+    batches = TextBatches(texts, load_tokenizer(args), labels=labels, max_length=longest, seed=args.seed)
     found = evaluate(model, batches, args.shares, controls=args.controls)
+    if Path(args.model).is_dir():
+        add_facts(args.model, sweep=found, evaluation=Path(args.texts or args.csv).name)
     if args.output:
         found.save(args.output)
     if args.plot:
         found.plot(args.plot)
-    if Path(args.model).is_dir():
-        add_facts(args.model, sweep=found, evaluation={"data": Path(args.texts or args.csv).name})
     return {"table": found.table(), **found.to_dict()}
 
 
 def card(args: Namespace) -> dict[str, Any]:
     folder = checkpoint_folder(args)
-    if (folder / "README.md").exists() and not args.overwrite:
-        raise FileExistsError(f"{folder / 'README.md'} exists: --overwrite it, unless somebody has written in it")
+    readme = folder / "README.md"
+    if readme.exists() and not args.overwrite and not is_rendered(readme.read_text(encoding="utf-8")):
+        raise FileExistsError(f"{readme} exists, and somebody has written in it: move it away, or --overwrite it")
     add_facts(folder, base_model=args.base_model, license=args.license)
     add_license(folder, HfApi())
     return {"card": str(write_card(folder, args.repo_id, overwrite=True))}
@@ -177,7 +191,7 @@ def push(args: Namespace) -> dict[str, Any]:
 
 
 def export_model(args: Namespace) -> dict[str, Any]:
-    model = load_checkpoint(args.model, args.revision)
+    model = load_checkpoint(args.model, args.revision, dtype=args.dtype)  # on the CPU, where it is written from
     if args.k is not None and is_moefied(model):
         model.set_selection(k=args.k, allocation="uniform")
     try:
@@ -185,6 +199,27 @@ def export_model(args: Namespace) -> dict[str, Any]:
     except (ValueError, OSError):  # a checkpoint without one is exported without one
         tokenizer = None
     return {"output_dir": str(export(model, args.output_dir, args.to, tokenizer=tokenizer))}
+
+
+def load_model(args: Namespace) -> PreTrainedModel:
+    """On the accelerator, where there is one."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    model = load_checkpoint(args.model, args.revision, dtype=args.dtype)
+    return model if device is None else model.to(device)  # type: ignore[arg-type]
+
+
+def length(args: Namespace, model: PreTrainedModel) -> int:
+    """Tokens of a text: as many as asked for, or as the model has positions for."""
+    return min(args.max_length, getattr(model.config, "max_position_embeddings", None) or args.max_length)
+
+
+def processors(args: Namespace) -> list[Any]:
+    """The tokenizer and image processor that a checkpoint has, to go with what is made of it."""
+    found = []
+    for auto in (AutoTokenizer, AutoImageProcessor):
+        with contextlib.suppress(ValueError, OSError, ImportError, KeyError):
+            found.append(auto.from_pretrained(args.model, revision=args.revision))
+    return found
 
 
 def load_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:

@@ -17,7 +17,7 @@ PARTS = {
     "training": "{setting: value} of training after conversion",
     "evaluation": "{'data': name, 'split': name}: what the sweep was measured on",
     "sweep": "a Sweep: quality against compute",
-    "speed": "{'hardware': ..., 'rows': [...]}: measured seconds against dense",
+    "speed": "{'hardware': what, 'rows': [{column: figure}, ...]}: measured against dense",
 }
 
 
@@ -30,18 +30,18 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
 def add_facts(folder: str | Path, **parts: Any) -> dict[str, Any]:
     """Add parts (see PARTS) to a checkpoint's facts, replacing those of the same name; None leaves one as it is.
 
-    Values are JSON, or have a `to_dict`.
+    Values are JSON, or have a `to_dict`; a data set may be its name alone.
 
     Returns:
         all that is known now.
 
     Raises:
-        ValueError: an unknown part; the known ones are named.
+        ValueError: an unknown part (the known ones are named), or a value of another form than PARTS says.
     """
-    check_parts(parts)
-    added = {name: part.to_dict() if hasattr(part, "to_dict") else part for name, part in parts.items()}
-    found = read_facts(folder) | {name: part for name, part in added.items() if part is not None}
-    found["versions"] = versions()
+    added = as_json(parts)
+    found = read_facts(folder) | added
+    if "conversion" in added or "training" in added:
+        found["versions"] = versions()
     path = Path(folder) / FILE
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -49,10 +49,25 @@ def add_facts(folder: str | Path, **parts: Any) -> dict[str, Any]:
     return found
 
 
-def check_parts(parts: Mapping[str, Any]) -> None:
-    unknown = [name for name in parts if name not in PARTS]
-    if unknown:
-        raise ValueError(f"unknown part {unknown[0]!r} of a checkpoint's facts; choose from {', '.join(PARTS)}")
+def as_json(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts that are not None, as they are stored.
+
+    Raises:
+        ValueError: see `add_facts`.
+    """
+    found = {}
+    for name, value in parts.items():
+        if name not in PARTS:
+            raise ValueError(f"unknown part {name!r} of a checkpoint's facts; choose from {', '.join(PARTS)}")
+        value = value.to_dict() if hasattr(value, "to_dict") else value
+        if name in ("calibration", "evaluation") and isinstance(value, str):
+            value = {"data": value}
+        if value is not None:
+            kind = str if name in ("base_model", "license") else Mapping
+            if not isinstance(value, kind) or name == "sweep" and not {"rows", "facts"} <= value.keys():
+                raise ValueError(f"{name} must be {PARTS[name]}; got {value!r:.80}")
+            found[name] = value
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -1,26 +1,33 @@
 """Push a MoEfied checkpoint to the Hub: save, verify in a clean process, write the card, upload as one commit."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, get_token
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .cards import known_facts, moefied_config, write_card
-from .facts import add_facts, check_parts, is_hub_id
+from .cards import is_rendered, known_facts, moefied_config, write_card
+from .facts import add_facts, as_json, is_hub_id
 from .folders import written_whole
 from .modeling.moefied import is_moefied
 from .verification import VerificationError, verify
 
 logger = logging.get_logger("moefy_hf")
 
-# hidden files, and what a Trainer keeps in a checkpoint to go on from
-LEFT_OUT = [".*", "**/.*", "__pycache__/*", "checkpoint-*/*", "optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*"]
+# hidden files, and what a Trainer keeps in a checkpoint: tokens and paths of this machine are in some of it
+LEFT_OUT = [
+    *(".*", "**/.*", "__pycache__/*", "*.tmp", "checkpoint-*/*", "runs/*", "optimizer*", "scheduler.pt", "scaler.pt"),
+    *("rng_state*", "trainer_state.json", "training_args.bin", "global_step*", "latest", "zero_to_fp32.py"),
+    "pytorch_model_fsdp*",
+]
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]  # old ones would be loaded first
 
 
 class PushError(OSError):
@@ -52,7 +59,7 @@ def push_to_hub(
         source: a model, or the folder of a saved one.
         repo_id: "owner/name"; created where it does not exist.
         folder: where a model is saved first; must not exist. By default the name in repo_id.
-        processor: tokenizer, image processor or feature extractor to save beside a model.
+        processor: tokenizer, image processor or feature extractor to save beside it.
         facts: what is known beyond the config, for the card: see `moefy_hf.facts.PARTS`.
         inputs: model inputs to verify with; by default made up from the config.
         private: visibility of a new repository; by default the owner's setting.
@@ -69,14 +76,16 @@ def push_to_hub(
         raise ValueError(f"{repo_id!r} is no repository: give 'owner/name'")
     if create_pr and branch is not None:
         raise ValueError(f"a pull request is against main: give branch={branch!r} or create_pr, not both")
-    check_parts(facts or {})
+    facts = as_json(facts or {})
     model = None
+    if isinstance(source, PeftModel):
+        raise ValueError("an adapter is not pushed with its model: merge_and_unload it first")
     if isinstance(source, PreTrainedModel):
         model, folder = source, Path(folder or repo_id.rpartition("/")[2])
         if not is_moefied(model):
             raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
         if folder.exists():
-            raise FileExistsError(f"{folder} exists: choose another folder, or push that one")
+            raise FileExistsError(f"{folder} exists: choose another folder, or push what is there by its name")
     else:
         folder = Path(source)
         moefied_config(folder)
@@ -84,15 +93,24 @@ def push_to_hub(
     check_repository(api, repo_id, branch, overwrite)
     if model is not None:
         save(model, folder, processor)
-    add_facts(folder, **(facts or {}))
+    elif processor is not None:
+        processor.save_pretrained(folder)
+    add_facts(folder, **facts)
     add_license(folder, api)
     try:
         verify(folder, model, inputs)
     except VerificationError as error:
         raise PushError(f"{folder} was not pushed: {error}") from error
-    if not (folder / "README.md").exists():
-        write_card(folder, repo_id, branch)
-    return upload(api, folder, repo_id, private, branch, create_pr, message)
+    return upload(
+        api,
+        folder,
+        repo_id,
+        private=private,
+        branch=branch,
+        create_pr=create_pr,
+        overwrite=overwrite,
+        message=message,
+    )
 
 
 def save(model: PreTrainedModel, folder: Path, processor: Any = None) -> None:
@@ -111,9 +129,8 @@ def check_repository(api: HfApi, repo_id: str, branch: str | None, overwrite: bo
         held, revision = files_of(api, repo_id, branch)
         if overwrite or set(held) <= {".gitattributes", "README.md"}:
             return
-        config = json.loads(Path(api.hf_hub_download(repo_id, "config.json", revision=revision)).read_text())
-    except EntryNotFoundError:
-        config = {}
+        held_config = "config.json" in held and api.hf_hub_download(repo_id, "config.json", revision=revision)
+        config = json.loads(Path(held_config).read_text(encoding="utf-8")) if held_config else {}
     except Exception as error:  # of the network, in whatever words
         raise PushError(f"cannot push to {repo_id}: {error}") from error
     if "moefication" not in config:
@@ -148,10 +165,34 @@ def add_license(folder: Path, api: HfApi) -> None:
         add_facts(folder, license=card.license)
 
 
+def renew_card(api: HfApi, folder: Path, repo_id: str, branch: str | None) -> None:
+    """Render the card, unless there is one, here or in the repository, that somebody has written in."""
+    path = folder / "README.md"
+    if path.exists() and not is_rendered(path.read_text(encoding="utf-8")):
+        return
+    held, revision = files_of(api, repo_id, branch)
+    if "README.md" in held:
+        text = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8")
+        if not is_rendered(text):
+            path.write_text(text, encoding="utf-8")
+            logger.warning(f"the card of {repo_id} is kept as it is: somebody has written in it")
+            return
+    write_card(folder, repo_id, branch, overwrite=True)
+
+
 def upload(
-    api: HfApi, folder: Path, repo_id: str, private: bool | None, branch: str | None, create_pr: bool, message: str
+    api: HfApi,
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None,
+    branch: str | None,
+    create_pr: bool,
+    overwrite: bool,
+    message: str,
 ) -> CommitInfo:
     try:
+        renew_card(api, folder, repo_id, branch)
         api.create_repo(repo_id, private=private, exist_ok=True)
         if branch is not None and not branch.startswith("refs/"):
             api.create_branch(repo_id, branch=branch, exist_ok=True)
@@ -162,10 +203,15 @@ def upload(
             revision=branch,
             create_pr=create_pr,
             ignore_patterns=LEFT_OUT,
+            delete_patterns=WEIGHTS,
         )
     except Exception as error:  # of the network, in whatever words
         cause = error if error.__cause__ is None else f"{error} {error.__cause__}"
+        flags = [f"--{name}" for name, on in (("create_pr", create_pr), ("overwrite", overwrite)) if on]
+        flags += ["--private"] if private else []
+        flags += [] if branch is None else ["--branch", branch]
+        again = shlex.join(["moefy", "push", str(folder), repo_id, *flags, "--message", message])
         raise PushError(
             f"the upload to {repo_id} failed: {cause}. {folder} is complete and verified; what was uploaded is not "
-            f"sent again: moefy push {folder} {repo_id}"
+            f"sent again: {again}"
         ) from error

@@ -1,11 +1,11 @@
 """Text files as model-ready batches, for the command line."""
 
+import copy
+import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -30,9 +30,10 @@ class TextBatches:
     ):
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
         self.parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        self.texts, self.labels, self.tokenizer, self.max_length = texts, labels, tokenizer, max_length
+        self.texts, self.labels, self.max_length = texts, labels, max_length
+        self.tokenizer = copy.deepcopy(tokenizer)  # the caller's is saved as it came
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+            self.tokenizer.pad_token = tokenizer.eos_token
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -40,9 +41,8 @@ class TextBatches:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for part in self.parts:
             texts = [self.texts[i] for i in part]
-            batch = dict(
-                self.tokenizer(texts, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt")
-            )
+            limits = {"truncation": True, "max_length": self.max_length, "padding": True, "padding_side": "right"}
+            batch = dict(self.tokenizer(texts, return_tensors="pt", **limits))
             if self.labels == "next":
                 batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
             elif self.labels is not None:
@@ -66,20 +66,27 @@ def read_lines(path: str) -> list[str]:
 
 
 def read_labelled(path: str, config: PreTrainedConfig) -> tuple[list[str], list[int]]:
-    """Columns `text` and `label` of a csv file; labels are class ids or names that the model's config knows.
+    """Columns `text` and `label` of a csv file; labels are names that the model's config knows, or else class ids.
 
     Raises:
         ValueError: no such file or columns, or a label that the model does not have; the known ones are named.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path} is no csv file")
-    found = load_dataset("csv", data_files=path, split="train")
-    assert isinstance(found, Dataset)
-    missing = {"text", "label"} - set(found.column_names)
-    if missing:
-        raise ValueError(f"{path} has no column {', '.join(sorted(missing))}; it has {', '.join(found.column_names)}")
-    classes: dict[Any, int] = {**{i: i for i in config.id2label}, **{name: i for i, name in config.id2label.items()}}
-    unknown = [label for label in found["label"] if label not in classes]
-    if unknown:
-        raise ValueError(f"{path}: label {unknown[0]!r} is none of {', '.join(map(str, config.id2label.values()))}")
-    return list(found["text"]), [classes[label] for label in found["label"]]
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        missing = {"text", "label"} - set(rows.fieldnames or ())
+        if missing:
+            raise ValueError(
+                f"{path} has no column {', '.join(sorted(missing))}; it has {', '.join(rows.fieldnames or ['none'])}"
+            )
+        found = [((row["text"] or "").strip(), (row["label"] or "").strip()) for row in rows]
+    if not found:
+        raise ValueError(f"{path} holds no rows")
+    classes = {str(i): i for i in config.id2label} | {name: i for i, name in config.id2label.items()}
+    for line, (text, label) in enumerate(found, start=1):
+        if not text:
+            raise ValueError(f"{path}: row {line} has no text")
+        if label not in classes:
+            raise ValueError(f"{path}: label {label!r} is none of {', '.join(map(str, config.id2label.values()))}")
+    return [text for text, _ in found], [classes[label] for _, label in found]

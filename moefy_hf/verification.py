@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .architectures import load_checkpoint
 from .cards import auto_class, moefied_config
@@ -56,8 +56,14 @@ def verify(
     folder = Path(folder).resolve()
     config = moefied_config(folder)
     model = load_checkpoint(folder) if model is None else model
-    inputs = example_inputs(model.config) if inputs is None else dict(inputs)
-    expected = outputs_of(model, inputs)
+    made_up = inputs is None
+    inputs = example_inputs(model) if inputs is None else dict(inputs)
+    try:
+        expected = outputs_of(model, inputs)
+    except Exception as error:
+        if made_up:
+            raise VerificationError(f"the inputs made up for it do not suit it: pass inputs= ({error})") from error
+        raise
     with tempfile.TemporaryDirectory() as exchange:
         torch.save(inputs, f"{exchange}/inputs.pt")
         done = subprocess.run(
@@ -98,27 +104,40 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no message")
 
 
-def example_inputs(config: PreTrainedConfig, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
-    """Made-up inputs (seeded) of the kinds that a model of this config takes: tokens, pictures or sound features."""
+def example_inputs(model: PreTrainedModel, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
+    """Made-up inputs (seeded) of the kinds that a model takes: tokens, pictures or sound features."""
+    config, head = model.config, type(model).__name__
     generator = torch.Generator().manual_seed(0)
+    batch = 1 if getattr(config, "pad_token_id", None) is None else batch  # classifiers look for the last real token
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
     def tokens(part: Any) -> torch.Tensor:
         longest = min(length, getattr(part, "max_position_embeddings", None) or length)
-        return torch.randint(part.vocab_size // 2, part.vocab_size, (batch, longest), generator=generator)
+        shape = (batch, 3, longest) if head.endswith("ForMultipleChoice") else (batch, longest)
+        found = torch.randint(part.vocab_size // 2, part.vocab_size, shape, generator=generator)
+        if isinstance(part.eos_token_id, int):  # where BART and T5 classify
+            found = found.where(found != part.eos_token_id, part.vocab_size // 2 - 1)
+            found[..., -1] = part.eos_token_id
+        return found
 
     def picture(part: Any) -> torch.Tensor:
         size = part.image_size if isinstance(part.image_size, list | tuple) else [part.image_size] * 2
         return noise(batch, part.num_channels, *size)
 
     if config.model_type == "clip":
-        return {"input_ids": tokens(config.text_config), "pixel_values": picture(config.vision_config)}
-    if hasattr(config, "num_mel_bins"):
-        found = {"input_features": noise(batch, config.num_mel_bins, 2 * config.max_source_positions)}
-    elif hasattr(config, "image_size"):
+        pictures = {"pixel_values": picture(config.vision_config)}
+        return (
+            pictures
+            if head.endswith("ForImageClassification")
+            else {"input_ids": tokens(config.text_config), **pictures}
+        )
+    if hasattr(config, "image_size"):
         return {"pixel_values": picture(config)}
-    else:
-        found = {"input_ids": tokens(config)}
-    return found | ({"decoder_input_ids": tokens(config)} if config.is_encoder_decoder else {})
+    if model.main_input_name == "input_features":
+        found = {"input_features": noise(batch, config.num_mel_bins, 2 * config.max_source_positions)}
+        return found if head.endswith("AudioClassification") else found | {"decoder_input_ids": tokens(config)}
+    found = {"input_ids": tokens(config)}
+    decodes = config.is_encoder_decoder and not head.endswith(("Classification", "QuestionAnswering", "EncoderModel"))
+    return found | ({"decoder_input_ids": tokens(config)} if decodes and not head.endswith("CausalLM") else {})

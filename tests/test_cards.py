@@ -33,12 +33,17 @@ def folder(measured, tmp_path):
 
 
 def test_parts_add_up(folder):
+    assert add_facts(folder, evaluation="imdb")["evaluation"] == {"data": "imdb"}
     found = add_facts(folder, license=None, training={"epochs": 1})
     assert found == read_facts(folder) and found["license"] == "mit" and found["training"] == {"epochs": 1}
     assert found["versions"]["torch"] == torch.__version__
     assert not list(folder.glob("*.tmp"))
     with pytest.raises(ValueError, match="unknown part 'licence' of .*; choose from base_model, license"):
         add_facts(folder, licence="mit")
+    for bad in ({"speed": []}, {"license": ["mit"]}, {"sweep": {"rows": []}}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+            add_facts(folder, **bad)
+    assert read_facts(folder) == found
 
 
 def test_metadata_is_what_the_hub_parses(folder, measured):
@@ -91,13 +96,15 @@ def test_measured_speed_is_shown(folder):
 
 
 def test_a_card_is_not_overwritten_unasked(folder):
-    path = write_card(folder)
-    path.write_text("mine")
+    path = write_card(str(folder))
+    add_facts(folder, license="apache-2.0")
+    assert "Licence: apache-2.0" in write_card(folder).read_text()  # as it was rendered: nobody has written in it
+    path.write_text(path.read_text() + "mine")
     with pytest.raises(FileExistsError, match="README.md exists"):
         write_card(folder)
-    assert path.read_text() == "mine"
+    assert path.read_text().endswith("mine")
     write_card(folder, overwrite=True)
-    assert "# bert-moe" in path.read_text()
+    assert not path.read_text().endswith("mine")
 
 
 def test_the_base_model_that_the_conversion_saw(measured, tmp_path):

@@ -15,6 +15,7 @@ from moefy_hf import Sweep, commands
 from moefy_hf.architectures import load_checkpoint
 from moefy_hf.cli import main
 from moefy_hf.facts import read_facts
+from moefy_hf.text_files import read_labelled
 
 CAUSAL = "AutoModelForCausalLM"
 
@@ -103,6 +104,7 @@ def test_convert_without_data(dense, tmp_path, capsys):
     out = capsys.readouterr().out
     assert json.loads(out[out.index("{") :])["experts"] == [6, 6]
     assert (tmp_path / "moe" / "model.safetensors").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "moe").pad_token is None  # as it came
 
 
 def test_profile(dense, capsys):
@@ -164,6 +166,18 @@ def test_sweep_a_classifier(tmp_path, capsys):
     assert dense["accuracy"] == pytest.approx(right / len(rows))
 
 
+def test_labels_of_a_csv_file(tmp_path):
+    config = tiny_model("bert", "AutoModelForSequenceClassification", id2label={0: "1", 1: "2", 2: "None"}).config
+    file = tmp_path / "rows.csv"
+    file.write_text('text,label\n"a, b",1\nc,2\nd,None\ne,0\n')  # names first; 0 is only an id
+    assert read_labelled(str(file), config) == (["a, b", "c", "d", "e"], [0, 1, 2, 0])
+    bad = {"text,class\na,1\n": "no column label", "text,label\na,9\n": "'9' is none of 1, 2, None"}
+    for content, message in bad.items():
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_labelled(str(file), config)
+
+
 def test_card(copy, capsys):
     main(["card", str(copy), "--repo_id", "me/smol-moe", "--license", "mit"])
     assert capsys.readouterr().out.strip() == str(copy / "README.md")
@@ -206,6 +220,7 @@ def test_export(moe, tmp_path, capsys):
         (["profile", "{dense}", "--texts", "{tmp}/none.txt"], "none.txt is no text file"),
         (["sweep", "{dense}", "--texts", "{texts}"], "is not MoEfied: moefy convert"),
         (["sweep", "{dense}"], "give --texts .* or --csv"),
+        (["sweep", "{dense}", "--texts", "{texts}", "--output", "{tmp}/no/a.json"], "there is no folder for .*a.json"),
         (["sweep", "{dense}", "--texts", "{texts}", "--controls", "x"], "'x'"),
         (["card", "{dense}"], "is not MoEfied"),
         (["card", "{tmp}/nothing"], "no config.json"),

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hub_server import HubServer, use_in_process
 from huggingface_hub import HfApi, ModelCard
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny import convert, tiny_inputs, tiny_model
 
 from moefy_hf import PushError, add_facts, evaluate, hub, push_to_hub
@@ -80,14 +82,38 @@ with torch.no_grad():
 
 
 def test_what_a_trainer_goes_on_from_stays_here(server, folder):
-    for name in ("optimizer.pt", "rng_state_0.pth", "checkpoint-5/model.safetensors", "training_args.bin", ".secret"):
+    kept = ("optimizer.pt", "rng_state_0.pth", "training_args.bin", "trainer_state.json", "runs/events.1", ".secret")
+    kept = (*kept, "checkpoint-5/model.safetensors", "global_step5/zero.pt")
+    for name in kept:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"0")
     push_to_hub(folder, REPO)
-    assert set(server.repos[REPO].revisions["main"]) & {p.name for p in folder.iterdir()} >= {"training_args.bin"}
-    assert not [
-        p for p in server.repos[REPO].commits[0].paths if p.startswith(("optimizer", "rng", "checkpoint", "."))
-    ]
+    paths = set(server.repos[REPO].commits[0].paths)
+    assert "config.json" in paths and not paths & set(kept)
+
+
+def test_old_weights_do_not_stay(server, folder):
+    """What is loaded first, a single file, would be the old model."""
+    push_to_hub(folder, REPO)
+    weights = dict.fromkeys(load_file(folder / "model.safetensors"), "model-1.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+    push_to_hub(folder, REPO)
+    files = server.repos[REPO].revisions["main"]
+    assert "model-1.safetensors" in files and "model.safetensors" not in files
+
+
+def test_a_card_is_renewed_until_somebody_writes_in_it(server, folder):
+    main(["card", str(folder)])
+    push_to_hub(folder, REPO, facts={"license": "mit"})
+    card = server.repos[REPO].revisions["main"]["README.md"].decode()
+    assert "Licence: mit" in card and f'from_pretrained("{REPO}"' in card
+    api = HfApi(token=server.token)
+    api.upload_file(path_or_fileobj=(card + "More.").encode(), path_in_repo="README.md", repo_id=REPO)
+    (folder / "README.md").unlink()
+    push_to_hub(folder, REPO, facts={"license": "apache-2.0"})
+    assert server.repos[REPO].revisions["main"]["README.md"].decode() == card + "More."
+    assert (folder / "README.md").read_text() == card + "More."
 
 
 def test_a_second_push_sends_what_changed(server, folder):
@@ -163,6 +189,10 @@ def test_bad_input_is_found_first(server, folder, saved, tmp_path):
         push_to_hub(tiny_model("bert"), REPO)
     with pytest.raises(ValueError, match="unknown part 'licence'"):
         push_to_hub(folder, REPO, facts={"licence": "mit"})
+    with pytest.raises(ValueError, match="sweep must be a Sweep"):
+        push_to_hub(folder, REPO, facts={"sweep": {"rows": []}})
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        push_to_hub(get_peft_model(tiny_model("bert", HEAD), LoraConfig(target_modules=["query"])), REPO)
     with pytest.raises(FileExistsError, match="moe exists"):
         push_to_hub(saved[0], REPO, folder=folder)
     assert not server.requests
@@ -187,6 +217,14 @@ def test_a_push_that_was_cut_off_is_repeated(server, folder, how, where, message
     assert (folder / "README.md").exists() and (folder / "model.safetensors").exists()
     push_to_hub(folder, REPO)
     assert len(server.repos[REPO].commits) == 1 and "model.safetensors" in server.repos[REPO].revisions["main"]
+
+
+def test_the_way_to_repeat_a_push_is_complete(server, folder):
+    server.fail("POST", "/commit/k2", 500)
+    with pytest.raises(
+        PushError, match=r"moefy push \S*moe user/bert-moe --private --branch k2 --message 'Two words'$"
+    ):
+        push_to_hub(folder, REPO, private=True, branch="k2", message="Two words")
 
 
 def test_what_the_client_repeats_itself_goes_through(server, folder):

@@ -102,7 +102,7 @@ def test_an_engine_is_compared(check, exact, made):
     ("changes", "flags", "message"),
     [
         ({"moefied": "nothing"}, (), "nothing is no checkpoint"),
-        ({"moefied": "mixtral"}, (), "mixtral is not MoEfied"),
+        ({"moefied": "exported"}, (), "exported is not MoEfied"),
         ({"exported": "moe"}, (), "moe is MoEfied, not exported"),
         ({"texts": "nothing.txt"}, (), "No such file"),
         ({}, ("--tokens", "5000"), "tokens, 5000 are needed"),
