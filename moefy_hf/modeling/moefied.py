@@ -1,6 +1,7 @@
 """The mixin that makes any supported `PreTrainedModel` class its MoEfied version, driven by `config.moefication`."""
 
 import copy
+import importlib
 import sys
 from typing import Any
 
@@ -181,3 +182,24 @@ class MoefiedMixin:
         section["selection"] = copy.deepcopy(selection)
         for site, each in zip(sites, resolved, strict=True):
             site.act.selection = each
+
+    def set_moe_implementation(self, name: str = "auto") -> None:
+        """How the FFNs run from here on; never saved.
+
+        Args:
+            name: "masked" computes every neuron and zeroes those not selected, the form that trains, and what a model
+                begins with; "cpu" computes the selected experts alone (C++, float32, compiled on first use), "torch"
+                does so without a compiler, for a few tokens; "auto" takes the best of these that can run here, and is
+                masked where it would not be faster. Calls that need gradients, autocast or a compiled graph are
+                masked with each of them.
+
+        Raises:
+            ValueError: an unknown name, or an FFN that cannot run so: adapted, quantised, offloaded, of another dtype
+                or activation; "auto" leaves such FFNs masked.
+            ImportError: moefy-hf is not installed: a checkpoint's own files hold no kernels.
+        """
+        try:
+            execution = importlib.import_module("moefy_hf.execution")  # a string: no file of this one travels there
+        except ImportError as error:
+            raise ImportError(f"implementations come with the package: pip install moefy-hf ({error})") from error
+        execution.set_implementation_(self, name)

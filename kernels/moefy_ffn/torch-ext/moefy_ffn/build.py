@@ -1,0 +1,74 @@
+"""Compile ffn.cpp with the system's compiler, once per machine: plain C++ without torch's headers takes seconds."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("ffn.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
+
+
+class BuildError(RuntimeError):
+    """Why there is no compiled kernel here."""
+
+
+def compiler() -> str:
+    """
+    Raises:
+        BuildError: there is none.
+    """
+    name = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not name:
+        raise BuildError("there is no C++ compiler (g++ or clang++; CXX names another)")
+    return name
+
+
+def cache_directory() -> Path:
+    """$MOEFY_KERNELS, else a folder of the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MOEFY_KERNELS") or Path(base, "moefy_ffn"))
+
+
+def key() -> str:
+    """What the compiled file depends on: the source, the compiler and its flags, and this processor."""
+    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
+    parts = (SOURCE.read_text(), version, *FLAGS, processor())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def processor() -> str:
+    """Its instruction sets: code for another processor would be an illegal instruction here."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}"
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernel, compiled now if it never was.
+
+    Raises:
+        BuildError: there is no compiler, or it fails; the first line of what it says is in the message.
+    """
+    path = cache_directory() / f"ffn-{key()}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"[moefy_ffn] compiling {SOURCE.name}, once, into {path}", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(
+            dir=path.parent
+        ) as folder:  # renamed when whole: others may be compiling, too
+            made = Path(folder, "ffn.so")
+            done = subprocess.run([compiler(), *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
+            if done.returncode:
+                raise BuildError(f"{compiler()} failed: {next(iter(done.stderr.splitlines()), 'no message')}")
+            made.rename(path)
+    return ctypes.CDLL(str(path))

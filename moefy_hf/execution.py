@@ -1,0 +1,220 @@
+"""How a MoEfied model's FFNs run: masked (dense compute, then mask), or with only the selected experts computed.
+
+Nothing of the model moves into new modules: the `forward` of an FFN's own Linears and activation is replaced on the
+instance. The first Linear, which sees the FFN's input, computes the whole FFN; the others hand its output on.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from moefy_ffn import BuildError, moe_ffn
+from moefy_ffn.build import library
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from .modeling.ffn_sites import FfnSite, FfnWeights
+
+logger = logging.get_logger("moefy_hf")
+
+ACTIVATIONS = {  # class of the activation module -> the kernel's name
+    "ReLU": "relu",
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+    "ReLUSquaredActivation": "relu_squared",
+}
+MATRIX_ROUTERS = {  # routers whose scores are W x -> where W is; the kernel multiplies and selects itself
+    "LinearRouter": "weight",
+    "PriorApproximateRouter": "weight",
+    "RandomRouter": "weight",
+    "SimilarityRouter": "centres",
+}
+LARGEST_SHARE = 0.5  # of the experts; beyond, dense products of the BLAS are as fast
+FEW_TOKENS = 4  # that indexing rows with torch pays for
+
+
+def run_kernel(x: torch.Tensor, weights: FfnWeights, down_bias: torch.Tensor | None, act: Any) -> torch.Tensor:
+    """x (..., d) -> (..., d), by the C++ kernel."""
+    attribute = MATRIX_ROUTERS.get(type(act.router).__name__)
+    router = experts = None
+    if attribute is not None:
+        router = getattr(act.router, attribute)
+    else:
+        experts = act.selection(act.router(x))[0].int()
+    return moe_ffn(
+        x,
+        weights.up,
+        weights.down.t(),
+        k=act.selection.k,
+        expert_size=act.expert_size,
+        activation=ACTIVATIONS[type(weights.act).__name__],
+        router=router,
+        experts=experts,
+        gate=weights.gate,
+        up_bias=weights.up_bias,
+        gate_bias=weights.gate_bias,
+        down_bias=down_bias,
+    )[0]
+
+
+def run_torch(x: torch.Tensor, weights: FfnWeights, down_bias: torch.Tensor | None, act: Any) -> torch.Tensor:
+    """x (..., d) -> (..., d), by indexing the selected experts' rows, token by token."""
+    tokens = x.reshape(-1, x.shape[-1])
+    experts, _ = act.selection(act.router(tokens))  # (T, K)
+
+    def rows(matrix: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """(f, ...) -> (K * m, ...)"""
+        return matrix.unflatten(0, (act.num_experts, -1))[chosen].flatten(0, 1)
+
+    def linear(token: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, chosen: torch.Tensor):
+        return F.linear(token, rows(weight, chosen), None if bias is None else rows(bias, chosen))
+
+    outputs = []
+    for token, chosen in zip(tokens, experts, strict=True):
+        hidden = linear(token, weights.up, weights.up_bias, chosen)
+        if weights.gate is None:
+            hidden = weights.act(hidden)
+        else:
+            hidden = weights.act(linear(token, weights.gate, weights.gate_bias, chosen)) * hidden
+        outputs.append(hidden @ rows(weights.down.t(), chosen))
+    y = torch.stack(outputs).view_as(x)
+    return y if down_bias is None else y + down_bias
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {"torch": run_torch, "cpu": run_kernel}  # beside "masked"
+
+
+class SparseFfn:
+    """One FFN that computes only the selected experts, wherever a call allows it; its modules hold it."""
+
+    def __init__(self, site: FfnSite, name: str, auto: bool):
+        self.site, self.name, self.auto = site, name, auto
+        self.calls = _Calls()
+
+    def install_(self) -> None:
+        site = self.site
+        for linear in self.transposed():  # a row per neuron; for the same values, the parameter is a transposed view
+            linear.weight.data = linear.weight.data.t().contiguous().t()
+        site.first.forward = self.first
+        site.act.forward = self.activation
+        site.down.forward = self.down
+        if site.gate is not None:
+            site.up.forward = self.up
+
+    def remove_(self) -> None:
+        for module in {self.site.first, self.site.up, self.site.act, self.site.down}:
+            vars(module).pop("forward", None)
+        for linear in self.transposed():
+            linear.weight.data = linear.weight.data.contiguous()
+
+    def transposed(self) -> list[nn.Module]:
+        """The Linears whose weight has neurons along its second dimension."""
+        linears = {self.site.first, self.site.up, self.site.down}
+        return [linear for linear in linears if isinstance(linear, Conv1D) != (linear is self.site.down)]
+
+    def first(self, x: torch.Tensor) -> torch.Tensor:
+        first, act = self.site.first, self.site.act
+        if self.reason(x) is not None:
+            return type(first).forward(first, x)
+        y = IMPLEMENTATIONS[self.name](x, self.site.weights(), self.site.down.bias, act)
+        self.calls.sparse = True
+        return torch.cat([y, torch.ones_like(y)], -1) if self.site.spec.parts == 2 else y
+
+    def up(self, x: torch.Tensor) -> torch.Tensor | float:
+        return 1.0 if self.calls.sparse else type(self.site.up).forward(self.site.up, x)
+
+    def activation(self, h: torch.Tensor) -> torch.Tensor:
+        act = self.site.act
+        if not self.calls.sparse:
+            return type(act).forward(act, h)
+        act.observed.x = None
+        return h
+
+    def down(self, h: torch.Tensor) -> torch.Tensor:
+        if not self.calls.sparse:
+            return type(self.site.down).forward(self.site.down, h)
+        self.calls.sparse = False
+        return h
+
+    def reason(self, x: torch.Tensor) -> str | None:
+        """Why this call is masked, if it is."""
+        site, act = self.site, self.site.act
+        if act.selection.keeps_all(act.num_experts):
+            return "all experts are selected"
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in site.first.parameters())):
+            return "gradients are wanted (use torch.no_grad or torch.inference_mode)"
+        if x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+            return "it is not plain float32"
+        if act._forward_hooks or act._forward_pre_hooks or site.down._forward_hooks or site.down._forward_pre_hooks:
+            return "something observes its neurons"
+        if self.name == "torch" and x.numel() > FEW_TOKENS * x.shape[-1]:
+            return "many tokens"
+        if self.auto and act.selection.k > LARGEST_SHARE * act.num_experts:
+            return "most experts are selected"
+        return None
+
+
+class _Calls(threading.local):
+    """Whether the call under way is sparse; one per thread, so that threads may share a model."""
+
+    sparse = False
+
+    def __deepcopy__(self, memo):
+        return _Calls()
+
+    def __reduce__(self):
+        return _Calls, ()
+
+
+def set_implementation_(model: PreTrainedModel, name: str) -> None:
+    """See `MoefiedMixin.set_moe_implementation`."""
+    if name not in ("auto", "masked", *IMPLEMENTATIONS):
+        raise ValueError(f"unknown implementation {name!r}; choose from auto, masked, {', '.join(IMPLEMENTATIONS)}")
+    sites = model.moe_sites()
+    unfit = [f"{site.name}: {found}" for site in sites if (found := misfit(site)) is not None]
+    chosen = name
+    if name == "auto":
+        chosen = "cpu"
+        try:
+            library()
+        except BuildError as error:
+            logger.warning_once(f"experts run by torch, slower than compiled: {error}")
+            chosen = "torch"
+    elif name == "cpu":
+        library()
+    if unfit and name == "auto":
+        logger.warning_once(f"{len(unfit)} of {len(sites)} FFNs run masked: {unfit[0]}")
+    elif unfit and name != "masked":
+        raise ValueError(f"implementation {name!r} cannot run {unfit[0]}")
+    for site in sites:
+        current = getattr(vars(site.first).get("forward"), "__self__", None)
+        if isinstance(current, SparseFfn):
+            current.remove_()
+        if chosen != "masked" and misfit(site) is None:
+            SparseFfn(site, chosen, name == "auto").install_()
+
+
+def misfit(site: FfnSite) -> str | None:
+    """Why an FFN cannot run sparsely, if it cannot."""
+    for path in filter(None, (site.spec.gate, site.spec.up, site.spec.down)):
+        linear = site.owner.get_submodule(path)
+        own = vars(linear).get("forward")
+        plain = type(linear) in (nn.Linear, Conv1D) or type(linear).__name__ == "FalconLinear"
+        if not plain or not isinstance(getattr(own, "__self__", None), SparseFfn | None):
+            return f"{path} is a {type(linear).__name__}, adapted, quantised or offloaded: only plain Linears can"
+        for parameter in linear.parameters():
+            if type(parameter) is not nn.Parameter or parameter.device.type != "cpu":
+                return f"{path} has a {type(parameter).__name__} on {parameter.device}: only plain ones on the CPU can"
+            if parameter.dtype != torch.float32:
+                return f"{path} is {parameter.dtype}: only float32 can"
+    act = site.act.inner
+    if type(act).__name__ not in ACTIVATIONS:
+        return f"activation {type(act).__name__} is none of {', '.join(ACTIVATIONS)}"
+    return None

@@ -1,0 +1,225 @@
+"""Models whose FFNs compute the selected experts alone give what they give masked."""
+
+import copy
+import importlib
+import threading
+
+import pytest
+import torch
+from batches import text_batches
+from moefy_ffn import BuildError
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tiny import NAMES, convert, distance, run, tiny_inputs, tiny_model
+
+from moefy_hf import evaluate, execution, profile
+from moefy_hf.execution import IMPLEMENTATIONS, SparseFfn
+
+SIGMOID = "bert-sigmoid"  # an activation that no kernel has
+
+
+def moefied(name: str, k: int = 2, **settings):
+    model = tiny_model(name, **settings)
+    convert(model, k)
+    return model.requires_grad_(False)
+
+
+def calls(monkeypatch) -> list[tuple]:
+    """The shapes that kernels are called with from here on."""
+    found = []
+    for name in IMPLEMENTATIONS:
+        original = IMPLEMENTATIONS[name]
+
+        def counted(x, *others, original=original):
+            found.append(tuple(x.shape))
+            return original(x, *others)
+
+        monkeypatch.setitem(execution.IMPLEMENTATIONS, name, counted)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != SIGMOID and name != "clip"])
+def test_every_architecture_gives_the_same(name, monkeypatch):
+    model, inputs = moefied(name), tiny_inputs(name)
+    masked, before = run(model, inputs), {key: value.clone() for key, value in model.state_dict().items()}
+    found = calls(monkeypatch)
+    model.set_moe_implementation("cpu")
+    assert distance(run(model, inputs), masked) < 1e-5
+    assert len(found) == len(model.moe_sites())  # every FFN, once
+    state = model.state_dict()
+    assert state.keys() == before.keys() and all(torch.equal(state[key], before[key]) for key in before)
+    model.set_moe_implementation("masked")
+    assert all(torch.equal(a, b) for a, b in zip(run(model, inputs), masked, strict=True))
+    assert all(value.is_contiguous() for value in model.state_dict().values())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3"])
+def test_torch_does_a_few_tokens(name, monkeypatch):
+    model, found = moefied(name), calls(monkeypatch)
+    inputs = {"input_ids": tiny_inputs(name)["input_ids"][:1, :3]}
+    masked = run(model, inputs)
+    model.set_moe_implementation("torch")
+    assert distance(run(model, inputs), masked) < 1e-5 and len(found) == 2
+    run(model, tiny_inputs(name))  # 14 tokens
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("router", ["random", "similarity"])
+@pytest.mark.parametrize("budget", [1, 3, [1, 4]])
+def test_routers_and_budgets(router, budget):
+    model, inputs = tiny_model("llama"), tiny_inputs("llama")
+    convert(model, budget, router=router, splitter="parameter_clustering")
+    model.requires_grad_(False)
+    masked = run(model, inputs)
+    model.set_moe_implementation("cpu")
+    assert distance(run(model, inputs), masked) < 1e-5
+    model.set_selection(k=2)  # follows at once
+    sparse = run(model, inputs)
+    model.set_moe_implementation("masked")
+    assert distance(run(model, inputs), sparse) < 1e-5
+
+
+def test_changed_weights_are_seen():
+    model, inputs = moefied("llama"), tiny_inputs("llama")
+    model.set_moe_implementation("cpu")
+    before = run(model, inputs)
+    for site in model.moe_sites():
+        site.down.weight.mul_(2)
+    after = run(model, inputs)
+    model.set_moe_implementation("masked")
+    assert distance(run(model, inputs), after) < 1e-5 < distance(before, after)
+
+
+def test_saved_as_ever(tmp_path):
+    model = moefied("gpt2")
+    model.save_pretrained(tmp_path / "masked")
+    model.set_moe_implementation("cpu")
+    model.save_pretrained(tmp_path / "cpu")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("masked", "cpu"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert (tmp_path / "masked" / "config.json").read_text() == (tmp_path / "cpu" / "config.json").read_text()
+
+
+REASONS = {
+    "gradients": lambda model, inputs: model.requires_grad_(True)(**inputs)[0].sum().backward(),
+    "autocast": lambda model, inputs: in_autocast(model, inputs),
+    "all experts": lambda model, inputs: model.set_selection(k=1.0) or run(model, inputs),
+    "profiling": lambda model, inputs: profile(model, [inputs], progress=False).close(),
+}
+
+
+def in_autocast(model, inputs):
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(**inputs)
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_what_cannot_be_sparse_is_masked(reason, monkeypatch):
+    model, inputs, found = moefied("llama"), tiny_inputs("llama"), calls(monkeypatch)
+    model.set_moe_implementation("cpu")
+    REASONS[reason](model, inputs)
+    assert not found
+    if reason == "gradients":
+        assert all(site.down.weight.grad.abs().sum() > 0 for site in model.moe_sites())
+
+
+def test_figures_are_the_same():
+    """A sweep of a sparse model: quality by its own routers and by controls, and what each layer loses."""
+    sweeps = []
+    for name in ("masked", "cpu"):
+        model = tiny_model("llama", "AutoModelForCausalLM")
+        convert(model, 2)
+        model.set_moe_implementation(name)
+        sweeps.append(evaluate(model, text_batches(4, labels="causal"), (2, 3), controls=["oracle"], progress=False))
+    for a, b in zip(*(sweep.rows for sweep in sweeps), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a.get("output_error") == pytest.approx(b.get("output_error"), abs=1e-5)
+
+
+def test_auto_takes_what_there_is(monkeypatch):
+    model, inputs, found = moefied("llama"), tiny_inputs("llama"), calls(monkeypatch)
+    masked = run(model, inputs)
+    model.set_moe_implementation()
+    assert distance(run(model, inputs), masked) < 1e-5 and len(found) == 2
+    model.set_selection(k=4)  # of 6: dense is as fast
+    run(model, inputs)
+    assert len(found) == 2
+
+    def fails():
+        raise BuildError("no compiler")
+
+    monkeypatch.setattr(execution, "library", fails)
+    model.set_moe_implementation("auto")
+    assert {site.first.forward.__self__.name for site in model.moe_sites()} == {"torch"}
+    with pytest.raises(BuildError, match="no compiler"):
+        model.set_moe_implementation("cpu")
+
+
+def test_what_does_not_fit():
+    model, inputs = moefied(SIGMOID), tiny_inputs(SIGMOID)
+    with pytest.raises(ValueError, match="encoder.layer.0: activation Sigmoid is none of ReLU"):
+        model.set_moe_implementation("cpu")
+    masked = run(model, inputs)
+    model.set_moe_implementation("auto")
+    assert all(torch.equal(a, b) for a, b in zip(run(model, inputs), masked, strict=True))
+    with pytest.raises(ValueError, match="bfloat16: only float32 can"):
+        moefied("llama").bfloat16().set_moe_implementation("cpu")
+    with pytest.raises(ValueError, match="unknown implementation 'cuda'; choose from auto, masked, torch, cpu"):
+        model.set_moe_implementation("cuda")
+    adapted = moefied("llama")
+    get_peft_model(adapted, LoraConfig(target_modules=["gate_proj"]))
+    with pytest.raises(ValueError, match="gate_proj is a Linear, adapted"):
+        adapted.set_moe_implementation("cpu")
+
+
+def test_copies_are_models_of_their_own():
+    model, inputs = moefied("llama"), tiny_inputs("llama")
+    model.set_moe_implementation("cpu")
+    other = copy.deepcopy(model)
+    before = run(model, inputs)
+    assert distance(run(other, inputs), before) == 0
+    for site in other.moe_sites():
+        assert (
+            isinstance(site.first.forward.__self__, SparseFfn) and site.first.forward.__self__.site.owner is site.owner
+        )
+        site.down.weight.mul_(2)
+    assert distance(run(model, inputs), before) == 0 < distance(run(other, inputs), before)
+
+
+def test_threads_may_share_a_model():
+    model = moefied("llama")
+    model.set_moe_implementation("cpu")
+    inputs = [{"input_ids": torch.randint(3, 99, (1, 5 + seed))} for seed in range(4)]
+    expected, wrong = [run(model, each) for each in inputs], []
+
+    def call(number: int) -> None:
+        for _ in range(20):
+            if distance(run(model, inputs[number]), expected[number]) > 1e-6:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_generation_is_the_same():
+    model = tiny_model("llama", "AutoModelForCausalLM", use_cache=True)
+    convert(model, 2)
+    prompt = tiny_inputs("llama")["input_ids"][:1, :4]
+    masked = model.generate(prompt, do_sample=False, max_new_tokens=12)
+    model.set_moe_implementation("cpu")
+    assert torch.equal(model.generate(prompt, do_sample=False, max_new_tokens=12), masked)
+
+
+def test_without_the_package_there_is_a_clear_error(monkeypatch):
+    def fails(name):
+        raise ImportError(name)
+
+    model = moefied("llama")
+    monkeypatch.setattr(importlib, "import_module", fails)
+    with pytest.raises(ImportError, match="pip install moefy-hf"):
+        model.set_moe_implementation("cpu")
