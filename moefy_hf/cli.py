@@ -5,11 +5,13 @@ import json
 import sys
 from collections.abc import Callable
 
-from .commands import card, convert, export_model, inspect, profile_model, push, show_inspected, sweep
+from .bench import PRESETS
+from .commands import card, convert, export_model, inspect, profile_model, push, run_bench, show_inspected, sweep
 from .export_targets import TARGETS
 from .modeling.routers import ROUTERS
 from .splitting import SPLITTERS
 
+BENCH = "Time one FFN of a preset's shape: dense against the selected experts alone, in turns, cold weights."
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXAMPLES = """examples:
   moefy inspect google-bert/bert-base-uncased
@@ -20,6 +22,7 @@ EXAMPLES = """examples:
   moefy sweep my-classifier-moe --csv test.csv --plot quality.png
   moefy card smol-moe --repo_id me/smol-moe
   moefy push smol-moe me/smol-moe --private
+  moefy bench --preset t5-base --threads 1 --tokens 1 128 512 --json bench.json
   moefy export smol-moe smol-llama4 --k 0.25 --dtype float32
   moefy export smol-moe smol-dense --to dense
 
@@ -88,6 +91,18 @@ def parser() -> argparse.ArgumentParser:
     export_.add_argument("output_dir", help="directory that gets the checkpoint; must not exist, or be empty")
     export_.add_argument("--to", help=f"{', '.join(TARGETS)} or dense; by default what the model's attention fits")
     export_.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
+    bench_ = commands.add_parser("bench", help=BENCH, description=BENCH)
+    bench_.add_argument("--preset", default="t5-base", help=f"{', '.join(PRESETS)} (default: t5-base)")
+    bench_.add_argument("--dtype", default="float32", choices=["float32"], help="of weights and inputs")
+    bench_.add_argument("--threads", type=int, default=1, help="(default: 1)")
+    bench_.add_argument("--share", type=float, default=0.2, help="of the experts computed (default: 0.2)")
+    bench_.add_argument(
+        "--expert-size", "--expert_size", type=int, default=32, help="neurons per expert (default: 32)"
+    )
+    bench_.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 128, 512], help="tokens per call")
+    bench_.add_argument("--rounds", type=int, default=40, help="timings of each method (default: 40)")
+    bench_.add_argument("--json", metavar="FILE", dest="file", help="file that gets the figures")
+    bench_.set_defaults(run=run_bench, show=table, json=False)
     return top
 
 

@@ -1,6 +1,7 @@
 """What the `moefy` command's words do: each takes the parsed arguments and returns what `--json` prints."""
 
 import contextlib
+import json
 from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import checkpoint_class, load_checkpoint
+from .bench import bench, table
 from .cards import is_rendered, moefied_config, write_card
 from .configuration import MoeficationConfig
 from .controls import check_control
@@ -199,6 +201,16 @@ def export_model(args: Namespace) -> dict[str, Any]:
     except (ValueError, OSError):  # a checkpoint without one is exported without one
         tokenizer = None
     return {"output_dir": str(export(model, args.output_dir, args.to, tokenizer=tokenizer))}
+
+
+def run_bench(args: Namespace) -> dict[str, Any]:
+    settings = {"share": args.share, "expert_size": args.expert_size, "tokens": args.tokens}
+    if args.file and not Path(args.file).absolute().parent.is_dir():
+        raise ValueError(f"there is no folder for {args.file}")
+    found = bench(args.preset, threads=args.threads, rounds=args.rounds, **settings)
+    if args.file:
+        Path(args.file).write_text(json.dumps(found, indent=1))
+    return found | {"table": table(found)}
 
 
 def load_model(args: Namespace) -> PreTrainedModel:
