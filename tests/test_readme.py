@@ -1,6 +1,7 @@
 """The figures of the README and of the cards are those of the committed facts."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
 import sweep_tables  # noqa: E402
 
-FACTS = sorted((ROOT / "model_cards" / "facts").glob("*.json"))
+KNOWN = {path: json.loads(path.read_text()) for path in sorted((ROOT / "model_cards" / "facts").glob("*.json"))}
+FACTS = [path for path, facts in KNOWN.items() if "rows" in facts]
+EXPORTS = [path for path, facts in KNOWN.items() if "logits" in facts]
 
 
 @pytest.fixture(scope="module")
@@ -33,5 +36,22 @@ def test_the_card_shows_all_figures(path):
     assert card == sweep_tables.tables(json.loads(path.read_text())) + "\n"
 
 
-def test_there_are_facts():
-    assert FACTS
+@pytest.mark.parametrize("path", EXPORTS, ids=lambda path: path.stem)
+def test_exports_are_as_they_were_measured(path):
+    """Figures as recipes/serving/README.md shows them, and the command that gave them."""
+    text, facts = (ROOT / "recipes" / "serving" / "README.md").read_text(), KNOWN[path]
+    difference, generations = facts["logits"]["relative_difference"], facts["generations"]
+    shown = f"{difference:.1e}".replace("e-0", "e-") if difference < 0.01 else f"{difference:.2f}"
+    assert f"{shown} ({facts['logits']['tokens']:,} tokens)" in text
+    assert f"{generations['identical']} of {generations['prompts']}" in text
+    assert facts["command"] in " ".join(text.replace("\\\n", " ").split())
+
+
+def test_every_fact_is_shown():
+    assert FACTS and EXPORTS and len(FACTS) + len(EXPORTS) == len(KNOWN)
+
+
+@pytest.mark.parametrize("path", ["README.md", "recipes/serving/README.md"])
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / path).read_text())
+    assert links and all((ROOT / path).parent.joinpath(link).exists() for link in links)
