@@ -92,53 +92,39 @@ inline float activate(float a, int32_t kind) {
   }
 }
 
-// y += h * row for R rows
-template <int R>
-inline void add_rows(float *y, const float *const *rows, const float *h, int64_t columns) {
+// y[t] += sum over r of h[r * T + t] * rows[r], for T tokens and R rows: rows are read once, in one stream each
+template <int T, int R>
+inline void add_rows(float *const *y, const float *const *rows, const float *h, int64_t columns) {
   int64_t i = 0;
   for (; i + LANES <= columns; i += LANES) {
-    vec sum = load(y + i);
-    for (int r = 0; r < R; ++r) sum += h[r] * load(rows[r] + i);
-    store(y + i, sum);
+    vec read[R];
+    for (int r = 0; r < R; ++r) read[r] = load(rows[r] + i);
+    for (int t = 0; t < T; ++t) {
+      vec sum = load(y[t] + i);
+      for (int r = 0; r < R; ++r) sum += h[r * T + t] * read[r];
+      store(y[t] + i, sum);
+    }
   }
   for (; i < columns; ++i)
-    for (int r = 0; r < R; ++r) y[i] += h[r] * rows[r][i];
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < R; ++r) y[t][i] += h[r * T + t] * rows[r][i];
 }
 
-// y[t] += h[t] * down for T tokens of one expert
+// y[t] += h[t] * down for T tokens of one expert; rows whose neuron is exactly zero for all of them are not read
 template <int T>
 inline void add_expert(float *const *y, const float *h, int64_t m, const float *down, int64_t d, int64_t columns) {
-  constexpr int V = 2;
-  int64_t i = 0;
-  for (; i + V * LANES <= columns; i += V * LANES) {
-    vec sums[T][V];
-    for (int t = 0; t < T; ++t)
-      for (int v = 0; v < V; ++v) sums[t][v] = load(y[t] + i + v * LANES);
-    for (int64_t r = 0; r < m; ++r) {
-      vec row[V];
-      for (int v = 0; v < V; ++v) row[v] = load(down + r * d + i + v * LANES);
-      for (int t = 0; t < T; ++t)
-        for (int v = 0; v < V; ++v) sums[t][v] += h[t * m + r] * row[v];
-    }
-    for (int t = 0; t < T; ++t)
-      for (int v = 0; v < V; ++v) store(y[t] + i + v * LANES, sums[t][v]);
-  }
-  for (; i < columns; ++i)
-    for (int t = 0; t < T; ++t)
-      for (int64_t r = 0; r < m; ++r) y[t][i] += h[t * m + r] * down[r * d + i];
-}
-
-// One token: rows whose neuron is exactly zero are not read
-void add_active(float *y, const float *h, int64_t m, const float *down, int64_t d, int64_t columns) {
-  const float *rows[4];
-  float factors[4];
+  constexpr int R = 4;
+  const float *rows[R];
+  float factors[R * T];
   int held = 0;
   for (int64_t r = 0; r < m; ++r) {
-    if (h[r] == 0) continue;
-    rows[held] = down + r * d, factors[held++] = h[r];
-    if (held == 4) add_rows<4>(y, rows, factors, columns), held = 0;
+    bool active = false;
+    for (int t = 0; t < T; ++t) active |= (factors[held * T + t] = h[t * m + r]) != 0;
+    if (!active) continue;
+    rows[held++] = down + r * d;
+    if (held == R) add_rows<T, R>(y, rows, factors, columns), held = 0;
   }
-  for (int r = 0; r < held; ++r) add_rows<1>(y, rows + r, factors + r, columns);
+  for (int r = 0; r < held; ++r) add_rows<T, 1>(y, rows + r, factors + r * T, columns);
 }
 
 // The k best of E scores, as torch.topk: nan is larger than any number; in the order of the experts
@@ -205,7 +191,10 @@ void outputs_of(const Ffn &f, const Pairs &pairs, const float *hidden, float *y,
       float *const rows[] = {place(i), place(i + 1)};
       add_expert<2>(rows, hidden + i * m, m, down, f.d, columns), i += 2;
     }
-    if (i < last) add_active(place(i), hidden + i * m, m, down, f.d, columns);
+    if (i < last) {
+      float *const rows[] = {place(i)};
+      add_expert<1>(rows, hidden + i * m, m, down, f.d, columns);
+    }
   }
 }
 
