@@ -24,7 +24,8 @@ def describe_conversion(run: Run, folder: Path, report: Any) -> None:
 def describe_training(run: Run, folder: Path, name: str) -> None:
     """How one of the MODELS was trained."""
     settings = run.stages.settings
-    found = {key: settings[key] for key in TRAINING if settings.get(key) and key not in MODELS[name]}
+    unread = (*MODELS[name], *(["num_train_epochs"] if name == "recovered" else []))
+    found = {key: settings[key] for key in TRAINING if settings.get(key) is not None and key not in unread}
     if name == "scheduled":
         describe_conversion(run, folder, None)
     else:

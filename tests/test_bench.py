@@ -1,12 +1,19 @@
 """`moefy bench` times what it has checked, and refuses what makes no sense."""
 
+import csv
 import json
 import re
+import sys
 
 import pytest
+from tiny import convert, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from moefy_hf import bench as module
+from moefy_hf import model_card
 from moefy_hf.bench import PRESETS, bench, least_seconds
+from moefy_hf.benchmarks import end_to_end
 from moefy_hf.cli import main
 
 
@@ -60,3 +67,27 @@ def test_bad_input(arguments, message, capsys):
         main(["bench", *arguments])
     assert stopped.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("new_tokens", [0, 3])
+def test_end_to_end(new_tokens, tmp_path, monkeypatch, capsys):
+    model = tiny_model("llama-without-biases", "AutoModelForCausalLM")
+    convert(model, 2)
+    model.save_pretrained(tmp_path / "moe")
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(99)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2").save_pretrained(tmp_path / "moe")
+    (tmp_path / "texts.txt").write_text("\n".join(f"w{n} w{n + 1} w{n + 2}" for n in range(5, 15)))
+    given = [str(tmp_path / "moe"), "--texts", str(tmp_path / "texts.txt"), "--rounds", "3", "--batch", "2"]
+    flags = ["--new_tokens", str(new_tokens), "--csv", str(tmp_path / "out.csv"), "--facts"]
+    monkeypatch.setattr(sys, "argv", ["end_to_end", *given, *flags])
+    end_to_end.main()
+    with open(tmp_path / "out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["implementation"] for row in rows] == ["dense", "masked", "cpu"]
+    assert float(rows[0]["times_dense"]) == 1 and all(float(row["times_dense"]) > 0 for row in rows)
+    assert {(row["tokens"], row["new_tokens"], row["rounds"], row["share"]) for row in rows} == {
+        ("6", str(new_tokens), "3", "0.333")
+    }
+    card = str(model_card(tmp_path / "moe"))
+    assert "## Speed" in card and "| implementation | times_dense |" in card and "| cpu | " in card

@@ -1,6 +1,6 @@
 """A MoEfied checkpoint against its dense self, whole model: forward passes, or greedy generation with --new_tokens.
 
-    python -m moefy_hf.benchmarks.end_to_end my-moe --texts held_out.txt --batch 1 --length 64 --k 0.2
+    python -m moefy_hf.benchmarks.end_to_end my-moe --texts held_out.txt --batch 32 --length 64 --facts
     python -m moefy_hf.benchmarks.end_to_end my-moe --texts held_out.txt --length 128 --new_tokens 32
 
 Float32 on the CPU. Dense (the stock class on the same files), masked and sparse take turns in an order drawn anew;
@@ -12,7 +12,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from transformers import AutoTokenizer
 
 from ..architectures import load_checkpoint
 from ..bench import hardware
+from ..facts import add_facts
 from ..text_files import TextBatches, read_lines
 from .tables import write_csv
 
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--csv", help="file that gets the figures")
+    parser.add_argument("--facts", action="store_true", help="add them to the checkpoint's facts, for its card")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = measure(args)
@@ -42,6 +43,11 @@ def main() -> None:
         print(", ".join(f"{name} {value}" for name, value in row.items()))
     if args.csv:
         write_csv(args.csv, list(rows[0]), [list(row.values()) for row in rows])
+    if args.facts:
+        shown = [
+            {name: value for name, value in row.items() if name not in ("checkpoint", "hardware")} for row in rows
+        ]
+        add_facts(args.checkpoint, speed={"hardware": hardware(), "rows": shown})
 
 
 @torch.inference_mode()
@@ -84,7 +90,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     experts = sum(site.act.selection.k for site in model.moe_sites())
     share = experts / sum(site.act.num_experts for site in model.moe_sites())
     tokens = statistics.median(batch["input_ids"].numel() for batch in batches)
-    settings = {"checkpoint": Path(args.checkpoint).name, "share": round(share, 3), "batch": args.batch}
+    settings = {"share": round(share, 3), "batch": args.batch}
     settings |= {"tokens": int(tokens), "new_tokens": args.new_tokens, "threads": args.threads, "dtype": "float32"}
     return [
         {
