@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from moefy_ffn import moe_ffn
+from moefy_ffn import MoeFfn
 from tqdm.auto import tqdm
 
-COLD_BYTES = 600_000_000  # of weights to rotate over
+COLD_BYTES = 1_000_000_000  # of weights to rotate over
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Layer:
     router: torch.Tensor
     rows: torch.Tensor  # down, a row per neuron
     packed: list[tuple[torch.Tensor, torch.Tensor]]  # (prepacked, as it was) of gate, up, down
+    kernels: dict[int, MoeFfn]  # of each k
 
 
 def bench(
@@ -117,7 +118,7 @@ def make_layers(shape: Shape, expert_size: int) -> list[Layer]:
         packed = [
             (torch.ops.mkldnn._reorder_linear_weight(each), each) for each in (gate, up, down) if each is not None
         ]
-        layers.append(Layer(up, down, gate, noise(shape.f // expert_size, shape.d), down.t().contiguous(), packed))
+        layers.append(Layer(up, down, gate, noise(shape.f // expert_size, shape.d), down.t().contiguous(), packed, {}))
     return layers
 
 
@@ -141,19 +142,22 @@ def measure(
 ) -> list[dict[str, Any]]:
     """The rows of one number of tokens."""
     activation = "silu" if shape.gated else "relu"
-    x = torch.randn(count, shape.d, generator=torch.Generator().manual_seed(count))
+    generator = torch.Generator().manual_seed(count)
 
     def sparse(x: torch.Tensor, layer: Layer) -> torch.Tensor:
-        settings = {"k": k, "expert_size": expert_size, "activation": activation}
-        return moe_ffn(x, layer.up, layer.rows, router=layer.router, gate=layer.gate, **settings)[0]
+        return layer.kernels[k](x)[0]
 
-    check(x, layers[0], sparse, expert_size, k)
+    settings = {"k": k, "expert_size": expert_size, "activation": activation}
+    for layer in layers:
+        layer.kernels[k] = MoeFfn(layer.up, layer.rows, router=layer.router, gate=layer.gate, **settings)
+    check(torch.randn(count, shape.d, generator=generator), layers[0], sparse, expert_size, k)
     methods: dict[str, Callable] = {"dense": dense, "prepacked": prepacked, "cpu": sparse}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     order = list(methods)
     draw = random.Random(0)
     for turn in range(rounds):
         draw.shuffle(order)
+        x = torch.randn(count, shape.d, generator=generator)  # which selects other experts
         for name in order:
             layer = layers[(turn + list(methods).index(name) * len(layers) // 3) % len(layers)]
             started = time.perf_counter()
@@ -202,9 +206,9 @@ def least_seconds(shape: Shape, expert_size: int, k: int, count: int, limits: di
 
 def machine_limits() -> dict[str, float]:
     """The best of some tries: reading memory in one stream, and a large matrix product."""
-    memory = torch.ones(100_000_000)
-    square = torch.randn(1024, 1024)
-    read = min(timed(memory.sum) for _ in range(4))
+    memory = torch.ones(20_000, 5_000)
+    square, vector = torch.randn(1024, 1024), torch.ones(5_000)
+    read = min(min(timed(memory.sum), timed(memory.mv, vector)) for _ in range(6))
     product = min(timed(square.mm, square) for _ in range(8))
     return {"bytes_per_second": 4 * memory.numel() / read, "flops_per_second": 2 * 1024**3 / product}
 

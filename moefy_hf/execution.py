@@ -6,18 +6,17 @@ instance. The first Linear, which sees the FFN's input, computes the whole FFN; 
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from moefy_ffn import BuildError, moe_ffn
+from moefy_ffn import BuildError, MoeFfn
 from moefy_ffn.build import library
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .modeling.ffn_sites import FfnSite, FfnWeights
+from .modeling.ffn_sites import FfnSite
 
 logger = logging.get_logger("moefy_hf")
 
@@ -40,32 +39,15 @@ LARGEST_SHARE = 0.5  # of the experts; beyond, dense products of the BLAS are as
 FEW_TOKENS = 4  # that indexing rows with torch pays for
 
 
-def run_kernel(x: torch.Tensor, weights: FfnWeights, down_bias: torch.Tensor | None, act: Any) -> torch.Tensor:
+def run_kernel(ffn: "SparseFfn", x: torch.Tensor) -> torch.Tensor:
     """x (..., d) -> (..., d), by the C++ kernel."""
-    attribute = MATRIX_ROUTERS.get(type(act.router).__name__)
-    router = experts = None
-    if attribute is not None:
-        router = getattr(act.router, attribute)
-    else:
-        experts = act.selection(act.router(x))[0].int()
-    return moe_ffn(
-        x,
-        weights.up,
-        weights.down.t(),
-        k=act.selection.k,
-        expert_size=act.expert_size,
-        activation=ACTIVATIONS[type(weights.act).__name__],
-        router=router,
-        experts=experts,
-        gate=weights.gate,
-        up_bias=weights.up_bias,
-        gate_bias=weights.gate_bias,
-        down_bias=down_bias,
-    )[0]
+    kernel, act = ffn.kernel(), ffn.site.act
+    return kernel(x, None if kernel.routed else act.selection(act.router(x))[0].int())[0]
 
 
-def run_torch(x: torch.Tensor, weights: FfnWeights, down_bias: torch.Tensor | None, act: Any) -> torch.Tensor:
+def run_torch(ffn: "SparseFfn", x: torch.Tensor) -> torch.Tensor:
     """x (..., d) -> (..., d), by indexing the selected experts' rows, token by token."""
+    weights, down_bias, act = ffn.site.weights(), ffn.site.down.bias, ffn.site.act
     tokens = x.reshape(-1, x.shape[-1])
     experts, _ = act.selection(act.router(tokens))  # (T, K)
 
@@ -97,6 +79,10 @@ class SparseFfn:
     def __init__(self, site: FfnSite, name: str, auto: bool):
         self.site, self.name, self.auto = site, name, auto
         self.calls = _Calls()
+        self.prepared: tuple[tuple, MoeFfn] | None = None
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"prepared": None}  # a copy has weights of its own
 
     def install_(self) -> None:
         site = self.site
@@ -114,16 +100,41 @@ class SparseFfn:
         for linear in self.transposed():
             linear.weight.data = linear.weight.data.contiguous()
 
+    def kernel(self) -> MoeFfn:
+        """On the weights as they lie now: parameters may have been replaced since the last call, or the budget."""
+        site, act = self.site, self.site.act
+        weight = getattr(act.router, MATRIX_ROUTERS.get(type(act.router).__name__, ""), None)
+        parameters = (*site.up.parameters(), *site.down.parameters(), *(site.gate.parameters() if site.gate else ()))
+        state = (act.selection.k, type(act.router), *(p.data_ptr() for p in parameters))
+        state = state if weight is None else (*state, weight.data_ptr())
+        prepared = self.prepared  # read once: another thread may replace it
+        if prepared is None or prepared[0] != state:
+            weights = site.weights()
+            kernel = MoeFfn(
+                weights.up,
+                weights.down.t(),
+                k=act.selection.k,
+                expert_size=act.expert_size,
+                activation=ACTIVATIONS[type(weights.act).__name__],
+                router=weight,
+                gate=weights.gate,
+                up_bias=weights.up_bias,
+                gate_bias=weights.gate_bias,
+                down_bias=site.down.bias,
+            )
+            self.prepared = prepared = (state, kernel)
+        return prepared[1]
+
     def transposed(self) -> list[nn.Module]:
         """The Linears whose weight has neurons along its second dimension."""
         linears = {self.site.first, self.site.up, self.site.down}
         return [linear for linear in linears if isinstance(linear, Conv1D) != (linear is self.site.down)]
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
-        first, act = self.site.first, self.site.act
+        first = self.site.first
         if self.reason(x) is not None:
             return type(first).forward(first, x)
-        y = IMPLEMENTATIONS[self.name](x, self.site.weights(), self.site.down.bias, act)
+        y = IMPLEMENTATIONS[self.name](self, x)
         self.calls.sparse = True
         return torch.cat([y, torch.ones_like(y)], -1) if self.site.spec.parts == 2 else y
 

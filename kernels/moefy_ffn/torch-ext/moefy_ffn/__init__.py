@@ -11,7 +11,7 @@ import torch
 
 from .build import BuildError, library
 
-__all__ = ["ACTIVATIONS", "BuildError", "moe_ffn"]
+__all__ = ["ACTIVATIONS", "BuildError", "MoeFfn", "moe_ffn"]
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "relu_squared")  # in the order of ffn.cpp
 
@@ -24,70 +24,85 @@ class _Ffn(ctypes.Structure):
     ]
 
 
-def moe_ffn(
-    x: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    *,
-    k: int,
-    expert_size: int,
-    activation: str,
-    router: torch.Tensor | None = None,
-    experts: torch.Tensor | None = None,
-    gate: torch.Tensor | None = None,
-    up_bias: torch.Tensor | None = None,
-    gate_bias: torch.Tensor | None = None,
-    down_bias: torch.Tensor | None = None,
-    threads: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output of the k selected experts of each token, float32 on a CPU.
+class MoeFfn:
+    """A routed FFN's weights, checked once: calling it with x (..., d) float32 gives the output (..., d) of the k
+    selected experts of each token, and which ran (..., k) int32.
 
     FFN(x) = down^T act(up x + up_bias) + down_bias; gated, down^T (act(gate x + gate_bias) * (up x + up_bias)) +
     down_bias; over the neurons of the selected experts, expert e owning neurons [e * expert_size, (e + 1) *
     expert_size).
 
     Args:
-        x: (..., d).
-        up, gate, down: (f, d), a row per neuron, contiguous; `down` is the transposed weight of nn.Linear.
-        router: (E, d); the k experts of the largest scores run.
-        experts: (..., k) int32, which experts run, where there is no router; each at most once per token.
-        threads: by default those of torch.
-
-    Returns:
-        the output (..., d), and the experts that ran (..., k) int32.
+        up, gate, down: (f, d), a row per neuron, contiguous float32 on the CPU; `down` is that of nn.Linear, transposed.
+            They are read where they are: a change in place is seen.
+        router: (E, d); the k experts of the largest scores run. Without, calls say which.
+        threads: of a call; by default those of torch.
 
     Raises:
         BuildError: the kernel cannot be compiled here.
         ValueError: a tensor of another dtype, device, shape or layout, an unknown activation, or k out of range.
     """
-    tokens, d, f = x.numel() // x.shape[-1], x.shape[-1], up.shape[0]
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
-    if f % expert_size or not 0 < k <= f // expert_size:
-        raise ValueError(f"k={k} of experts of {expert_size} neurons does not fit {f} neurons")
-    if (router is None) == (experts is None):
-        raise ValueError("give a router or experts")
-    x = x.contiguous()
-    shapes = {"x": (x, x.shape), "up": (up, (f, d)), "gate": (gate, (f, d)), "down": (down, (f, d))}
-    shapes |= {"router": (router, (f // expert_size, d)), "up_bias": (up_bias, (f,)), "gate_bias": (gate_bias, (f,))}
-    shapes |= {"down_bias": (down_bias, (d,))}
-    for name, (tensor, shape) in shapes.items():
-        if tensor is not None:
-            _check(name, tensor, torch.float32, shape)
-    if experts is None:
-        experts = torch.empty((*x.shape[:-1], k), dtype=torch.int32)
-    _check("experts", experts, torch.int32, (*x.shape[:-1], k))
-    y = torch.empty_like(x)
-    pointers = (None if t is None else t.data_ptr() for t in (router, up, gate, down, up_bias, gate_bias, down_bias))
-    ffn = _Ffn(*pointers, d, f // expert_size, expert_size, k, ACTIVATIONS.index(activation))
-    if tokens:
-        library().moefy_ffn(
-            ctypes.byref(ffn),
-            *(ctypes.c_void_p(t.data_ptr()) for t in (x, experts, y)),
-            ctypes.c_int64(tokens),
-            ctypes.c_int32(threads or torch.get_num_threads()),
-        )
-    return y, experts
+
+    def __init__(
+        self,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        *,
+        k: int,
+        expert_size: int,
+        activation: str,
+        router: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+        up_bias: torch.Tensor | None = None,
+        gate_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+        threads: int | None = None,
+    ):
+        f, d = up.shape
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
+        if f % expert_size or not 0 < k <= f // expert_size:
+            raise ValueError(f"k={k} of experts of {expert_size} neurons does not fit {f} neurons")
+        shapes = {"up": (up, (f, d)), "gate": (gate, (f, d)), "down": (down, (f, d)), "down_bias": (down_bias, (d,))}
+        shapes |= {"router": (router, (f // expert_size, d)), "up_bias": (up_bias, (f,))}
+        shapes |= {"gate_bias": (gate_bias, (f,))}
+        for name, (tensor, shape) in shapes.items():
+            if tensor is not None:
+                _check(name, tensor, torch.float32, shape)
+        self.d, self.k, self.routed, self.threads = d, k, router is not None, threads
+        self.kept = (router, up, gate, down, up_bias, gate_bias, down_bias)
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in self.kept)
+        self.struct = _Ffn(*pointers, d, f // expert_size, expert_size, k, ACTIVATIONS.index(activation))
+        self.pointer = ctypes.byref(self.struct)
+        self.run = library().moefy_ffn
+        self.run.argtypes = (*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int32)
+
+    def __call__(self, x: torch.Tensor, experts: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """experts: (..., k) int32, each at most once per token, where there is no router.
+
+        Raises:
+            ValueError: x or experts of another dtype, device or shape; experts and a router, or neither.
+        """
+        if self.routed == (experts is not None):
+            raise ValueError("give a router or experts")
+        x = x.contiguous()
+        _check("x", x, torch.float32, (*x.shape[:-1], self.d))
+        if experts is None:
+            experts = torch.empty((*x.shape[:-1], self.k), dtype=torch.int32)
+        else:
+            _check("experts", experts, torch.int32, (*x.shape[:-1], self.k))
+        y, tokens = torch.empty_like(x), x.numel() // self.d
+        if tokens:
+            threads = self.threads or torch.get_num_threads()
+            self.run(self.pointer, x.data_ptr(), experts.data_ptr(), y.data_ptr(), tokens, threads)
+        return y, experts
+
+
+def moe_ffn(
+    x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, *, experts: torch.Tensor | None = None, **settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One call of `MoeFfn(up, down, **settings)`, which is worth keeping for more of them."""
+    return MoeFfn(up, down, **settings)(x, experts)
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
