@@ -1,5 +1,6 @@
 """The figures of the README and of the cards are those of the committed facts."""
 
+import csv
 import json
 import re
 import sys
@@ -45,6 +46,26 @@ def test_exports_are_as_they_were_measured(path):
     assert f"{shown} ({facts['logits']['tokens']:,} tokens)" in text
     assert f"{generations['identical']} of {generations['prompts']}" in text
     assert facts["command"] in " ".join(text.replace("\\\n", " ").split())
+
+
+BENCHMARKS = sorted((ROOT / "kernels" / "moefy_ffn" / "benchmarks").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_speeds_are_as_they_were_measured(path):
+    found = json.loads(path.read_text())
+    settings, plural = found["settings"], "s" if found["settings"]["threads"] > 1 else ""
+    cells = [f"{row['ratio']:.1f} ({row['ratio_best_dense']:.1f})" for row in found["rows"]]
+    line = " | ".join([f"| {settings['preset']}, {settings['threads']} thread{plural}", *cells])
+    assert f"{line} |" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["minilm_batch_32", "minilm_batch_1", "smollm2_generate"])
+def test_whole_models_are_as_they_were_measured(name):
+    with open(ROOT / "moefy_hf" / "benchmarks" / f"{name}.csv", newline="") as file:
+        rows = {row["implementation"]: float(row["times_dense"]) for row in csv.DictReader(file)}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{rows['cpu']:.2f} times" in text and 1.13 <= round(1 / rows["masked"], 2) <= 1.19
 
 
 def test_every_fact_is_shown():

@@ -33,7 +33,7 @@ class MoeFfn:
     expert_size).
 
     Args:
-        up, gate, down: (f, d), a row per neuron, contiguous float32 on the CPU; `down` is that of nn.Linear, transposed.
+        up, gate, down: (f, d), a row per neuron, contiguous float32 on the CPU; `down` is transposed nn.Linear's.
             They are read where they are: a change in place is seen.
         router: (E, d); the k experts of the largest scores run. Without, calls say which.
         threads: of a call; by default those of torch.
