@@ -161,7 +161,7 @@ def add_license(folder: Path, api: HfApi) -> None:
     except Exception as error:
         logger.warning(f"the card names no licence: that of {base} could not be read ({error})")
         return
-    if card is not None and card.license:
+    if card is not None and isinstance(card.license, str):  # a list of licences is not one
         add_facts(folder, license=card.license)
 
 

@@ -138,6 +138,15 @@ def test_the_licence_is_that_of_the_base_model(server, folder, tmp_path):
     assert card.data.license == "apache-2.0" and card.data.base_model == "user/dense"
 
 
+def test_several_licences_are_not_one(server, folder, tmp_path):
+    api, card = HfApi(token=server.token), tmp_path / "card.md"
+    card.write_text("---\nlicense: [mit, apache-2.0]\n---\n")
+    api.create_repo("user/dense")
+    api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="user/dense")
+    push_to_hub(folder, REPO)
+    assert ModelCard(server.repos[REPO].revisions["main"]["README.md"].decode()).data.license is None
+
+
 def test_private_branch_and_pull_request(server, folder):
     push_to_hub(folder, REPO, private=True, branch="k2")
     repo = server.repos[REPO]
