@@ -11,6 +11,7 @@ from transformers.utils import logging
 from .conversion import ConversionReport
 from .evaluation import Sweep
 from .facts import is_hub_id, read_facts
+from .folders import write_whole
 from .router_fitting import RouterFit
 
 logger = logging.get_logger("moefy_hf")
@@ -95,9 +96,7 @@ def write_card(
             Sweep(facts["sweep"]["rows"], facts["sweep"]["facts"]).plot(folder / PLOT)
         except ImportError as error:
             logger.warning_once(f"the card has no plot: {error}")
-    temporary = folder / "README.md.tmp"
-    temporary.write_text(sealed(str(model_card(folder, repo_id, revision))), encoding="utf-8")
-    temporary.rename(path)
+    write_whole(path, sealed(str(model_card(folder, repo_id, revision))))
     return path
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from .bench import PRESETS
 from .commands import card, convert, export_model, inspect, profile_model, push, run_bench, show_inspected, sweep
@@ -60,12 +61,7 @@ def parser() -> argparse.ArgumentParser:
     convert_ = command("convert", convert, table, "Split a dense model's FFNs and fit routers.")
     convert_.add_argument("output_dir", help="directory that gets the MoEfied model; must not exist")
     add_texts(convert_, required=False, tokens=50_000)
-    convert_.add_argument("--expert_size", type=int, default=32, help="neurons per expert (default: 32)")
-    convert_.add_argument("--num_experts", type=int, help="experts per FFN, instead of a size")
-    convert_.add_argument("--splitter", default="coactivation", help=f"{', '.join(SPLITTERS)} (default: coactivation)")
-    convert_.add_argument("--router", default="linear", help=f"{', '.join(ROUTERS)} (default: linear)")
-    convert_.add_argument("--k", type=share_or_count, default=0.2, help="share or number of experts (default: 0.2)")
-    convert_.add_argument("--allocation", choices=["sensitivity", "uniform"], help="budget per layer")
+    add_conversion(convert_)
     sweep_ = command("sweep", sweep, table, "Quality against compute of a MoEfied model, beside its dense self.")
     add_texts(sweep_, required=False)
     sweep_.add_argument("--csv", help="csv file with columns text and label, instead of texts: accuracy")
@@ -91,6 +87,20 @@ def parser() -> argparse.ArgumentParser:
     export_.add_argument("output_dir", help="directory that gets the checkpoint; must not exist, or be empty")
     export_.add_argument("--to", help=f"{', '.join(TARGETS)} or dense; by default what the model's attention fits")
     export_.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
+    add_bench(commands)
+    return top
+
+
+def add_conversion(convert_: argparse.ArgumentParser) -> None:
+    convert_.add_argument("--expert_size", type=int, default=32, help="neurons per expert (default: 32)")
+    convert_.add_argument("--num_experts", type=int, help="experts per FFN, instead of a size")
+    convert_.add_argument("--splitter", default="coactivation", help=f"{', '.join(SPLITTERS)} (default: coactivation)")
+    convert_.add_argument("--router", default="linear", help=f"{', '.join(ROUTERS)} (default: linear)")
+    convert_.add_argument("--k", type=share_or_count, default=0.2, help="share or number of experts (default: 0.2)")
+    convert_.add_argument("--allocation", choices=["sensitivity", "uniform"], help="budget per layer")
+
+
+def add_bench(commands: Any) -> None:
     bench_ = commands.add_parser("bench", help=BENCH, description=BENCH)
     bench_.add_argument("--preset", default="t5-base", help=f"{', '.join(PRESETS)} (default: t5-base)")
     bench_.add_argument("--dtype", default="float32", choices=["float32"], help="of weights and inputs")
@@ -103,7 +113,6 @@ def parser() -> argparse.ArgumentParser:
     bench_.add_argument("--rounds", type=int, default=40, help="timings of each method (default: 40)")
     bench_.add_argument("--json", metavar="FILE", dest="file", help="file that gets the figures")
     bench_.set_defaults(run=run_bench, show=table, json=False)
-    return top
 
 
 def add_texts(command: argparse.ArgumentParser, required: bool, tokens: int | None = None) -> None:

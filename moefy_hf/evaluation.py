@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .controls import routed_by, selecting
 from .flops import model_flops
+from .folders import write_whole
 from .modeling.ffn_sites import find_sites
 from .modeling.moefied import is_moefied
 from .profiling import observed
@@ -104,10 +105,7 @@ class Sweep:
         return {"facts": self.facts, "rows": self.rows}
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1))
-        temporary.rename(path)
+        write_whole(Path(path), json.dumps(self.to_dict(), indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> "Sweep":

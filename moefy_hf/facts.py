@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .folders import write_whole
+
 FILE = "moefication_facts.json"
 PARTS = {
     "base_model": "name on the Hub of the dense model that was converted, or what it is",
@@ -42,10 +44,7 @@ def add_facts(folder: str | Path, **parts: Any) -> dict[str, Any]:
     found = read_facts(folder) | added
     if "conversion" in added or "training" in added:
         found["versions"] = versions()
-    path = Path(folder) / FILE
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    temporary.rename(path)
+    write_whole(Path(folder) / FILE, json.dumps(found, indent=1))
     return found
 
 

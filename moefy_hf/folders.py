@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all."""
+"""Folders and files that are there whole or not at all."""
 
 import contextlib
 import shutil
@@ -20,3 +20,10 @@ def written_whole(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, and rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)

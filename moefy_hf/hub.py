@@ -52,8 +52,8 @@ def push_to_hub(
     """Upload a MoEfied model with its modeling files, card and figures, as one commit, once it was verified.
 
     Verified means: loaded by a new Python process in which this package cannot be imported, it gives the same outputs.
-    A README.md that is there already is kept.
-    Files that the repository already has are not uploaded again, so that a push that was cut off is simply repeated.
+    Files that the repository already has are not uploaded again: after a failure, push the folder again. A card that
+    somebody has written in is kept, in the folder or in the repository; old weights are deleted there.
 
     Args:
         source: a model, or the folder of a saved one.
@@ -77,18 +77,7 @@ def push_to_hub(
     if create_pr and branch is not None:
         raise ValueError(f"a pull request is against main: give branch={branch!r} or create_pr, not both")
     facts = as_json(facts or {})
-    model = None
-    if isinstance(source, PeftModel):
-        raise ValueError("an adapter is not pushed with its model: merge_and_unload it first")
-    if isinstance(source, PreTrainedModel):
-        model, folder = source, Path(folder or repo_id.rpartition("/")[2])
-        if not is_moefied(model):
-            raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
-        if folder.exists():
-            raise FileExistsError(f"{folder} exists: choose another folder, or push what is there by its name")
-    else:
-        folder = Path(source)
-        moefied_config(folder)
+    model, folder = model_and_folder(source, folder or repo_id.rpartition("/")[2])
     api = HfApi(token=token)
     check_repository(api, repo_id, branch, overwrite)
     if model is not None:
@@ -111,6 +100,20 @@ def push_to_hub(
         overwrite=overwrite,
         message=message,
     )
+
+
+def model_and_folder(source: PreTrainedModel | str | Path, folder: str | Path) -> tuple[PreTrainedModel | None, Path]:
+    """What is pushed: a model, and the folder that it is going to be saved in; or the folder of a saved one."""
+    if isinstance(source, PeftModel):
+        raise ValueError("an adapter is not pushed with its model: merge_and_unload it first")
+    if not isinstance(source, PreTrainedModel):
+        moefied_config(Path(source))
+        return None, Path(source)
+    if not is_moefied(source):
+        raise ValueError(f"{type(source).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    if Path(folder).exists():
+        raise FileExistsError(f"{folder} exists: choose another folder, or push what is there by its name")
+    return source, Path(folder)
 
 
 def save(model: PreTrainedModel, folder: Path, processor: Any = None) -> None:

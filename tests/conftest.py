@@ -8,8 +8,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_MODULES_CACHE"] = MODULES.name
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
+from hub_server import HubServer, use_in_process  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A Hub on this machine, which the client of this process talks to."""
+    with HubServer() as server:
+        use_in_process(monkeypatch, server, tmp_path / "cache")
+        yield server

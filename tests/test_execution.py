@@ -2,7 +2,7 @@
 
 import copy
 import importlib
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -198,11 +198,8 @@ def test_threads_may_share_a_model():
             if distance(run(model, inputs[number]), expected[number]) > 1e-6:
                 wrong.append(number)
 
-    threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(call, range(4)))  # raises what they raise
     assert not wrong
 
 

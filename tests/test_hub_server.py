@@ -24,10 +24,8 @@ COMMIT = ("POST", "/commit/main")
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with HubServer() as server:
-        use_in_process(monkeypatch, server, tmp_path / "cache")
-        yield server
+def hub(server):
+    return server
 
 
 @pytest.fixture

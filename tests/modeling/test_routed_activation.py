@@ -7,6 +7,7 @@ import pickle
 import threading
 import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -248,22 +249,14 @@ def test_threads_share_a_model():
     model = converted("bert")
     inputs = [tiny_inputs("bert", seed=seed) for seed in range(8)]
     expected = [run(model, each) for each in inputs]
-    worst, errors, start = [0.0] * 8, [], threading.Barrier(8)
+    start = threading.Barrier(8)
 
-    def work(i: int):
-        try:
-            start.wait()
-            for _ in range(15):
-                worst[i] = max(worst[i], distance(run(model, inputs[i]), expected[i]))
-        except Exception as error:
-            errors.append(error)
+    def worst(i: int) -> float:
+        start.wait()
+        return max(distance(run(model, inputs[i]), expected[i]) for _ in range(15))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors and max(worst) < 1e-6
+    with ThreadPoolExecutor(8) as pool:
+        assert max(pool.map(worst, range(8))) < 1e-6
 
 
 def saved_whole(model):

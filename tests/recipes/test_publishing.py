@@ -1,20 +1,12 @@
 """A recipe's last step: its checkpoint on the Hub, a loopback one here."""
 
 import pytest
-from hub_server import HubServer, use_in_process
 from huggingface_hub import ModelCard
 
 from moefy_hf import PushError, hub
 
 REPO = "user/movies-moe"
 ONE_STEP = {"max_steps": 1, "splitter": "random", "router": "random", "allocation": "uniform"}
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    with HubServer() as server:
-        use_in_process(monkeypatch, server, tmp_path / "cache")
-        yield server
 
 
 def test_a_finished_run_is_pushed_when_asked(recipe, server, tmp_path, monkeypatch, capsys):

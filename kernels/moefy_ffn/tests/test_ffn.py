@@ -1,7 +1,7 @@
 """The kernel against the masked computation in float64, over odd shapes."""
 
 import itertools
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -132,11 +132,8 @@ def test_threads_may_call_at_once():
             if not torch.equal(moe_ffn(**inputs[number], k=5, expert_size=4, activation="silu")[0], expected[number]):
                 wrong.append(number)
 
-    threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(call, range(4)))  # raises what they raise
     assert not wrong
 
 
