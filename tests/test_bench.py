@@ -91,3 +91,16 @@ def test_end_to_end(new_tokens, tmp_path, monkeypatch, capsys):
     }
     card = str(model_card(tmp_path / "moe"))
     assert "## Speed" in card and "| implementation | times_dense |" in card and "| cpu | " in card
+
+
+def test_bad_input_end_to_end(tmp_path, monkeypatch, capsys):
+    tiny_model("llama", "AutoModelForCausalLM").save_pretrained(tmp_path / "dense")
+    (tmp_path / "texts.txt").write_text("w1 w2")
+    given = ["end_to_end", str(tmp_path / "dense"), "--texts"]
+    cases = {("nothing.txt",): "nothing.txt is no text file", (str(tmp_path / "texts.txt"),): "dense is not MoEfied"}
+    cases[("texts.txt", "--rounds", "0")] = "rounds must be positive"
+    for flags, message in cases.items():
+        monkeypatch.setattr(sys, "argv", [*given, *flags])
+        with pytest.raises(SystemExit) as stopped:
+            end_to_end.main()
+        assert stopped.value.code == 2 and message in capsys.readouterr().err

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from ..architectures import load_checkpoint
 from ..bench import hardware
 from ..facts import add_facts
+from ..modeling.moefied import is_moefied
 from ..text_files import TextBatches, read_lines
 from .tables import write_csv
 
@@ -37,8 +38,13 @@ def main() -> None:
     parser.add_argument("--csv", help="file that gets the figures")
     parser.add_argument("--facts", action="store_true", help="add them to the checkpoint's facts, for its card")
     args = parser.parse_args()
+    if min(args.batch, args.length, args.threads, args.rounds) < 1 or args.new_tokens < 0:
+        parser.error("batch, length, threads and rounds must be positive")
     torch.set_num_threads(args.threads)
-    rows = measure(args)
+    try:
+        rows = measure(args)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
     for row in rows:
         print(", ".join(f"{name} {value}" for name, value in row.items()))
     if args.csv:
@@ -52,11 +58,13 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    texts = read_lines(args.texts)
     model = load_checkpoint(args.checkpoint, dtype=torch.float32).eval()
+    if not is_moefied(model):
+        raise ValueError(f"{args.checkpoint} is not MoEfied: moefy convert makes a checkpoint that is")
     dense = model.stock_class().from_pretrained(args.checkpoint, dtype=torch.float32).eval()
     if args.k is not None:
         model.set_selection(k=args.k, allocation="uniform")
-    texts = read_lines(args.texts)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     batches = list(TextBatches(texts, tokenizer, max_length=args.length, batch_size=args.batch))[: args.rounds]
 
