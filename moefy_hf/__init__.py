@@ -7,6 +7,7 @@ from .architectures import moefied_class
 from .budgets import allocate_budgets
 from .callback import MoEficationCallback
 from .cards import model_card, write_card
+from .compensation import compensate_
 from .configuration import MoeficationConfig
 from .conversion import ConversionReport, moefy_
 from .distillation import DistillationCallback
@@ -16,6 +17,7 @@ from .facts import add_facts
 from .hub import PushError, push_to_hub
 from .modeling.ffn_sites import find_sites, permute_neurons_
 from .profiling import profile
+from .reach import measure_reach
 from .router_fitting import fit_routers
 from .schedule import Phase
 from .sparsity import SparsityPenaltyCallback, relufy_
@@ -32,10 +34,12 @@ __all__ = [
     "Sweep",
     "add_facts",
     "allocate_budgets",
+    "compensate_",
     "evaluate",
     "export",
     "find_sites",
     "fit_routers",
+    "measure_reach",
     "model_card",
     "moefied_class",
     "moefy_",

@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .controls import selecting
+from .modeling.allocation import count_experts
 from .modeling.moefied import is_moefied
-from .modeling.selection import count_experts
 from .quality import Quality, predictions
 from .replay import before, block_of, recorded, replayed
 
@@ -28,7 +28,7 @@ def measure_sensitivity(
     """
     sites = model.moe_sites()
     blocks = [block_of(model, site) for site in sites]
-    grids = [_grid(site.act.num_experts) for site in sites]
+    grids = [_grid(site.act.num_experts, site.act.shared) for site in sites]
     quality = [[Quality() for _ in ks] for ks in grids]
     bar = tqdm(desc="sensitivity", unit="batch", disable=not progress)
     training, positions = model.training, 0
@@ -43,7 +43,7 @@ def measure_sensitivity(
                     everything = site.act.selection
                     with replayed(before(outputs, block)):  # layers before this one do what they did
                         for k, found in zip(ks[:-1], layer, strict=False):
-                            site.act.selection = replace(everything, k=k)
+                            site.act.selection = replace(everything, k=k - site.act.shared)
                             found.update_(predictions(model, batch)[0], dense, None)
                     site.act.selection = everything
                 bar.update()
@@ -55,8 +55,9 @@ def measure_sensitivity(
     return {"k": grids, "loss": losses}
 
 
-def _grid(num_experts: int) -> list[int]:
-    return sorted({max(1, round(share * num_experts)) for share in GRID} | {1, num_experts})
+def _grid(num_experts: int, shared: int) -> list[int]:
+    least = max(1, shared)
+    return sorted({max(least, round(share * num_experts)) for share in GRID} | {least, num_experts})
 
 
 def allocate_budgets(
@@ -80,7 +81,7 @@ def allocate_budgets(
     if not is_moefied(model):
         raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
     for site in model.moe_sites():  # finds a bad share before the work
-        count_experts(share, site.act.num_experts)
+        count_experts(share, site.act.num_experts, site.act.shared)
     model.config.moefication["sensitivity"] = measure_sensitivity(model, data, progress=progress)
     model.set_selection(type="top_k", k=share, allocation="sensitivity")
-    return [site.act.selection.k for site in model.moe_sites()]
+    return [site.act.k for site in model.moe_sites()]

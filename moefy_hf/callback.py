@@ -15,8 +15,8 @@ from transformers.utils import logging
 
 from .configuration import MoeficationConfig
 from .conversion import check_convertible, check_predictions, default_allocation, install_routers_
+from .modeling.allocation import count_experts, per_layer
 from .modeling.moefied import is_moefied
-from .modeling.selection import resolve_selection
 from .monitor import RoutingMonitor
 from .quality import unwrapped
 from .run_hooks import keep_hooks
@@ -63,6 +63,10 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         schedule: str | Sequence[Phase] = "anneal",
     ):
         self.config = MoeficationConfig(**config) if isinstance(config, Mapping) else config or MoeficationConfig()
+        if "k" not in self.config.selection:
+            raise ValueError(f"a schedule spends a budget: give the selection k, not {self.config.selection}")
+        if self.config.compensation:
+            raise ValueError("training moves the means of compensation: call moefy_hf.compensate_ when it is over")
         self.calibration = calibration
         self.phases = make_schedule(schedule)
         if calibration is not None and iter(calibration) is calibration and self.splits > 1:
@@ -216,15 +220,16 @@ class MoEficationCallback(TrainerCallback, ExportableState):
     def target(self, model: PreTrainedModel) -> float:
         """The average share of experts that the configured selection computes."""
         experts = [site.act.num_experts for site in model.moe_sites()]
-        resolved = resolve_selection({**self.config.selection, "allocation": "uniform"}, experts)
-        return sum(each.k for each in resolved) / sum(experts)
+        ks = per_layer("k", self.config.selection["k"], len(experts))
+        counts = [count_experts(k, e, self.config.shared_experts) for k, e in zip(ks, experts, strict=True)]
+        return sum(counts) / sum(experts)
 
     def select(self, model: PreTrainedModel, share: float | str) -> None:
         """Compute this share of the experts on average, or the target."""
         section, wanted = model.config.moefication, dict(self.config.selection)
         wanted.setdefault("allocation", "sensitivity" if "sensitivity" in section else "uniform")
         if share == 1.0:
-            wanted |= {"k": 1.0, "allocation": "uniform"}
+            wanted = {"type": "top_k", "k": 1.0, "allocation": "uniform"}
         elif share != TARGET:
             wanted["k"] = share
         if wanted != section["selection"]:
@@ -232,7 +237,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
 
 
 def describe(model: PreTrainedModel) -> str:
-    counts = [f"{site.act.selection.k} of {site.act.num_experts}" for site in model.moe_sites()]
+    counts = [f"{site.act.k:.3g} of {site.act.num_experts}" for site in model.moe_sites()]
     return f"experts per FFN: {', '.join(dict.fromkeys(counts))}"
 
 

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .modeling.allocation import check_selection, count_experts, resolve_selection, setting_name
 from .modeling.moefied import FORMAT_VERSION
 from .modeling.routers import ROUTERS
-from .modeling.selection import ALLOCATIONS, resolve_selection
 from .splitting import SPLITTERS
 
 
@@ -22,6 +22,10 @@ class MoeficationConfig:
         selection: `{"type": "top_k", "k": 0.2}`; k is a share of the experts (float), a count (int), or one of these
             per layer; `"allocation": "sensitivity"` spreads an average k over layers by their measured sensitivity,
             "uniform" gives each layer the same. Without "allocation": by sensitivity where there is calibration data.
+            Types "threshold", "top_p" and "level" compute as many experts as a token needs, k on average.
+        shared_experts: how many experts run for every token; `k` counts them. They are made of the neurons that most
+            tokens need (CMoE); the splitter groups the others.
+        compensation: let an expert that does not run contribute what it does on average when it does not.
         layers: positions of the FFNs to convert, in forward order; all by default.
         calibration_tokens: at most so many tokens of the calibration data are used.
         seed: of splits and router fitting.
@@ -35,6 +39,8 @@ class MoeficationConfig:
     splitter: str = "parameter_clustering"
     router: str = "linear"
     selection: dict[str, Any] = field(default_factory=lambda: {"type": "top_k", "k": 0.2})
+    shared_experts: int = 0
+    compensation: bool = False
     layers: list[int] | None = None
     calibration_tokens: int = 100_000
     seed: int = 0
@@ -49,14 +55,17 @@ class MoeficationConfig:
                 raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(registry)}")
         if not isinstance(self.calibration_tokens, int) or self.calibration_tokens < 1:
             raise ValueError(f"calibration_tokens must be a positive integer, got {self.calibration_tokens!r}")
-        k, allocation = self.selection.get("k"), self.selection.get("allocation", "uniform")
-        if allocation not in ALLOCATIONS:
-            raise ValueError(f"unknown allocation {allocation!r}; choose from {', '.join(ALLOCATIONS)}")
-        if isinstance(k, list | tuple) and allocation != "uniform":
-            raise ValueError("a list of k fixes every layer's budget: leave out the allocation")
-        resolve_selection(  # one layer of a huge number of experts: finds bad names and shares, whatever the model
-            {**self.selection, "k": k[0] if isinstance(k, list | tuple) and k else k, "allocation": "uniform"}, [2**31]
-        )
+        shared = self.shared_experts
+        if not isinstance(shared, int) or isinstance(shared, bool) or shared < 0:
+            raise ValueError(f"shared_experts must be a number of experts, 0 or more, got {shared!r}")
+        check_selection(self.selection)
+        name = setting_name(self.selection["type"])
+        if name not in self.selection:
+            k = self.selection.get("k")
+            for each in k if isinstance(k, list | tuple) and k else [k]:
+                count_experts(each, 2**31)  # finds bad shares, whatever the model
+        elif not isinstance(self.selection[name], list | tuple):
+            resolve_selection(self.selection, [1])
 
     def section(self) -> dict[str, Any]:
         """The `moefication` section of a config.json."""

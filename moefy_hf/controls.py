@@ -19,21 +19,24 @@ class OracleRouter(Router):
 
     Args:
         targets: `output_norm`, the norm of the expert's output, or `activation_mass`, the paper's ground truth.
+        shared: experts that always run, and so have no score.
     """
 
     trainable = False
 
-    def __init__(self, weights: FfnWeights, num_experts: int, targets=output_norm):
-        super().__init__(weights.down.shape[0], num_experts)
+    def __init__(self, weights: FfnWeights, num_experts: int, targets=output_norm, shared: int = 0):
+        super().__init__(weights.down.shape[0], num_experts - shared)
+        self.shared = shared
         self.ffn, self.compute = [weights], targets  # in a list: nothing here is a parameter of this module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        (ffn,) = self.ffn
-        neurons = ffn.neurons(x).flatten(0, -2)  # (T, f)
-        scores = self.compute(
-            neurons.unflatten(-1, (self.num_experts, -1)), ffn.down.unflatten(-1, (self.num_experts, -1))
-        )
+        (ffn,), experts = self.ffn, (self.shared + self.num_experts, -1)
+        neurons = ffn.neurons(x).flatten(0, -2).unflatten(-1, experts)  # (T, E, m)
+        scores = self.compute(neurons[:, self.shared :], ffn.down.unflatten(-1, experts)[:, self.shared :])
         return scores.unflatten(0, x.shape[:-1])
+
+    def strengths(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores
 
     def flops(self) -> int:
         return 0  # a bound, not a method: its cost is left out
@@ -62,10 +65,11 @@ def check_control(name: str) -> None:
 
 def control_router(name: str, site: FfnSite, seed: int = 0) -> Router:
     """One of `CONTROLS` for a routed FFN; `seed` is of its random numbers."""
-    experts = site.act.num_experts
+    routed = site.act
     if name == "random":
-        return ChanceRouter(site.sizes[0], experts, seed)
-    return OracleRouter(site.weights(), experts, {"oracle": output_norm, "oracle_mass": activation_mass}[name])
+        return ChanceRouter(site.sizes[0], routed.router.num_experts, seed)
+    targets = {"oracle": output_norm, "oracle_mass": activation_mass}[name]
+    return OracleRouter(site.weights(), routed.num_experts, targets, routed.shared)
 
 
 @contextlib.contextmanager

@@ -11,17 +11,20 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .architectures import moefied_class
-from .budgets import allocate_budgets
+from .budgets import measure_sensitivity
+from .compensation import compensate_
 from .configuration import MoeficationConfig
 from .facts import is_hub_id
-from .modeling.ffn_sites import FfnSite, find_sites, permute_neurons_
-from .modeling.moefied import install_, is_moefied, selected_sites, split_sizes
+from .modeling.allocation import count_experts, per_layer, setting_name
+from .modeling.ffn_sites import FfnSite, FfnWeights, find_sites, permute_neurons_
+from .modeling.moefied import check_shared, install_, is_moefied, selected_sites, split_sizes
 from .modeling.routers import ROUTERS
-from .modeling.selection import resolve_selection
-from .profiling import ModelProfile, profile
+from .profiling import ModelProfile, SiteProfile, profile
 from .quality import predictions
+from .reach import measure_reach
 from .router_fitting import RouterFit, fit_routers, tokens_needed
 from .splitting import SPLITTERS
+from .splitting.shared import activation_rates, apart
 
 logger = logging.get_logger("moefy_hf")
 
@@ -33,7 +36,7 @@ class ConversionReport:
 
     experts: list[int]
     expert_sizes: list[int]
-    k: list[int]
+    k: list[float | None]
     calibration_tokens: int
     sparsity: list[float]
     fits: list[RouterFit]
@@ -47,7 +50,7 @@ class ConversionReport:
         """A Markdown table, a line per FFN: sizes, budget, and how well its router finds the experts that matter."""
         lines = ["| FFN | experts | k | not active | captured | oracle | random |", "|---|---|---|---|---|---|---|"]
         for position, (experts, size, k) in enumerate(zip(self.experts, self.expert_sizes, self.k, strict=True)):
-            cells = [str(position), f"{experts} of {size}", str(k)]
+            cells = [str(position), f"{experts} of {size}", "?" if k is None else f"{k:.4g}"]
             if self.fits:
                 fit = self.fits[position]
                 cells += [f"{share:.1%}" for share in (self.sparsity[position], fit.captured, fit.oracle, fit.random)]
@@ -78,7 +81,9 @@ def moefy_(
     config = config or MoeficationConfig()
     sites, sizes = check_convertible(model, config, calibration)
     section = config.section()
-    section["selection"].setdefault("allocation", default_allocation(model, config, calibration))
+    selection = section["selection"]
+    if "k" in selection:
+        selection.setdefault("allocation", default_allocation(model, config, calibration))
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         found = calibration if isinstance(calibration, ModelProfile) else None
@@ -89,7 +94,7 @@ def moefy_(
             stack.enter_context(found)
         if found is not None:
             check_profile(config, sites, sizes, found)
-        if section["selection"]["allocation"] == "sensitivity":
+        if selection.get("allocation") == "sensitivity":
             check_predictions(model, found.batches)
         with _timed(seconds, "split"):
             orders = neuron_orders(sites, [experts for experts, _ in sizes], found, config)
@@ -100,16 +105,19 @@ def moefy_(
         if found is not None:
             with _timed(seconds, "routers"):
                 fits = fit_routers(model, found, seed=config.seed, progress=progress)
-    selection = section["selection"]
-    if selection["allocation"] == "sensitivity":
-        with _timed(seconds, "budgets"):
-            allocate_budgets(model, found.batches, selection["k"], progress=progress)
-    else:
+            if setting_name(selection["type"]):
+                measure_reach(model, found, [selection["type"]])
+        if selection.get("allocation") == "sensitivity":
+            with _timed(seconds, "budgets"):
+                model.config.moefication["sensitivity"] = measure_sensitivity(model, found.batches, progress=progress)
         model.set_selection(**selection)
+        if config.compensation and found is not None:
+            with _timed(seconds, "compensation"):
+                compensate_(model, found, progress=progress)
     return ConversionReport(
         experts=[experts for experts, _ in sizes],
         expert_sizes=[size for _, size in sizes],
-        k=[site.act.selection.k for site in model.moe_sites()],
+        k=[site.act.k for site in model.moe_sites()],
         calibration_tokens=found.tokens if found else 0,
         sparsity=[stats.sparsity for stats in found.sites] if found else [],
         fits=fits,
@@ -143,7 +151,10 @@ def check_convertible(
     sites = selected_sites(find_sites(model), config.layers)
     moefied_class(type(model))
     sizes = [split_sizes(site, config.num_experts, config.expert_size) for site in sites]
-    resolve_selection({**config.selection, "allocation": "uniform"}, [experts for experts, _ in sizes])
+    check_shared(config.shared_experts, sites, sizes)
+    if "k" in config.selection:
+        for k, (experts, _) in zip(per_layer("k", config.selection["k"], len(sizes)), sizes, strict=True):
+            count_experts(k, experts, config.shared_experts)
     for site in sites:
         for name, param, _, _ in site.neuron_dims():
             if type(param) is not torch.nn.Parameter or param.is_meta:
@@ -168,6 +179,12 @@ def check_convertible(
             users.append(f"router {config.router!r}")
         if config.selection.get("allocation") == "sensitivity":
             users.append('allocation "sensitivity"')
+        if setting_name(config.selection["type"]) and "k" in config.selection:
+            users.append(f"selection {config.selection['type']!r} with a budget k")
+        if config.shared_experts:
+            users.append("shared_experts")
+        if config.compensation:
+            users.append("compensation")
         if users:
             raise ValueError(
                 f"calibration data is missing: {' and '.join(users)} learns from it; give batches, or choose from "
@@ -194,7 +211,7 @@ def check_profile(
             raise ValueError(
                 f"the profile holds no sample of the inputs of {site.name}: none was kept, or it was closed"
             )
-        needed = {"router " + repr(config.router): tokens_needed(site.sizes[0], experts)}
+        needed = {"router " + repr(config.router): tokens_needed(site.sizes[0], experts - config.shared_experts)}
         if not ROUTERS[config.router].trainable:
             needed.clear()
         if SPLITTERS[config.splitter].needs_profile:
@@ -225,7 +242,7 @@ def _headless(model: PreTrainedModel) -> bool:
 
 
 def default_allocation(model: PreTrainedModel, config: MoeficationConfig, calibration: Any) -> str:
-    if calibration is None or isinstance(config.selection["k"], list | tuple):
+    if calibration is None or isinstance(config.selection.get("k"), list | tuple):
         return "uniform"
     if _headless(model):
         logger.warning_once(f"{type(model).__name__} predicts nothing to measure sensitivity by: budgets are uniform")
@@ -249,13 +266,34 @@ def neuron_orders(
         generator = torch.Generator().manual_seed(config.seed + position)
         stats = found.sites[position] if found else None
         with torch.autocast(site.down.weight.device.type, enabled=False):  # half-precision sums scramble a split
-            orders.append(SPLITTERS[config.splitter].order(site.weights(), stats, experts, generator, warm))
+            orders.append(neuron_order(site.weights(), stats, experts, config, generator, warm))
     return orders
+
+
+def neuron_order(
+    weights: FfnWeights,
+    stats: SiteProfile | None,
+    experts: int,
+    config: MoeficationConfig,
+    generator: torch.Generator,
+    warm: bool,
+) -> torch.Tensor:
+    """(f,): those of the shared experts first, then the others as the splitter groups them."""
+    split, shared = SPLITTERS[config.splitter].order, config.shared_experts
+    if not shared or stats is None:
+        return split(weights, stats, experts, generator, warm)
+    f = weights.down.shape[1]
+    first = torch.arange(shared * f // experts)
+    if not warm:  # those that are shared already stay so
+        first = activation_rates(weights, stats).sort(descending=True, stable=True).indices[: len(first)].sort().values
+    others = torch.ones(f, dtype=torch.bool).index_fill(0, first, False).nonzero()[:, 0]
+    return torch.cat([first, others[split(*apart(weights, stats, others), experts - shared, generator, warm).cpu()]])
 
 
 def install_routers_(model: PreTrainedModel, section: dict[str, Any]) -> None:
     """Change a dense model's class and put routers into it that select everything: its function stays what it was."""
-    model.config.moefication = {**section, "selection": {"type": "top_k", "k": 1.0, "allocation": "uniform"}}
+    everything = {"type": "top_k", "k": 1.0, "allocation": "uniform"}
+    model.config.moefication = {**section, "selection": everything, "compensation": False}
     model.__class__ = moefied_class(type(model))
     install_(model)
     model.config.auto_map = model.auto_map()
@@ -271,6 +309,7 @@ def init_routers_(model: PreTrainedModel, seed: int) -> None:
             for weight in router.parameters():
                 noise = torch.empty(weight.shape).normal_(std=weight.shape[-1] ** -0.5, generator=generator)
                 weight.copy_(noise)  # the same on every device
-            router.init_from_experts_(site.weights().keys.unflatten(0, (router.num_experts, -1)))
+            keys = site.weights().keys.unflatten(0, (site.act.num_experts, -1))
+            router.init_from_experts_(keys[site.act.shared :])
         router.to(site.down.weight.device)
         site.act.train(site.owner.training)

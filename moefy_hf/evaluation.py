@@ -17,8 +17,11 @@ from .flops import model_flops
 from .folders import write_whole
 from .modeling.ffn_sites import find_sites
 from .modeling.moefied import is_moefied
+from .modeling.routed_activation import chosen as kept
+from .modeling.selection import SELECTIONS
 from .profiling import observed
 from .quality import Quality, is_causal, predictions
+from .reach import counted_experts
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Setting:
     @property
     def router(self) -> str:
         return self.control or "own"
+
+    def counting(self, model: PreTrainedModel, batch: Mapping[str, Any], counts: dict[str, list[float]]):
+        """Count the experts that are computed, where that depends on the token."""
+        dynamic = SELECTIONS[dict(self.selection)["type"]].dynamic
+        return counted_experts(model, batch, counts) if dynamic else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def on(self, model: PreTrainedModel) -> Iterator[None]:
@@ -68,8 +76,7 @@ def local_figures(
         totals[position] += torch.tensor([float(mass.sum()), float(output), len(chunks) * site.act.num_experts])
         for each, routing in enumerate(chosen):
             router, selection = routing[position]
-            scores = router(x)
-            keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, *selection(scores))
+            keep = kept(router(x), router, selection, site.act.shared)
             dropped = F.linear(experts.masked_fill(keep.unsqueeze(-1), 0).flatten(-2), down).float().square().sum()
             union = keep[chunks].any(1).sum()
             sums[each, position] += torch.tensor([float((mass * keep).sum()), float(dropped), int(union)])
@@ -116,6 +123,7 @@ class Sweep:
         """A Markdown table of the figures people compare."""
         columns = {
             "router": ("router", "{}"),
+            "type": ("selection", "{}"),
             "allocation": ("allocation", "{}"),
             "experts": ("experts", "{:.1%}"),
             "ffn_flops": ("FFN FLOPs", "{:.1%}"),
@@ -147,6 +155,7 @@ def evaluate(
     shares: Iterable[int | float] = (0.1, 0.2, 0.3, 0.5),
     *,
     controls: Iterable[str] = ("oracle", "random"),
+    selections: Iterable[str] | None = None,
     allocations: Iterable[str] | None = None,
     local_tokens: int = 5_000,
     progress: bool = True,
@@ -158,6 +167,8 @@ def evaluate(
         shares: k as `set_selection` takes it.
         controls: of "oracle" (experts chosen by the norm of their output), "oracle_mass" (by their summed
             activation, the paper's ground truth) and "random" (drawn per token).
+        selections: types that are swept, those that depend on the token at the same average number of experts
+            (`measure_reach` must have been called); by default that of the model. Controls always select "top_k".
         allocations: "uniform" and/or "sensitivity"; by default that of the model.
         local_tokens: tokens on which each layer's captured mass, output error and chunk share are measured; 0 for
             none.
@@ -176,11 +187,14 @@ def evaluate(
         raise ValueError("evaluate reads the batches more than once: give a list or a DataLoader, not an iterator")
     current = model.config.moefication["selection"]
     allocations = [current.get("allocation", "uniform")] if allocations is None else list(allocations)
+    kinds = [current["type"]] if selections is None else list(selections)
     shares, controls = list(shares), list(controls)
+    routings = [(None, kind) for kind in kinds] + [(control, "top_k") for control in controls]
     settings = [
-        Setting(control, (("type", "top_k"), ("k", share), ("allocation", allocation)))
+        Setting(control, (("type", kind), ("k", share), ("allocation", allocation)))
         for allocation in allocations
-        for control in (None, *controls)
+        for control, kind in routings
+        if not (allocation == "global" and kind == "top_k")  # which has no setting to share
         for share in shares
     ]
     for setting in settings:  # every bad value is found before work begins
@@ -189,6 +203,7 @@ def evaluate(
     dense = Setting(None, (("type", "top_k"), ("k", 1.0), ("allocation", "uniform")))
     reference = Quality()
     results = [Quality() for _ in settings]
+    counts: list[dict[str, list[float]]] = [{} for _ in settings]
     flops, training = None, model.training
     model.eval()
     try:
@@ -198,18 +213,18 @@ def evaluate(
                     expected, labels = predictions(model, batch)
                     flops = flops or model_flops(model, batch)
                 reference.update_(expected, expected, labels)
-                for setting, quality in zip(settings, results, strict=True):
-                    with setting.on(model):
+                for setting, quality, count in zip(settings, results, counts, strict=True):
+                    with setting.on(model), setting.counting(model, batch, count):
                         quality.update_(predictions(model, batch)[0], expected, labels)
     finally:
         model.train(training)
     if flops is None or reference.count == 0:
         raise ValueError("there is nothing to evaluate on: `batches` is empty, or all its labels are -100")
     local = local_figures(model, batches, settings, local_tokens) if local_tokens else None
-    return _sweep(model, flops, settings, reference, results, local)
+    return _sweep(model, flops, settings, reference, results, counts, local)
 
 
-def _sweep(model, flops, settings, reference, results, local) -> Sweep:
+def _sweep(model, flops, settings, reference, results, counts, local) -> Sweep:
     dense = reference.figures()
     quality = ("perplexity" if is_causal(model) else "accuracy") if reference.labelled else "agreement"
     rows = [
@@ -218,12 +233,13 @@ def _sweep(model, flops, settings, reference, results, local) -> Sweep:
     for position, (setting, result) in enumerate(zip(settings, results, strict=True)):
         with setting.on(model):
             sites = model.moe_sites()
-            computed = [site.act.selection.k for site in sites]
-            ffn, whole = flops.ratio(flops.routed(find_sites(model)))
+            computed = {site.name: site.act.k for site in sites}
+            computed |= {name: experts / tokens for name, (experts, tokens) in counts[position].items()}
+            ffn, whole = flops.ratio(flops.routed(find_sites(model), computed))
         figures = result.figures()
-        row = {"router": setting.router, **dict(setting.selection), "k_per_layer": computed}
+        row = {"router": setting.router, **dict(setting.selection), "k_per_layer": list(computed.values())}
         row |= {
-            "experts": sum(computed) / sum(site.act.num_experts for site in sites),
+            "experts": sum(computed.values()) / sum(site.act.num_experts for site in sites),
             "ffn_flops": ffn,
             "model_flops": whole,
         }

@@ -157,7 +157,7 @@ class SparseFfn:
     def reason(self, x: torch.Tensor) -> str | None:
         """Why this call is masked, if it is."""
         site, act = self.site, self.site.act
-        if act.selection.keeps_all(act.num_experts):
+        if act.computes_all:
             return "all experts are selected"
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in site.first.parameters())):
             return "gradients are wanted (use torch.no_grad or torch.inference_mode)"

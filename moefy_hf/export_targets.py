@@ -62,7 +62,7 @@ def moe_config(model: PreTrainedModel, target: Target) -> PreTrainedConfig:
     site, source = model.moe_sites()[0], model.config.to_dict()
     known = set(target.config().to_dict()) - {"model_type", "architectures", "transformers_version"}
     settings = {name: value for name, value in source.items() if name in known | {"head_dim", "dtype"}}
-    experts, size = site.act.num_experts, site.sizes[1] // site.act.num_experts
+    experts, size = site.act.router.num_experts, site.act.expert_size
     settings |= {"num_experts_per_tok": site.act.selection.k, "architectures": [target.architecture]}
     if target.config is Llama4TextConfig:
         return llama4_config(model, settings, experts, size)
@@ -153,16 +153,17 @@ def llama4_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
         yield name.replace(".mlp.", ".feed_forward."), tensor
     for site in sites.values():
         prefix = f"{site.name.rpartition('.')[0]}.feed_forward"
-        routed, (d, f) = site.act, site.sizes
-        size = f // routed.num_experts
+        routed, (d, _) = site.act, site.sizes
+        size, shared = routed.expert_size, routed.shared
         router, ones = routed.router.weight.detach(), torch.ones(d)
         yield f"{prefix}.router.weight", scaled(router, ones.to(router), VANISHING).to(model.dtype)
         gate, up, down = (part.weight.detach() for part in (site.gate, site.up, site.down))
         both = torch.cat([gate.unflatten(0, (-1, size)), up.unflatten(0, (-1, size))], 1)  # (E, 2m, d)
-        yield f"{prefix}.experts.gate_up_proj", 2 * both.transpose(1, 2)
-        yield f"{prefix}.experts.down_proj", down.t().unflatten(0, (-1, size))
-        for part, shape in zip(GATE_UP_DOWN, ((size, d), (size, d), (d, size)), strict=True):
-            yield f"{prefix}.shared_expert.{part}.weight", gate.new_zeros(shape)  # which must exist, and adds nothing
+        yield f"{prefix}.experts.gate_up_proj", 2 * both[shared:].transpose(1, 2)
+        yield f"{prefix}.experts.down_proj", down.t().unflatten(0, (-1, size))[shared:]
+        first = gate[:size], up[:size], down[:, :size]
+        for part, tensor in zip(GATE_UP_DOWN, first, strict=True):  # which must exist; without one, adds nothing
+            yield f"{prefix}.shared_expert.{part}.weight", tensor if shared else torch.zeros_like(tensor)
 
 
 def interleaved(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -85,7 +85,19 @@ def check_expressible(model: PreTrainedModel, target: Target) -> None:
         raise ValueError(
             f"served MoEs have a linear router, this model a {router!r} one: convert with router='linear'"
         )
-    budgets = {site.act.selection.k for site in sites}
+    section = model.config.moefication
+    if section["selection"]["type"] != "top_k":
+        raise ValueError(
+            f"served MoEs compute the same number of experts for every token, this model selects by "
+            f"{section['selection']['type']!r}: model.set_selection(type='top_k', k=...) first"
+        )
+    if section.get("shared_experts", 0) > (1 if target.config is Llama4TextConfig else 0):
+        raise ValueError(
+            f"{target.architecture} has no place for {section['shared_experts']} shared experts: only Llama 4 has one"
+        )
+    if section.get("compensation"):
+        raise ValueError("served MoEs have no mean compensation: convert with compensation=False")
+    budgets = {site.act.k for site in sites}
     if len(budgets) > 1:
         raise ValueError(
             f"layers compute {min(budgets)} to {max(budgets)} experts; served MoEs have one k for all: "

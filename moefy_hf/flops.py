@@ -42,9 +42,9 @@ class ModelFlops:
     ffn: float
     tokens: tuple[float, ...]
 
-    def routed(self, sites: Sequence[FfnSite]) -> float:
-        """What all FFNs cost at the budgets they have now."""
-        costs = (routed_flops(site, site.act.selection.k if is_routed(site.act) else 0) for site in sites)
+    def routed(self, sites: Sequence[FfnSite], computed: Mapping[str, float]) -> float:
+        """What all FFNs cost with so many experts computed, by the name of the routed FFN."""
+        costs = (routed_flops(site, computed.get(site.name, 0)) for site in sites)
         return sum(seen * cost for seen, cost in zip(self.tokens, costs, strict=True))
 
     def ratio(self, routed_ffn: float) -> tuple[float, float]:
@@ -89,6 +89,6 @@ def model_flops(model: PreTrainedModel, batch: Mapping[str, Any]) -> ModelFlops:
     total = counter.get_total_flops()
     for seen, site in zip(tokens, sites, strict=True):
         routed = site.act
-        if is_routed(routed) and not routed.selection.keeps_all(routed.num_experts):
+        if is_routed(routed) and not routed.computes_all:
             total -= seen * routed.router.flops()  # what counts is the dense model
     return ModelFlops(total / most, ffn, tuple(seen / most for seen in tokens))

@@ -51,9 +51,9 @@ class RoutingMonitor:
         """Figures since the last call, means over FFNs: share of experts computed; and where steps were watched,
         `moe_captured`, the share of the activation mass that chosen experts hold (of the gate's in a gated FFN),
         `moe_load_entropy` relative to an even load, and the number of `moe_dead_experts` that no token chose."""
-        shares = [site.act.selection.k / site.act.num_experts for site in self.sites]
+        shares = [site.act.k / site.act.num_experts for site in self.sites if site.act.k is not None]
         found = {f"moe_experts_{position}": share for position, share in enumerate(shares)}
-        found["moe_experts"] = sum(shares) / len(shares)
+        found["moe_experts"] = sum(shares) / max(len(shares), 1)
         if self.load:
             captured = [float(self.kept[i] / self.mass[i].clamp_min(1e-12)) for i in self.load]
             loads = [load / load.sum() for load in self.load.values()]
@@ -70,7 +70,7 @@ class RoutingMonitor:
 
     def _hide(self, model: PreTrainedModel, position: int, hidden: torch.Tensor) -> None:
         routed = self.sites[position].act
-        if self.watching and model.training and not routed.selection.keeps_all(routed.num_experts):
+        if self.watching and model.training and not routed.computes_all:
             self.hidden[position] = hidden.detach()
 
     @torch.no_grad()
@@ -80,9 +80,8 @@ class RoutingMonitor:
             return
         routed = self.sites[position].act
         mass = routed.inner(hidden).clamp_min(0).unflatten(-1, (routed.num_experts, -1)).sum(-1).flatten(0, -2).float()
-        scores = scores.detach().flatten(0, -2)  # (T, E)
-        keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, *routed.selection(scores))
-        real = real_tokens(model, self.sites[position], self.batch, len(scores))
+        keep = routed.chosen(scores.detach()).flatten(0, -2)  # (T, E)
+        real = real_tokens(model, self.sites[position], self.batch, len(keep))
         if real is not None:
             keep, mass = keep[real], mass[real]
         for sums, value in (

@@ -72,7 +72,7 @@ def fit_routers(
     if len(sites) != len(profile.sites):
         raise ValueError(f"the profile has {len(profile.sites)} layers, the model {len(sites)} routed FFNs")
     for site, stats in zip(sites, profile.sites, strict=True):
-        needed = tokens_needed(site.sizes[0], site.act.num_experts) if site.act.router.trainable else 1
+        needed = tokens_needed(site.sizes[0], site.act.router.num_experts) if site.act.router.trainable else 1
         if stats.tokens < needed:
             raise ValueError(
                 f"{site.name}: {stats.tokens} calibration tokens cannot fit a router; at least {needed} are needed"
@@ -100,7 +100,8 @@ def _fit_layer(
     assert inputs is not None, "fit_routers checks that there is a sample"
     targets = _targets(site, stats, directory / "targets.bin")
     fitting = len(inputs) - max(1, int(len(inputs) * HELD_OUT))
-    k = min(site.act.selection.k, max(1, site.act.num_experts // 5))  # the paper's 20 % while everything is selected
+    experts, k = router.num_experts, site.act.selection.k
+    k = max(1, experts // 5 if k is None else min(round(k), experts // 5))  # the paper's 20 %, or less
     held_out = inputs[fitting:], targets[fitting:]
     best, best_epoch, best_weights = _captured(router, *held_out, k), 0, copy.deepcopy(router.state_dict())
     if router.trainable and epochs:
@@ -120,16 +121,16 @@ def _fit_layer(
         optimizer.zero_grad()  # or the first step of an optimizer over all parameters would still move the router
         router.requires_grad_(False)
         router.load_state_dict(best_weights)
-    return RouterFit(site.name, k, best, _share(held_out[1], held_out[1], k), k / site.act.num_experts, best_epoch)
+    return RouterFit(site.name, k, best, _share(held_out[1], held_out[1], k), k / experts, best_epoch)
 
 
 def _targets(site: FfnSite, stats: SiteProfile, path: Path) -> torch.Tensor:
-    """(T, E) in a file: what each expert does on each sampled token."""
+    """(T, E - S) in a file: what each routed expert does on each sampled token."""
     routed, weights = site.act, site.weights()
-    down = weights.down.detach().unflatten(-1, (routed.num_experts, routed.expert_size))
+    down = weights.down.detach().unflatten(-1, (routed.num_experts, routed.expert_size))[:, routed.shared :]
     file = TensorFile(path)
     for _, neurons in stats.activations(weights):
-        experts = neurons.unflatten(-1, (routed.num_experts, routed.expert_size))
+        experts = neurons.unflatten(-1, (routed.num_experts, routed.expert_size))[:, routed.shared :]
         file.append(routed.router.targets(experts, down).float())
     return file.mapped()
 

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from .budgets import allocate_budgets
 from .configuration import MoeficationConfig
 from .conversion import check_predictions, check_profile, init_routers_, neuron_orders
+from .modeling.allocation import setting_name
 from .modeling.ffn_sites import permute_neurons_
 from .modeling.routers import ROUTERS
 from .profiling import profile
+from .reach import measure_reach
 from .router_fitting import RouterFit, fit_routers
 from .splitting import SPLITTERS
 
@@ -74,7 +76,12 @@ def find_experts_(
     fits: list[RouterFit] = []
     found = None
     with ExitStack() as stack:
-        if SPLITTERS[config.splitter].needs_profile or ROUTERS[config.router].trainable or budgets is not None:
+        if (
+            SPLITTERS[config.splitter].needs_profile
+            or ROUTERS[config.router].trainable
+            or budgets is not None
+            or config.shared_experts
+        ):
             tokens, layers = config.calibration_tokens, config.layers
             found = profile(model, batches, max_tokens=tokens, layers=layers, progress=progress)
             stack.enter_context(found)
@@ -88,6 +95,8 @@ def find_experts_(
         init_routers_(model, config.seed)
         if found is not None:
             fits = fit_routers(model, found, seed=config.seed, progress=progress)
+            if setting_name(config.selection["type"]):
+                measure_reach(model, found, [config.selection["type"]])
     if found is not None and budgets is not None:
         allocate_budgets(model, found.batches, budgets, progress=progress)
     report = f"{len(sites)} FFNs split, {sizes[0][0]} experts of {sizes[0][1]} neurons in the first"

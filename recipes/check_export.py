@@ -73,7 +73,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         "architecture": type(served).__name__,
         "moefication": model.config.moefication,
         "experts": sites[0].act.num_experts,
-        "k": sites[0].act.selection.k,
+        "k": sites[0].act.k,
         "layers": len(sites),
         "logits": compare_logits(model, served, windows),
     }

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from moefy_hf import MoeficationConfig
+from moefy_hf.modeling.allocation import ALLOCATIONS
 from moefy_hf.modeling.moefied import FORMAT_VERSION
 from moefy_hf.modeling.routers import ROUTERS
-from moefy_hf.modeling.selection import ALLOCATIONS, SELECTIONS
+from moefy_hf.modeling.selection import SELECTIONS
 from moefy_hf.splitting import SPLITTERS
 
 
@@ -55,7 +56,7 @@ def test_registered_names_are_accepted(splitter, router):
     [
         ({"splitter": "kmeans"}, SPLITTERS),
         ({"router": "softmax"}, ROUTERS),
-        ({"selection": {"type": "top_p", "k": 0.2}}, SELECTIONS),
+        ({"selection": {"type": "best", "k": 0.2}}, SELECTIONS),
         ({"selection": {"k": 0.2}}, SELECTIONS),
         ({"selection": {"type": "top_k", "k": 0.2, "allocation": "greedy"}}, ALLOCATIONS),
         ({"selection": {"type": "top_k", "k": 0.2, "share": 0.2}}, ("type", "k", "allocation")),
@@ -84,7 +85,7 @@ def test_k_in_range_is_accepted(k):
 
 
 def test_a_list_of_k_cannot_be_allocated():
-    with pytest.raises(ValueError, match="list of k"):
+    with pytest.raises(ValueError, match="one k, not a list"):
         MoeficationConfig(selection={"type": "top_k", "k": [1, 2], "allocation": "sensitivity"})
 
 

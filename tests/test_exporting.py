@@ -59,6 +59,19 @@ def test_served_architectures_compute_the_same(source, to, k, tmp_path):
         assert (ours - logits(model, source)).abs().max() > 1e-3 * ours.abs().max()
 
 
+def test_a_shared_expert_is_llama4s(tmp_path):
+    settings = {"expert_size": 8, "router": "linear", "shared_experts": 1}
+    convert(model := tiny_model("llama-without-biases", CAUSAL).eval(), 3, text_batches(8), **settings)
+    export(model, tmp_path / "out")
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (served.config.num_local_experts, served.config.num_experts_per_tok) == (5, 2)
+    assert_same(model, served, "llama")
+    for site in model.moe_sites():
+        site.down.weight.data[:, :8] = 0
+    with pytest.raises(AssertionError):  # the shared expert matters
+        assert_same(model, served, "llama")
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("source", ["llama", "qwen3"])
 def test_embeddings_stay_tied_or_not(source, tied, tmp_path):

@@ -165,10 +165,11 @@ def tiny_model(name: str, head: str = "AutoModel", seed: int = 0, **changes) -> 
     return model.eval()
 
 
-def convert(model: nn.Module, k: int | float | list = 1.0, **settings) -> ConversionReport:
-    """MoEfy in place without data: random experts of eight neurons, random routers."""
+def convert(model: nn.Module, k: int | float | list = 1.0, calibration=None, **settings) -> ConversionReport:
+    """MoEfy in place, by default without data: random experts of eight neurons, random routers."""
     settings = {"expert_size": EXPERT_SIZE, "splitter": "random", "router": "random", **settings}
-    return moefy_(model, MoeficationConfig(selection={"type": "top_k", "k": k}, **settings), calibration=None)
+    selection = {"type": "top_k", "k": k, "allocation": "uniform"}
+    return moefy_(model, MoeficationConfig(selection=selection, **settings), calibration, progress=False)
 
 
 def tiny_inputs(name: str, head: str = "AutoModel", seed: int = 1) -> dict[str, torch.Tensor]:

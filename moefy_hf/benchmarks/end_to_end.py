@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             started = time.perf_counter()
             call(batch)
             seconds[name].append(time.perf_counter() - started)
-    experts = sum(site.act.selection.k for site in model.moe_sites())
+    experts = sum(site.act.k for site in model.moe_sites())
     share = experts / sum(site.act.num_experts for site in model.moe_sites())
     tokens = statistics.median(batch["input_ids"].numel() for batch in batches)
     settings = {"share": round(share, 3), "batch": args.batch}

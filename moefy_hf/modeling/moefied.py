@@ -5,17 +5,18 @@ import importlib
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
+from .allocation import changed, resolve_selection
 from .ffn_sites import FfnSite, find_sites
-from .routed_activation import RoutedActivation, is_routed
+from .routed_activation import RoutedActivation, is_routed, outlet_to
 from .routers import ROUTERS, Router
-from .selection import resolve_selection
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: shared experts, mean compensation, selections beside top_k
 
 
 def split_sizes(site: FfnSite, num_experts: int | None, expert_size: int | None) -> tuple[int, int]:
@@ -54,13 +55,35 @@ def install_(model: nn.Module) -> None:
         raise ValueError(f"unknown router {section['router']!r}; choose from {', '.join(ROUTERS)}")
     sites = selected_sites(find_sites(model), section["layers"])
     sizes = [split_sizes(site, section["num_experts"], section["expert_size"]) for site in sites]
-    selections = resolve_selection(section["selection"], [experts for experts, _ in sizes], section.get("sensitivity"))
+    shared = section.get("shared_experts", 0)
+    check_shared(shared, sites, sizes)
+    selections = resolved(section["selection"], section, [experts for experts, _ in sizes])
     for site, (num_experts, expert_size), selection in zip(sites, sizes, selections, strict=True):
-        router = ROUTERS[section["router"]](site.sizes[0], num_experts)
+        router = ROUTERS[section["router"]](site.sizes[0], num_experts - shared)
         router.requires_grad_(False)  # unless their loss is on: an unused trainable parameter stalls DDP
-        site.replace_act(RoutedActivation(site.act, router, expert_size, selection))
-        site.act.connect_(base_layer(site.first))
-        site.owner.register_forward_hook(refuse_bypass(site.act, site.name))
+        routed = RoutedActivation(site.act, router, expert_size, selection, shared)
+        site.replace_act(routed)
+        routed.connect_(base_layer(site.first))
+        if section.get("compensation"):
+            routed.compensate_(torch.zeros(site.sizes[1]))
+        site.owner.register_forward_pre_hook(outlet_to(routed, site))
+        site.owner.register_forward_hook(refuse_bypass(routed, site.name))
+
+
+def resolved(selection: dict[str, Any], section: dict[str, Any], num_experts: list[int]) -> list[Any]:
+    """`resolve_selection` with what a config holds."""
+    measured = section.get("sensitivity"), section.get("reach")
+    return resolve_selection(selection, num_experts, *measured, section.get("shared_experts", 0))
+
+
+def check_shared(shared: int, sites: list[FfnSite], sizes: list[tuple[int, int]]) -> None:
+    """
+    Raises:
+        ValueError: no number of experts, or no routed expert would be left.
+    """
+    for site, (experts, _) in zip(sites, sizes, strict=True):
+        if not isinstance(shared, int) or isinstance(shared, bool) or not 0 <= shared < experts:
+            raise ValueError(f"{site.name}: shared_experts={shared!r} must be from 0 to {experts - 1} of {experts}")
 
 
 def selected_sites(sites: list[FfnSite], layers: list[int] | None) -> list[FfnSite]:
@@ -79,8 +102,9 @@ class refuse_bypass:
         self.routed, self.name = routed, name
 
     def __call__(self, owner: nn.Module, args: tuple, output: Any) -> None:
-        if self.routed.observed.x is not None:
-            self.routed.observed.x = None
+        observed = self.routed.observed
+        if observed.x is not None or observed.kept is not None:
+            observed.x = observed.kept = None
             raise RuntimeError(f"{self.name}: the activation of this routed FFN never ran; disable fused MLP kernels")
 
 
@@ -171,16 +195,18 @@ class MoefiedMixin:
         them (float in (0, 1]), or a list with one of these per layer; `allocation="sensitivity"` spreads one average
         k over layers by what `allocate_budgets` measured, "uniform" gives each the same.
 
+        `model.set_selection(type="threshold", tau=0.9)` computes as many experts as each token needs: "threshold",
+        "top_p" (setting `p`) and "level". They take a budget k, too, once `measure_reach` has found what each
+        setting spends; allocation "global" is then one setting for all layers.
+
         Raises:
             ValueError: see `resolve_selection`; the selection stays as it was.
         """
         section, sites = self.config.moefication, self.moe_sites()
-        selection = {**section["selection"], **changes}
-        if isinstance(changes.get("k"), list | tuple) and "allocation" not in changes:
-            selection["allocation"] = "uniform"
-        resolved = resolve_selection(selection, [site.act.num_experts for site in sites], section.get("sensitivity"))
+        selection = changed(section["selection"], changes)
+        found = resolved(selection, section, [site.act.num_experts for site in sites])
         section["selection"] = copy.deepcopy(selection)
-        for site, each in zip(sites, resolved, strict=True):
+        for site, each in zip(sites, found, strict=True):
             site.act.selection = each
 
     def set_moe_implementation(self, name: str = "auto") -> None:

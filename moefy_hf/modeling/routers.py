@@ -57,6 +57,11 @@ class Router(nn.Module):
     def score(self, x: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"{type(self).__name__} defines no score")
 
+    def strengths(self, scores: torch.Tensor) -> torch.Tensor:
+        """(..., E) -> (..., E): scores as numbers that are not negative, for selections that compare experts by ratio;
+        here the shares that `loss` fits."""
+        return scores.float().softmax(-1)
+
     def loss(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """(T, E), (T, E) -> (): cross-entropy between softmax(scores) and each expert's share of the token's targets.
 

@@ -1,15 +1,22 @@
-"""Selections: from router scores to the experts that run, and how one budget is spread over layers."""
+"""Selections: from router scores to the experts that run, one class per method; `SELECTIONS` is their registry."""
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
 
 class Selection(Protocol):
-    """scores (..., E) -> expert ids (..., K) and which of these slots are used (..., K); K is static."""
+    """scores (..., E) of the routed experts -> their ids (..., K) and which of these slots are used (..., K); K is
+    static.
+
+    Attributes:
+        k: how many a token computes, on average where that depends on the token; None where nobody has measured it.
+    """
+
+    @property
+    def k(self) -> float | None: ...
 
     def __call__(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -21,6 +28,7 @@ class TopK:
     """The k best experts of each token (MoEfication, section 3.3)."""
 
     k: int
+    dynamic: ClassVar[bool] = False
 
     def __call__(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         index = scores.topk(self.k, dim=-1, sorted=False).indices
@@ -30,90 +38,83 @@ class TopK:
         return self.k >= num_experts
 
 
-SELECTIONS = {"top_k": TopK}
-ALLOCATIONS = ("uniform", "sensitivity")
+@dataclass(frozen=True)
+class Dynamic:
+    """As many experts as a token needs: those that the setting reaches. The larger the setting, the more.
 
-
-def count_experts(k: int | float | None, num_experts: int) -> int:
-    """An integer k as it is; a float in (0, 1] as a share of the experts, rounded, at least one."""
-    if isinstance(k, bool) or not isinstance(k, int | float):
-        raise ValueError(f"k must be an integer or a share in (0, 1], got {k!r}")
-    if isinstance(k, float):
-        if not 0 < k <= 1:
-            raise ValueError(f"k={k} is no share of the experts: it must lie in (0, 1] (use an integer for a count)")
-        return max(1, round(k * num_experts))
-    if not 1 <= k <= num_experts:
-        raise ValueError(f"k={k} is out of range: choose 1 to {num_experts} experts, or a share in (0, 1]")
-    return k
-
-
-def resolve_selection(
-    selection: dict[str, Any], num_experts: Sequence[int], sensitivity: dict[str, Any] | None = None
-) -> list[TopK]:
-    """One selection per layer.
-
-    Args:
-        selection: `{"type": "top_k", "k": ..., "allocation": "uniform" | "sensitivity"}`; k as in `count_experts`,
-            or a list with one k per layer.
-        num_experts: E of each layer.
-        sensitivity: what `allocate_budgets` measured, needed by allocation "sensitivity".
-
-    Raises:
-        ValueError: unknown names (the valid ones are listed), k out of range, or no sensitivity measured yet.
+    What comes in are the router's strengths, (..., E) and not negative.
     """
-    unknown = set(selection) - {"type", "k", "allocation"}
-    if unknown:
-        raise ValueError(f"unknown selection settings {sorted(unknown)}; valid: type, k, allocation")
-    kind, k, allocation = selection.get("type"), selection.get("k"), selection.get("allocation", "uniform")
-    if kind not in SELECTIONS:
-        raise ValueError(f"unknown selection {kind!r}; choose from {', '.join(SELECTIONS)}")
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"unknown allocation {allocation!r}; choose from {', '.join(ALLOCATIONS)}")
-    if isinstance(k, list | tuple):
-        if len(k) != len(num_experts):
-            raise ValueError(f"k has {len(k)} entries, one per layer is needed: {len(num_experts)}")
-        if allocation != "uniform":
-            raise ValueError(f"allocation {allocation!r} chooses k for each layer itself: give one k, not a list")
-        return [TopK(count_experts(each, experts)) for each, experts in zip(k, num_experts, strict=True)]
-    counts = [count_experts(k, experts) for experts in num_experts]
-    if allocation == "uniform":
-        return [TopK(count) for count in counts]
-    if sensitivity is None:
-        raise ValueError(
-            'allocation "sensitivity" needs measured layers: call moefy_hf.allocate_budgets(model, data) first'
-        )
-    if len(sensitivity["k"]) != len(num_experts):  # another head: an encoder alone, a decoder alone
-        raise ValueError(
-            f"sensitivity was measured on {len(sensitivity['k'])} layers, this model has {len(num_experts)}: "
-            'use allocation "uniform"'
-        )
-    return [TopK(count) for count in allocate(sensitivity["k"], sensitivity["loss"], sum(counts))]
+
+    setting: float
+    k: float | None = None
+    dynamic: ClassVar[bool] = True
+    name: ClassVar[str]  # of the setting
+    lowest: ClassVar[float] = 0.0
+    highest: ClassVar[float] = 1.0
+
+    @classmethod
+    def needs(cls, strengths: torch.Tensor) -> torch.Tensor:
+        """(..., E) -> (..., E): the least setting with which each expert runs."""
+        raise TypeError(f"{cls.__name__} defines no needs")
+
+    def __call__(self, strengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        index = torch.arange(strengths.shape[-1], device=strengths.device).expand(strengths.shape)
+        return index, self.needs(strengths) <= self.setting
+
+    def keeps_all(self, num_experts: int) -> bool:
+        return self.k is not None and self.k >= num_experts
+
+    @classmethod
+    def checked(cls, setting: float) -> float:
+        """
+        Raises:
+            ValueError: no number, or out of range.
+        """
+        number = isinstance(setting, int | float) and not isinstance(setting, bool)
+        if not number or not cls.lowest <= setting <= cls.highest:
+            raise ValueError(f"{cls.name} must be a number from {cls.lowest:g} to {cls.highest:g}, got {setting!r}")
+        return float(setting)
 
 
-def allocate(grids: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """Spend `budget` experts over layers so that the summed loss is least, each layer's loss being known at a few k.
+class Threshold(Dynamic):
+    """Experts at least (1 - tau) times as strong as the token's strongest (D2DMoE, section 3.3)."""
 
-    Between measured points a layer's loss is taken as the lower convex hull of its points; on convex curves the greedy
-    choice, always the layer whose next expert saves most, is optimal.
+    name = "tau"
 
-    Args:
-        grids: for each layer, the measured k, increasing; the last is E. A layer gets at least its first one.
-        losses: for each layer, the loss with this layer alone restricted to that k.
-        budget: experts to spend over all layers; raised to the sum of the first entries where smaller.
-    """
-    steps = []  # (loss per expert, turn, layer), one expert each; a hull's slopes rise, a layer's steps stay in order
-    for layer, (ks, loss) in enumerate(zip(grids, losses, strict=True)):
-        hull: list[tuple[int, float]] = []
-        for point in zip(ks, loss, strict=True):
-            while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
-                hull.pop()
-            hull.append(point)
-        steps += [(_slope(a, b), turn, layer) for a, b in pairwise(hull) for turn in range(b[0] - a[0])]
-    counts = [ks[0] for ks in grids]
-    for _, _, layer in sorted(steps)[: max(budget - sum(counts), 0)]:  # equal layers take turns
-        counts[layer] += 1
-    return counts
+    @classmethod
+    def needs(cls, strengths: torch.Tensor) -> torch.Tensor:
+        return 1 - strengths / strengths.amax(-1, keepdim=True).clamp_min(1e-30)
 
 
-def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0])
+class TopP(Dynamic):
+    """The strongest experts until together they have the share p of the token's strength ("Harder Tasks Need More
+    Experts", section 3.2)."""
+
+    name = "p"
+
+    @classmethod
+    def needs(cls, strengths: torch.Tensor) -> torch.Tensor:
+        best = strengths.sort(-1, descending=True)
+        before = best.values.cumsum(-1) - best.values  # what stronger experts have
+        shares = before / best.values.sum(-1, keepdim=True).clamp_min(1e-30)
+        return torch.zeros_like(shares).scatter(-1, best.indices, shares.clamp_max(1))
+
+
+class Level(Dynamic):
+    """Experts of at least the strength exp(-level), the same for all tokens: one whose experts are all weaker computes
+    none and skips its FFN."""
+
+    name = "level"
+    lowest, highest = -math.inf, math.inf
+
+    @classmethod
+    def needs(cls, strengths: torch.Tensor) -> torch.Tensor:
+        return -strengths.clamp_min(1e-30).log()
+
+
+SELECTIONS: dict[str, type[TopK] | type[Dynamic]] = {
+    "top_k": TopK,
+    "threshold": Threshold,
+    "top_p": TopP,
+    "level": Level,
+}

@@ -23,10 +23,15 @@ from moefy_hf.architectures import checkpoint_class
 from moefy_hf.modeling.moefied import FORMAT_VERSION
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
-MADE = {  # name -> head, changes to the tiny model, router, selection
-    "bert": ("AutoModelForSequenceClassification", {}, "linear", {"k": 0.25, "allocation": "sensitivity"}),
-    "llama": ("AutoModelForCausalLM", {}, "linear", {"k": [2, 4]}),
-    "t5": ("AutoModelForSeq2SeqLM", {"num_decoder_layers": 1}, "mlp", {"k": 0.4, "allocation": "uniform"}),
+BY_SENSITIVITY = {"type": "threshold", "k": 0.25, "allocation": "sensitivity"}
+MADE: dict[str, tuple[str, dict, dict]] = {  # name -> head, changes to the tiny model, settings
+    "bert": ("AutoModelForSequenceClassification", {}, {"selection": BY_SENSITIVITY, "shared_experts": 1}),
+    "llama": ("AutoModelForCausalLM", {}, {"selection": {"type": "top_k", "k": [2, 4]}, "compensation": True}),
+    "t5": (
+        "AutoModelForSeq2SeqLM",
+        {"num_decoder_layers": 1},
+        {"selection": {"type": "top_p", "k": 0.4, "allocation": "global"}, "router": "mlp"},
+    ),
 }
 BUDGETS = {"as_saved": None, "half": 0.5, "all": 1.0}
 
@@ -37,20 +42,20 @@ def answers(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str
     for name, k in BUDGETS.items():
         if k is not None:
             model.set_selection(k=k)
-        found[f"{name}.k"] = torch.tensor([site.act.selection.k for site in model.moe_sites()])
+        found[f"{name}.k"] = torch.tensor([site.act.k for site in model.moe_sites()])
         found[f"{name}.output"] = run(model, inputs)[0]
     return found
 
 
 def make(directory: Path) -> None:
-    for name, (head, changes, router, selection) in MADE.items():
+    for name, (head, changes, settings) in MADE.items():
         folder = directory / f"format_{FORMAT_VERSION}_{name}"
         folder.mkdir(parents=True)  # fails where it exists: what was saved then stays
         model, inputs = tiny_model(name, head, **changes), tiny_inputs(name, head)
-        config = MoeficationConfig(expert_size=8, router=router, selection={"type": "top_k", **selection})
+        config = MoeficationConfig(expert_size=8, **settings)
         labels = "seq2seq" if head == "AutoModelForSeq2SeqLM" else None
         moefy_(model, config, text_batches(8, labels=labels), progress=False)
-        if router == "mlp":  # as fitted on noise, it would choose the same experts without its tanh
+        if settings.get("router") == "mlp":  # as fitted on noise, it would choose the same experts without its tanh
             for site in model.moe_sites():
                 for weight in site.act.router.parameters():
                     weight.data.normal_(generator=torch.Generator().manual_seed(weight.shape[1]))

@@ -5,27 +5,131 @@ import itertools
 import pytest
 import torch
 
-from moefy_hf.modeling.selection import ALLOCATIONS, SELECTIONS, allocate, count_experts, resolve_selection
+from moefy_hf.modeling.allocation import ALLOCATIONS, allocate, changed, count_experts, resolve_selection
+from moefy_hf.modeling.selection import SELECTIONS, Dynamic
 
 EXPERTS = [8, 8, 12]  # per layer
 
 
 def test_what_is_tested_is_what_exists():
     """A newcomer to the registries needs tests of its own below."""
-    assert set(SELECTIONS) == {"top_k"} and set(ALLOCATIONS) == {"uniform", "sensitivity"}
+    assert set(SELECTIONS) == {"top_k", "threshold", "top_p", "level"}
+    assert set(ALLOCATIONS) == {"uniform", "sensitivity", "global"}
 
 
 @pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8)])
-@pytest.mark.parametrize("kind", SELECTIONS)
 @pytest.mark.parametrize("k", range(1, 9))
-def test_selections_keep_the_best(kind, k, shape):
+def test_top_k_keeps_the_best(k, shape):
     scores = torch.randn(shape, generator=torch.Generator().manual_seed(k))
-    selection = resolve_selection({"type": kind, "k": k}, [8])[0]
+    selection = resolve_selection({"type": "top_k", "k": k}, [8])[0]
     index, used = selection(scores)
     assert index.shape == used.shape == (*shape[:-1], k) and used.dtype == torch.bool and used.all()
     for row, chosen in zip(scores.reshape(-1, 8), index.reshape(-1, k), strict=True):
         assert sorted(chosen.tolist()) == sorted(sorted(range(8), key=row.tolist().__getitem__)[-k:])
     assert selection.keeps_all(8) == (k == 8)
+
+
+DYNAMIC = {name: cls for name, cls in SELECTIONS.items() if issubclass(cls, Dynamic)}
+STRENGTHS = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.0, 8.0, 0.0, 2.0]])
+
+
+@pytest.mark.parametrize(
+    ("selection", "kept"),
+    [
+        ({"type": "threshold", "tau": 0.0}, [[0], [1]]),
+        ({"type": "threshold", "tau": 0.5}, [[0, 2], [1]]),
+        ({"type": "threshold", "tau": 0.75}, [[0, 2], [1, 3]]),
+        ({"type": "threshold", "tau": 1.0}, [[0, 1, 2, 3], [0, 1, 2, 3]]),
+        ({"type": "top_p", "p": 0.0}, [[0], [1]]),
+        ({"type": "top_p", "p": 0.49}, [[0], [1]]),
+        ({"type": "top_p", "p": 0.51}, [[0, 2], [1]]),
+        ({"type": "top_p", "p": 0.81}, [[0, 1, 2], [1, 3]]),
+        ({"type": "top_p", "p": 1.0}, [[0, 1, 2, 3], [0, 1, 2, 3]]),
+        ({"type": "level", "level": 0.75}, [[0], [1, 3]]),  # exp(-0.75) = 0.47
+        ({"type": "level", "level": -1.0}, [[], [1]]),  # a token that skips its FFN
+    ],
+)
+def test_dynamic_selections_by_hand(selection, kept):
+    index, used = resolve_selection(selection, [4])[0](STRENGTHS)
+    found = [sorted(row[use].tolist()) for row, use in zip(index, used, strict=True)]
+    if selection.get("p") == 0.81:  # equals 1 and 3: the sort decides which of them comes first
+        assert found[0] in ([0, 1, 2], [0, 2, 3]) and found[1] == kept[1]
+    else:
+        assert found == kept
+
+
+@pytest.mark.parametrize("kind", DYNAMIC)
+def test_a_larger_setting_only_adds_experts_and_the_order_does_not_matter(kind):
+    generator = torch.Generator().manual_seed(0)
+    strengths = torch.rand(50, 9, generator=generator)
+    needs = DYNAMIC[kind].needs(strengths)
+    order = torch.randperm(9, generator=generator)
+    torch.testing.assert_close(DYNAMIC[kind].needs(strengths[:, order]), needs[:, order])
+    assert (needs.argsort(-1) == strengths.argsort(-1, descending=True)).all()  # stronger experts come first
+
+
+def reach_of(kind: str, layers: int = 3) -> dict:
+    """Settings that compute each share, quadratically: layer 0 spends more than the others at the same setting."""
+    shares = [step / 4 for step in range(5)]
+    return {"share": shares, kind: [[(1 + layer) * share**2 / 9 for share in shares] for layer in range(layers)]}
+
+
+@pytest.mark.parametrize("kind", DYNAMIC)
+@pytest.mark.parametrize("shared", [0, 2])
+def test_a_budget_becomes_each_layers_setting(kind, shared):
+    found = resolve_selection({"type": kind, "k": 0.5}, EXPERTS, None, reach_of(kind), shared)
+    for layer, (selection, experts) in enumerate(zip(found, EXPERTS, strict=True)):
+        share = (experts // 2 - shared) / (experts - shared)
+        low, high = (1 + layer) * (share - 0.25) ** 2 / 9, (1 + layer) * (share + 0.25) ** 2 / 9
+        assert low <= selection.setting <= high and selection.k == experts // 2 - shared
+    everything = resolve_selection({"type": kind, "k": 1.0}, EXPERTS, None, reach_of(kind), shared)
+    assert all(each.keeps_all(experts - shared) for each, experts in zip(everything, EXPERTS, strict=True))
+
+
+@pytest.mark.parametrize("kind", DYNAMIC)
+def test_globally_one_setting_spends_the_whole_budget(kind):
+    found = resolve_selection({"type": kind, "k": 0.5, "allocation": "global"}, EXPERTS, None, reach_of(kind))
+    assert len({round(selection.setting, 6) for selection in found}) == 1
+    assert sum(selection.k for selection in found) == pytest.approx(4 + 4 + 6, abs=1e-6)
+    assert found[0].k > found[1].k  # of the same number of experts
+
+
+@pytest.mark.parametrize("kind", DYNAMIC)
+def test_settings_know_what_they_spend_once_measured(kind):
+    setting = DYNAMIC[kind].name
+    assert all(each.k is None for each in resolve_selection({"type": kind, setting: 0.1}, EXPERTS))
+    known = resolve_selection({"type": kind, setting: 4 / 9 / 4}, EXPERTS, None, reach_of(kind))
+    assert known[0].k == pytest.approx(8, abs=1.01) and known[0].k > known[1].k
+
+
+@pytest.mark.parametrize(
+    ("before", "changes", "after"),
+    [
+        ({"type": "top_k", "k": 0.2}, {"k": 3}, {"type": "top_k", "k": 3}),
+        (
+            {"type": "top_k", "k": 2, "allocation": "sensitivity"},
+            {"k": [1, 2]},
+            {"type": "top_k", "k": [1, 2], "allocation": "uniform"},
+        ),
+        ({"type": "top_k", "k": 2}, {"type": "threshold", "tau": 0.5}, {"type": "threshold", "tau": 0.5}),
+        ({"type": "threshold", "tau": 0.5}, {"tau": 0.6}, {"type": "threshold", "tau": 0.6}),
+        ({"type": "threshold", "tau": 0.5}, {"k": 2}, {"type": "threshold", "k": 2}),
+        ({"type": "threshold", "tau": 0.5}, {"type": "top_p", "p": 0.5}, {"type": "top_p", "p": 0.5}),
+        ({"type": "threshold", "tau": 0.5}, {"type": "top_k", "k": 2}, {"type": "top_k", "k": 2}),
+        (
+            {"type": "threshold", "k": 2, "allocation": "global"},
+            {"type": "top_k"},
+            {"type": "top_k", "k": 2},
+        ),
+        (
+            {"type": "top_k", "k": 2, "allocation": "sensitivity"},
+            {"type": "level"},
+            {"type": "level", "k": 2, "allocation": "sensitivity"},
+        ),
+    ],
+)
+def test_changes_leave_nothing_behind(before, changes, after):
+    assert changed(before, changes) == after
 
 
 @pytest.mark.parametrize(
@@ -73,11 +177,33 @@ def test_k_is_a_count_a_share_or_one_of_these_per_layer(k, counts):
         ({"type": "top_k", "k": [2, 9, 2]}, "k=9 is out of range"),
         ({"type": "top_k", "k": [2, 2, 2], "allocation": "sensitivity"}, "give one k, not a list"),
         ({"type": "top_k", "k": 2, "allocation": "sensitivity"}, "call moefy_hf.allocate_budgets"),
+        ({"type": "top_k", "k": 2, "allocation": "global"}, "'global' is one setting for all layers"),
+        ({"type": "threshold", "k": 2}, "measure_reach.*or give tau"),
+        ({"type": "threshold"}, "either tau or a budget k"),
+        ({"type": "threshold", "k": 2, "tau": 0.5}, "either tau or a budget k"),
+        ({"type": "threshold", "tau": 1.5}, "tau must be a number from 0 to 1, got 1.5"),
+        ({"type": "threshold", "tau": [0.5, 0.5]}, "tau has 2 entries, one per layer is needed: 3"),
+        ({"type": "threshold", "tau": True}, "tau must be a number.*got True"),
+        ({"type": "top_p", "p": -0.1}, "p must be a number from 0 to 1"),
+        ({"type": "top_p", "p": 0.5, "allocation": "sensitivity"}, "leave out the allocation"),
+        ({"type": "top_p", "tau": 0.5}, r"unknown selection settings \['tau'\]; valid: type, k, allocation, p"),
     ],
 )
 def test_mistakes_are_named(selection, message):
     with pytest.raises(ValueError, match=message):
         resolve_selection(selection, EXPERTS)
+
+
+def test_shared_experts_count():
+    assert [each.k for each in resolve_selection({"type": "top_k", "k": 3}, EXPERTS, shared=2)] == [1, 1, 1]
+    assert resolve_selection({"type": "top_k", "k": 0.01}, [8], shared=2)[0].k == 0
+    with pytest.raises(ValueError, match="k=1 is out of range: choose 2 to 8 experts, the 2 shared ones included"):
+        resolve_selection({"type": "top_k", "k": 1}, EXPERTS, shared=2)
+
+
+def test_reach_of_another_head_is_an_error():
+    with pytest.raises(ValueError, match="measured on 2 layers, this model has 3"):
+        resolve_selection({"type": "top_p", "k": 2}, EXPERTS, None, reach_of("top_p", 2))
 
 
 def test_a_count_is_bounded_by_every_layer():

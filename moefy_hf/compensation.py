@@ -1,0 +1,43 @@
+"""Mean compensation: an expert that does not run contributes what it does on average when it does not run."""
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .modeling.ffn_sites import FfnSite
+from .profiling import ModelProfile, SiteProfile
+
+
+@torch.no_grad()
+def compensate_(model: PreTrainedModel, profile: ModelProfile, *, progress: bool = True) -> None:
+    """Give every neuron that does not run its mean, at the selection the model has now, in place (G-MoEfication,
+    section 3, with one difference: their means are over all tokens, which counts what selected experts add twice).
+
+    With all experts selected nothing is compensated, and a model loaded as its dense self knows no means. For another
+    budget, measure again.
+
+    Args:
+        profile: of this model, with a sample; neurons may have been permuted since.
+    """
+    for site, stats in zip(
+        tqdm(model.moe_sites(), desc="means", unit="layer", disable=not progress), profile.sites, strict=True
+    ):
+        means = means_of_dropped(site, stats)
+        site.act.compensate_(means.to(site.down.weight.device, site.down.weight.dtype))
+    model.config.moefication["compensation"] = True
+
+
+def means_of_dropped(site: FfnSite, stats: SiteProfile) -> torch.Tensor:
+    """(f,): the mean activation of each neuron over the tokens for which its expert does not run; 0 where it always
+    runs."""
+    routed, weights = site.act, site.weights()
+    sums = torch.zeros(weights.down.shape[1], dtype=torch.float64)
+    counts = torch.zeros(routed.num_experts, dtype=torch.float64)
+    for x, neurons in stats.activations(weights):
+        keep = routed.keep(x)
+        if keep is None:
+            break
+        experts = neurons.float().unflatten(-1, (routed.num_experts, routed.expert_size))
+        sums += experts.masked_fill(keep.unsqueeze(-1), 0).sum(0, dtype=torch.float64).flatten().cpu()
+        counts += (~keep).sum(0).cpu()
+    return sums / counts.clamp_min(1).repeat_interleave(routed.expert_size)
