@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .modeling.ffn_sites import FfnSite, FfnWeights
-from .modeling.routers import Router, activation_mass, output_norm
+from .modeling.router_base import Router, activation_mass, output_norm
 
 CONTROLS = ("oracle", "oracle_mass", "random")
 

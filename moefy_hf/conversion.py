@@ -309,7 +309,7 @@ def init_routers_(model: PreTrainedModel, seed: int) -> None:
             for weight in router.parameters():
                 noise = torch.empty(weight.shape).normal_(std=weight.shape[-1] ** -0.5, generator=generator)
                 weight.copy_(noise)  # the same on every device
-            keys = site.weights().keys.unflatten(0, (site.act.num_experts, -1))
-            router.init_from_experts_(keys[site.act.shared :])
+            first = site.act.shared * site.act.expert_size
+            router.init_from_experts_(site.weights().of_neurons(torch.arange(first, site.sizes[1])))
         router.to(site.down.weight.device)
         site.act.train(site.owner.training)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .modeling.ffn_sites import FfnSite
-from .modeling.routers import Router
+from .modeling.router_base import Router
 from .profiling import CHUNK, ModelProfile, SiteProfile, TensorFile
 
 HELD_OUT = 0.1  # share of the tokens that measures the fit: the last ones, so of other texts than the rest

@@ -40,8 +40,14 @@ def test_routed(name, matrices, router):
     config = MoeficationConfig(num_experts=EXPERTS, splitter="random", router="random")
     moefy_(model, config)
     site = model.moe_sites()[0]
-    site.act.router = ROUTERS[router](D, EXPERTS)
-    cost = {"mlp": 2 * (D * EXPERTS + EXPERTS * EXPERTS)}.get(router, 2 * D * EXPERTS)
+    site.act.router = ROUTERS[router].of(site.weights(), EXPERTS)
+    rows = {  # of how many numbers the matrices consist
+        "mlp": D * EXPERTS + EXPERTS * EXPERTS,
+        "low_rank": EXPERTS * (D + EXPERTS),  # a rank of 64 would be more than full
+        "norm_regression": 128 * (D + EXPERTS),
+        "analytic": (matrices - 1) * D * EXPERTS,
+    }
+    cost = 2 * rows.get(router, D * EXPERTS)
     dense = 2 * matrices * D * F
     for k in (1, 2, 5):
         assert routed_flops(site, k) == pytest.approx(dense * k / EXPERTS + cost)

@@ -5,7 +5,7 @@ Symbols: T tokens, d model width, f FFN width (neurons), E experts, m = f / E ne
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,21 @@ class FfnWeights:
     def keys(self) -> torch.Tensor:
         """(f, d): the rows that decide which neurons fire, that is gate rows in a gated FFN, else up rows."""
         return self.up if self.gate is None else self.gate
+
+    def of_neurons(self, neurons: torch.Tensor) -> "FfnWeights":
+        """The FFN of some of the neurons (n,), in that order."""
+
+        def taken(rows: torch.Tensor | None) -> torch.Tensor | None:
+            return None if rows is None else rows[neurons.to(rows.device)]
+
+        return replace(
+            self,
+            up=self.up[neurons.to(self.up.device)],
+            down=self.down[:, neurons.to(self.down.device)],
+            up_bias=taken(self.up_bias),
+            gate=taken(self.gate),
+            gate_bias=taken(self.gate_bias),
+        )
 
     def neurons(self, x: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., f): the activations that `down` multiplies."""

@@ -14,7 +14,8 @@ from transformers.models.auto import modeling_auto
 from .allocation import changed, resolve_selection
 from .ffn_sites import FfnSite, find_sites
 from .routed_activation import RoutedActivation, is_routed, outlet_to
-from .routers import ROUTERS, Router
+from .router_base import Router
+from .routers import ROUTERS
 
 FORMAT_VERSION = 2  # 2: shared experts, mean compensation, selections beside top_k
 
@@ -59,7 +60,7 @@ def install_(model: nn.Module) -> None:
     check_shared(shared, sites, sizes)
     selections = resolved(section["selection"], section, [experts for experts, _ in sizes])
     for site, (num_experts, expert_size), selection in zip(sites, sizes, selections, strict=True):
-        router = ROUTERS[section["router"]](site.sizes[0], num_experts - shared)
+        router = ROUTERS[section["router"]].of(site.weights(), num_experts - shared)
         router.requires_grad_(False)  # unless their loss is on: an unused trainable parameter stalls DDP
         routed = RoutedActivation(site.act, router, expert_size, selection, shared)
         site.replace_act(routed)

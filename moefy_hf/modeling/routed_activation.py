@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .routers import Router
+from .router_base import Router
 from .selection import Selection
 
 

@@ -5,84 +5,17 @@ does on each token. Weights are bare Parameters, so that no quantiser and no ada
 them.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import initialization as init
 
+from .router_base import Router, activation_mass, expert_centres, prior_affinity
+from .routers_from_neurons import AnalyticRouter, MeanGateRouter, SimilarityRouter
 
-def activation_mass(neurons: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """(T, E, m), (d, E, m) -> (T, E): summed positive activations (MoEfication, section 3.3)."""
-    return neurons.clamp_min(0).sum(-1)
-
-
-def output_norm(neurons: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """(T, E, m), (d, E, m) -> (T, E): the L2 norm of each expert's output (D2DMoE, section 3.2).
-
-    By way of the experts' Gram matrices, so that no (T, E, d) tensor is made.
-    """
-    experts = down.permute(1, 2, 0)  # (E, m, d)
-    gram = experts @ experts.transpose(1, 2)  # (E, m, m)
-    squares = (torch.einsum("tem,emn->ten", neurons, gram) * neurons).sum(-1)
-    return squares.clamp_min(0).sqrt()
-
-
-def prior_affinity(neurons: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """(T, E, m), (d, E, m) -> (T, E): softmax over the experts of minus the mean squared error that each leaves of the
-    FFN's output y when it answers alone (FactorLLM's prior)."""
-    output = torch.einsum("tem,dem->td", neurons, down)
-    inner = torch.einsum("tem,tem->te", neurons, torch.einsum("td,dem->tem", output, down))  # E_e(x) . y
-    squares = output_norm(neurons, down).square() - 2 * inner + output.square().sum(-1, keepdim=True)
-    return (-squares.float() / down.shape[0]).softmax(-1)
-
-
-class Router(nn.Module):
-    """Base class: x (..., d) -> scores (..., E), in the router's own dtype and outside autocast."""
-
-    trainable = True
-    targets = staticmethod(output_norm)  # neurons (T, E, m), down (d, E, m) -> (T, E)
-
-    def __init__(self, hidden_size: int, num_experts: int):
-        super().__init__()
-        self.hidden_size, self.num_experts = hidden_size, num_experts
-
-    def reset_parameters(self) -> None:
-        """Initialise as transformers does a new module: tensors that a checkpoint has loaded stay as they are."""
-        for weight in self.parameters():
-            init.normal_(weight, mean=0.0, std=weight.shape[-1] ** -0.5)
-
-    def init_from_experts_(self, keys: torch.Tensor) -> None:
-        """keys (E, m, d): the rows by which each expert's neurons fire."""
-
-    def score(self, x: torch.Tensor) -> torch.Tensor:
-        raise TypeError(f"{type(self).__name__} defines no score")
-
-    def strengths(self, scores: torch.Tensor) -> torch.Tensor:
-        """(..., E) -> (..., E): scores as numbers that are not negative, for selections that compare experts by ratio;
-        here the shares that `loss` fits."""
-        return scores.float().softmax(-1)
-
-    def loss(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(T, E), (T, E) -> (): cross-entropy between softmax(scores) and each expert's share of the token's targets.
-
-        A score so comes to estimate the logarithm of that share: a ranking loss in which every token counts the same
-        and an expert counts by what it contributes.
-        """
-        shares = targets.float() / targets.float().sum(-1, keepdim=True).clamp_min(1e-12)
-        return -(scores.float().log_softmax(-1) * shares).sum(-1).mean()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return self.score(x.to(next(self.parameters()).dtype))
-
-    def flops(self) -> int:
-        """Per token; a multiply-add counts as two."""
-        return 2 * sum(weight.numel() for weight in self.parameters())
-
-
-def expert_centres(keys: torch.Tensor) -> torch.Tensor:
-    """(E, m, d) -> (E, d): the mean of each expert's normalised rows."""
-    return F.normalize(keys.float(), dim=-1).mean(1)
+if TYPE_CHECKING:  # ffn_sites needs this file
+    from .ffn_sites import FfnWeights
 
 
 class LinearRouter(Router):
@@ -94,8 +27,8 @@ class LinearRouter(Router):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     @torch.no_grad()
-    def init_from_experts_(self, keys: torch.Tensor) -> None:
-        self.weight.copy_(expert_centres(keys))
+    def init_from_experts_(self, ffn: "FfnWeights") -> None:
+        self.weight.copy_(expert_centres(ffn, self.num_experts))
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight)
@@ -106,6 +39,43 @@ class PriorApproximateRouter(LinearRouter):
     constant, between softmax(scores) and how well each expert alone stands for the FFN."""
 
     targets = staticmethod(prior_affinity)
+
+
+class SigmoidRouter(LinearRouter):
+    """strengths = sigmoid(W x), each expert judged by itself (LTE, section 4).
+
+    Scores are W x: the same order, without the ties of saturated sigmoids. Fitted here layer by layer, to what an
+    expert contributes relative to the token's strongest; the paper trains the whole model with it in two stages.
+    """
+
+    def loss(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(scores.float(), relative_to_largest(targets))
+
+    def strengths(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores.sigmoid()
+
+
+class LowRankRouter(Router):
+    """scores = B A x through r = min(64, d, E) dimensions: what a linear router of many experts, down to single
+    neurons, can afford (the predictors of PowerInfer). Starts from the SVD of the expert centres."""
+
+    RANK = 64
+
+    def __init__(self, hidden_size: int, num_experts: int):
+        super().__init__(hidden_size, num_experts)
+        rank = min(self.RANK, hidden_size, num_experts)
+        self.proj_in = nn.Parameter(torch.empty(rank, hidden_size))
+        self.proj_out = nn.Parameter(torch.empty(num_experts, rank))
+
+    @torch.no_grad()
+    def init_from_experts_(self, ffn: "FfnWeights") -> None:
+        left, values, right = torch.linalg.svd(expert_centres(ffn, self.num_experts), full_matrices=False)
+        scale = values[: len(self.proj_in)].sqrt()
+        self.proj_in.copy_(scale[:, None] * right[: len(scale)])
+        self.proj_out.copy_(left[:, : len(scale)] * scale)
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self.proj_in), self.proj_out)
 
 
 class MLPRouter(Router):
@@ -119,35 +89,68 @@ class MLPRouter(Router):
         self.proj_out = nn.Parameter(torch.empty(num_experts, num_experts))
 
     @torch.no_grad()
-    def init_from_experts_(self, keys: torch.Tensor) -> None:
-        self.proj_in.copy_(expert_centres(keys))
+    def init_from_experts_(self, ffn: "FfnWeights") -> None:
+        self.proj_in.copy_(expert_centres(ffn, self.num_experts))
         self.proj_out.copy_(torch.eye(self.num_experts))
 
     def loss(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Binary cross-entropy, targets relative to each token's largest (the paper: to the batch's, which drifts)."""
-        scale = targets.amax(-1, keepdim=True).clamp_min(1e-6)
-        return F.binary_cross_entropy_with_logits(scores.float(), targets.float() / scale)
+        return F.binary_cross_entropy_with_logits(scores.float(), relative_to_largest(targets))
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(torch.tanh(F.linear(F.normalize(x, dim=-1), self.proj_in)), self.proj_out)
 
 
-class SimilarityRouter(Router):
-    """Cosine of x with the expert's centre; nothing is trained (MoEfication, section 3.3: parameter centre)."""
+class NormRegressionRouter(Router):
+    """scores = |W2 relu(W1 x + b1) + b2| through h = 128 dimensions: each expert's output norm itself, by squared
+    error (D2DMoE, section 3.2)."""
 
-    trainable = False
-    targets = staticmethod(activation_mass)
+    HIDDEN = 128
 
     def __init__(self, hidden_size: int, num_experts: int):
         super().__init__(hidden_size, num_experts)
-        self.centres = nn.Parameter(torch.empty(num_experts, hidden_size))
-
-    @torch.no_grad()
-    def init_from_experts_(self, keys: torch.Tensor) -> None:
-        self.centres.copy_(F.normalize(expert_centres(keys), dim=-1))
+        self.proj_in = nn.Parameter(torch.empty(self.HIDDEN, hidden_size))
+        self.bias_in = nn.Parameter(torch.empty(self.HIDDEN))
+        self.proj_out = nn.Parameter(torch.empty(num_experts, self.HIDDEN))
+        self.bias_out = nn.Parameter(torch.empty(num_experts))
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.centres)  # the length of x does not change the order
+        hidden = F.relu(F.linear(x, self.proj_in, self.bias_in))
+        return F.linear(hidden, self.proj_out, self.bias_out).abs()
+
+    def loss(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(scores.float(), targets.float())
+
+    def strengths(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores
+
+
+class ReluRmsNormRouter(Router):
+    """strengths = relu(g * W x / rms(W x)): few experts for some tokens, many for others (BlockFFN, section 3.1).
+
+    Scores are the same before the ReLU, which only matters to the order of experts that are off. Fitted here to output
+    norms relative to the token's root mean square over the experts; the paper trains it with the model.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int):
+        super().__init__(hidden_size, num_experts)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.gain = nn.Parameter(torch.empty(num_experts))
+
+    @torch.no_grad()
+    def init_from_experts_(self, ffn: "FfnWeights") -> None:
+        self.weight.copy_(expert_centres(ffn, self.num_experts))
+        self.gain.fill_(1)
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(F.linear(x, self.weight), self.gain.shape, self.gain, eps=1e-6)
+
+    def loss(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        norms = targets.float()
+        return F.mse_loss(scores.float(), F.rms_norm(norms, norms.shape[-1:], eps=1e-12))
+
+    def strengths(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores.relu()
 
 
 class RandomRouter(Router):
@@ -163,10 +166,21 @@ class RandomRouter(Router):
         return F.linear(x, self.weight)
 
 
-ROUTERS = {
+def relative_to_largest(targets: torch.Tensor) -> torch.Tensor:
+    """(T, E) -> (T, E) in [0, 1]"""
+    return targets.float() / targets.float().amax(-1, keepdim=True).clamp_min(1e-6)
+
+
+ROUTERS: dict[str, type[Router]] = {
     "linear": LinearRouter,
+    "low_rank": LowRankRouter,
     "prior_approximate": PriorApproximateRouter,
+    "sigmoid": SigmoidRouter,
     "mlp": MLPRouter,
+    "norm_regression": NormRegressionRouter,
+    "relu_rmsnorm": ReluRmsNormRouter,
+    "analytic": AnalyticRouter,
+    "mean_gate": MeanGateRouter,
     "similarity": SimilarityRouter,
     "random": RandomRouter,
 }

@@ -7,7 +7,10 @@ import torch
 
 from ..modeling.ffn_sites import FfnWeights
 from ..profiling import SiteProfile
+from .activation_markers import activation_markers
 from .coactivation import coactivation
+from .gate_clustering import gate_clustering
+from .output_aware import output_aware
 from .parameter_clustering import parameter_clustering
 from .random import random
 
@@ -29,5 +32,8 @@ class Splitter:
 SPLITTERS: dict[str, Splitter] = {
     "random": Splitter(random, needs_profile=False),
     "parameter_clustering": Splitter(parameter_clustering, needs_profile=False),
+    "gate_clustering": Splitter(gate_clustering, needs_profile=False),
     "coactivation": Splitter(coactivation, needs_profile=True),
+    "activation_markers": Splitter(activation_markers, needs_profile=True),
+    "output_aware": Splitter(output_aware, needs_profile=True),
 }

@@ -1,7 +1,5 @@
 """Shared experts: the neurons that nearly every token needs, taken out before a splitter groups the others (CMoE)."""
 
-from dataclasses import replace
-
 import torch
 
 from ..modeling.ffn_sites import FfnWeights
@@ -21,20 +19,8 @@ def activation_rates(weights: FfnWeights, profile: SiteProfile) -> torch.Tensor:
 
 def apart(weights: FfnWeights, profile: SiteProfile, neurons: torch.Tensor) -> tuple[FfnWeights, SiteProfile]:
     """An FFN of some of the neurons (n,), and what is known of them."""
-
-    def taken(rows: torch.Tensor | None) -> torch.Tensor | None:
-        return None if rows is None else rows[neurons.to(rows.device)]
-
-    part = replace(
-        weights,
-        up=weights.up[neurons.to(weights.up.device)],
-        down=weights.down[:, neurons.to(weights.down.device)],
-        up_bias=taken(weights.up_bias),
-        gate=taken(weights.gate),
-        gate_bias=taken(weights.gate_bias),
-    )
     stats = SiteProfile(len(neurons))
     stats.tokens, stats.inputs = profile.tokens, profile.inputs
     for name in ("active", "mass", "total", "square"):
         setattr(stats, name, getattr(profile, name)[neurons])
-    return part, stats
+    return weights.of_neurons(neurons), stats

@@ -15,7 +15,7 @@ from tiny import NAMES, convert, distance, run, tensors, tiny_inputs, tiny_model
 from torch import nn
 
 from moefy_hf.modeling.routed_activation import RoutedActivation
-from moefy_hf.modeling.routers import Router
+from moefy_hf.modeling.router_base import Router
 from moefy_hf.modeling.selection import TopK
 
 D, E, M = 6, 4, 3

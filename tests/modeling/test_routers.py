@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moefy_hf.modeling.routers import ROUTERS, activation_mass, expert_centres, output_norm, prior_affinity
+from moefy_hf.modeling.ffn_sites import FfnWeights
+from moefy_hf.modeling.router_base import activation_mass, expert_centres, output_norm, prior_affinity
+from moefy_hf.modeling.routers import ROUTERS, LowRankRouter
+from moefy_hf.modeling.routers_from_neurons import AnalyticRouter
 
 D, E, M = 6, 4, 3
 
@@ -14,20 +17,43 @@ def cosines(x: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     return torch.stack([F.cosine_similarity(x, centre, dim=-1) for centre in centres], -1)
 
 
-# (x, keys (E, m, d)) -> what a router that was initialised from its experts must compute, up to a positive factor
+def centres(ffn: FfnWeights) -> torch.Tensor:
+    """(E, d): the mean direction of the rows by which each expert's neurons fire."""
+    keys = (ffn.up if ffn.gate is None else ffn.gate).view(E, M, D)
+    return torch.stack([sum(key / key.norm() for key in expert) / M for expert in keys])
+
+
+def representatives(x: torch.Tensor, ffn: FfnWeights) -> torch.Tensor:
+    """|activation| of each expert's neuron that is nearest to its centre."""
+    keys, neurons = F.normalize(ffn.keys, dim=-1).view(E, M, D), ffn.neurons(x).unflatten(-1, (E, M))
+    nearest = [(keys[e] - centres(ffn)[e]).norm(dim=-1).argmin() for e in range(E)]
+    return torch.stack([neurons[..., e, nearest[e]].abs() for e in range(E)], -1)
+
+
+# (x, ffn) -> what a router that was initialised from its experts must compute, up to a positive factor per token
 SCORES = {
-    "linear": lambda x, keys: torch.stack([(x @ (k / k.norm(dim=1, keepdim=True)).mean(0)) for k in keys], -1),
-    "mlp": lambda x, keys: torch.stack(
-        [(x / x.norm(dim=-1, keepdim=True) @ (k / k.norm(dim=1, keepdim=True)).mean(0)).tanh() for k in keys], -1
-    ),
-    "prior_approximate": lambda x, keys: SCORES["linear"](x, keys),
-    "similarity": lambda x, keys: cosines(x, torch.stack([(k / k.norm(dim=1, keepdim=True)).mean(0) for k in keys])),
-    "random": None,  # nothing about the experts
+    "linear": lambda x, ffn: x @ centres(ffn).T,
+    "low_rank": lambda x, ffn: x @ centres(ffn).T,  # of full rank, with this few experts
+    "mlp": lambda x, ffn: (F.normalize(x, dim=-1) @ centres(ffn).T).tanh(),
+    "prior_approximate": lambda x, ffn: x @ centres(ffn).T,
+    "sigmoid": lambda x, ffn: x @ centres(ffn).T,
+    "relu_rmsnorm": lambda x, ffn: x @ centres(ffn).T,
+    "similarity": lambda x, ffn: torch.stack([F.cosine_similarity(x, centre, dim=-1) for centre in centres(ffn)], -1),
+    "mean_gate": lambda x, ffn: x @ ffn.keys.view(E, M, D).mean(1).T,
+    "analytic": representatives,
+    "norm_regression": None,  # nothing about the experts
+    "random": None,
 }
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def experts(gated: bool, bias: bool = True) -> FfnWeights:
+    up_bias, gate_bias = (noise(E * M, seed=5), noise(E * M, seed=6)) if bias else (None, None)
+    gate = (noise(E * M, D, seed=3), gate_bias) if gated else (None, None)
+    return FfnWeights(noise(E * M, D), noise(D, E * M, seed=4), nn.GELU(), up_bias, *gate)
 
 
 def make(name: str) -> nn.Module:
@@ -41,18 +67,88 @@ def test_every_router_is_tested():
     assert set(ROUTERS) == set(SCORES)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("name", ROUTERS)
-def test_initialised_from_the_experts(name):
-    router, keys, x = make(name), noise(E, M, D), noise(50, D, seed=1)
+def test_initialised_from_the_experts(name, gated, bias):
+    ffn, x = experts(gated, bias), noise(50, D, seed=1)
+    router = ROUTERS[name].of(ffn, E)
+    router.reset_parameters()
     before = [weight.clone() for weight in router.parameters()]
-    router.init_from_experts_(keys)
+    router.init_from_experts_(ffn)
     scores = router(x)
     if SCORES[name] is None:
         assert all(torch.equal(a, b) for a, b in zip(router.parameters(), before, strict=True))
         return
-    expected = SCORES[name](x, keys)
+    expected = SCORES[name](x, ffn)
     torch.testing.assert_close(F.normalize(scores, dim=-1), F.normalize(expected, dim=-1), rtol=1e-4, atol=1e-5)
     assert torch.equal(scores.argsort(-1), expected.argsort(-1))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_scores_follow_their_experts(name, gated):
+    """Experts in another order, neurons in another order within them: the same scores, in the experts' new order."""
+    ffn, x = experts(gated), noise(20, D, seed=1)
+    turn = torch.randperm(E, generator=torch.Generator().manual_seed(0))
+    inner = torch.randperm(M, generator=torch.Generator().manual_seed(1))
+    order = torch.arange(E * M).view(E, M)[turn][:, inner].flatten()
+    gate = (None, None) if ffn.gate is None else (ffn.gate[order], ffn.gate_bias[order])
+    moved = FfnWeights(ffn.up[order], ffn.down[:, order], ffn.act, ffn.up_bias[order], *gate)
+    scores = []
+    for each in (ffn, moved):
+        router = ROUTERS[name].of(each, E)
+        router.reset_parameters()
+        router.init_from_experts_(each)
+        scores.append(router(x))
+    if SCORES[name] is not None:
+        torch.testing.assert_close(scores[1], scores[0][:, turn], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_strengths_are_not_negative_and_keep_the_order(name):
+    router = make(name)
+    scores = router(noise(50, D))
+    strengths = router.strengths(scores)
+    assert strengths.shape == scores.shape and (strengths >= 0).all() and strengths.isfinite().all()
+    assert (strengths.gather(-1, scores.argsort(-1)).diff(dim=-1) >= 0).all()
+
+
+def test_an_expert_of_one_neuron_is_that_neuron():
+    """Then the representative is the expert, and the analytic score exact."""
+    ffn, x = experts(gated=True), noise(20, D, seed=1)
+    router = AnalyticRouter.of(ffn, E * M)
+    router.init_from_experts_(ffn)
+    torch.testing.assert_close(router(x), ffn.neurons(x).abs())
+
+
+@pytest.mark.parametrize(("width", "count", "rank"), [(6, 4, 4), (6, 90, 6), (100, 90, 64)])
+def test_low_rank_is_the_best_of_its_rank(width, count, rank):
+    """Eckart-Young: of all matrices of this rank none is nearer to the expert centres."""
+    ffn = FfnWeights(noise(count * M, width), noise(width, count * M, seed=1), nn.GELU())
+    router = LowRankRouter(width, count)
+    router.init_from_experts_(ffn)
+    wanted = expert_centres(ffn, count)
+    found = router(torch.eye(width)).T  # (E, d)
+    assert torch.linalg.matrix_rank(found) == rank == len(router.proj_in)
+    values = torch.linalg.svdvals(wanted)
+    assert (found - wanted).norm().item() == pytest.approx(values[rank:].norm().item(), rel=1e-3, abs=1e-5)
+    assert router.flops() == 2 * rank * (width + count)
+
+
+def test_norm_regression_is_the_papers_network():
+    router, x = make("norm_regression"), noise(20, D)
+    hidden = (x @ router.proj_in.T + router.bias_in).clamp_min(0)
+    assert hidden.shape == (20, 128)
+    torch.testing.assert_close(router(x), (hidden @ router.proj_out.T + router.bias_out).abs())
+
+
+def test_relu_rmsnorm_does_not_depend_on_the_length_of_x():
+    router, x = make("relu_rmsnorm"), noise(20, D)
+    torch.testing.assert_close(router(x), router(7 * x), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        router.gain.fill_(1)
+    torch.testing.assert_close(router(x).square().mean(-1), torch.ones(20), rtol=1e-4, atol=0)
 
 
 def test_prior_affinity_is_that_of_loops():
@@ -75,7 +171,7 @@ def test_every_weight_is_initialised(name):
             weight.fill_(float("nan"))
     router.reset_parameters()
     for weight in router.parameters():
-        assert weight.isfinite().all() and weight.std() > 0.1
+        assert weight.isfinite().all() and weight.std() > 0.2 * weight.shape[-1] ** -0.5
     assert torch.equal(make(name)(noise(3, D)), make(name)(noise(3, D)))
 
 
@@ -115,7 +211,7 @@ def test_weights_are_bare_parameters(name):
     router = make(name)
     assert not list(router.children())
     assert all(type(weight) is nn.Parameter for weight in router.parameters())
-    assert router.flops() == 2 * sum(weight.numel() for weight in router.parameters()) > 0
+    assert router.flops() == 2 * sum(weight.numel() for weight in router.parameters() if weight.dim() == 2) > 0
 
 
 @pytest.mark.parametrize("name", [name for name, router in ROUTERS.items() if router.trainable])
@@ -176,9 +272,11 @@ def test_activation_mass_sums_what_is_positive(tokens, experts, size, width):
 
 
 def test_centres_are_means_of_directions():
-    keys = noise(E, M, D)
-    centres = expert_centres(keys)
-    for e in range(E):
-        assert torch.allclose(centres[e], sum(key / key.norm() for key in keys[e]) / M, atol=1e-6)
-    torch.testing.assert_close(expert_centres(keys * torch.rand(E, M, 1).add(0.1)), centres)  # lengths do not matter
-    assert expert_centres(keys.bfloat16()).dtype == torch.float32
+    ffn = experts(gated=True)
+    found = expert_centres(ffn, E)
+    torch.testing.assert_close(found, centres(ffn))
+    lengths = torch.rand(E * M, 1, generator=torch.Generator().manual_seed(0)) + 0.1
+    longer = FfnWeights(ffn.up, ffn.down, ffn.act, gate=ffn.gate * lengths)
+    torch.testing.assert_close(expert_centres(longer, E), found)  # lengths do not matter
+    half = FfnWeights(ffn.up, ffn.down, ffn.act, gate=ffn.gate.bfloat16())
+    assert expert_centres(half, E).dtype == torch.float32

@@ -12,6 +12,7 @@ from moefy_hf import find_sites, profile
 from moefy_hf.modeling.ffn_sites import FfnWeights
 from moefy_hf.profiling import SiteProfile
 from moefy_hf.splitting import SPLITTERS
+from moefy_hf.splitting.activation_markers import marked
 
 
 def weights_of(neurons: int, width: int = 16, gated: bool = False, seed: int = 0) -> FfnWeights:
@@ -184,6 +185,98 @@ def test_rows_alone_would_not_tell_which_neurons_fire_together():
     """Or the test above would not be about co-activation."""
     weights, stats, labels = firing_together(8, 8, gated=False)
     assert groups(split("parameter_clustering", weights, 8, stats), 8) != groups_of(labels)
+
+
+def alike(scale: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple[FfnWeights, SiteProfile]:
+    """An ungated linear FFN whose neuron i answers with +-1 or +-0.1, signs without any order, times scale[i]: with 1
+    on the tokens of its group, of which there are as many as groups."""
+    generator = torch.Generator().manual_seed(seed)
+    count = int(labels.max()) + 1
+    answers = torch.where(labels[:, None] == torch.arange(count), 1.0, 0.1)  # (f, E)
+    answers *= 1 + 0.05 * torch.randn(answers.shape, generator=generator)
+    answers *= torch.randint(2, answers.shape, generator=generator) * 2 - 1
+    up = (answers * scale[:, None]).contiguous()  # tokens are unit vectors
+    inputs = torch.eye(count).repeat(8, 1)
+    lengths = torch.randn(count, len(labels), generator=generator)
+    weights = FfnWeights(up, lengths / lengths.norm(dim=0), nn.Identity())
+    return weights, profile_of(weights, inputs=inputs)
+
+
+@pytest.mark.parametrize(("experts", "size"), [(4, 10), (8, 10)])
+def test_activation_markers_find_neurons_that_peak_together(experts, size):
+    """By the tokens' largest |activations|, ten of them, whatever their sign."""
+    labels = planted(experts, size, seed=1)
+    weights, stats = alike(torch.ones(len(labels)), labels, seed=2)
+    found = [groups(split("activation_markers", weights, experts, stats, seed=seed), experts) for seed in range(3)]
+    assert found == [groups_of(labels)] * 3
+    assert groups(split("coactivation", weights, experts, stats), experts) != groups_of(labels)  # signs mislead it
+
+
+def test_markers_are_the_tens_largest():
+    neurons = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+    marks = marked(neurons)
+    assert marks.shape == neurons.shape and set(marks.unique().tolist()) == {0.0, 1.0}
+    assert (marks.sum(-1) == 10).all()
+    for token, row in zip(neurons.abs(), marks.bool(), strict=True):
+        assert token[row].min() > token[~row].max()
+    assert torch.equal(marked(neurons[:, :7]), torch.ones(50, 7))
+
+
+@pytest.mark.parametrize(("experts", "size"), [(4, 8), (8, 10), (6, 5)])
+def test_output_aware_weighs_neurons_by_their_columns_of_down(experts, size):
+    """Activations of all magnitudes, and columns of `down` that undo that: only products say what goes together."""
+    labels = planted(experts, size, seed=1)
+    scale = 10 ** torch.empty(len(labels)).uniform_(-1, 1, generator=torch.Generator().manual_seed(3))
+    plain, _ = alike(torch.ones(len(labels)), labels, seed=2)
+    weights = FfnWeights(plain.up * scale[:, None], plain.down / scale, plain.act)
+    stats = profile_of(weights, inputs=torch.eye(experts).repeat(8, 1))
+    found = [groups(split("output_aware", weights, experts, stats, seed=seed), experts) for seed in range(3)]
+    assert found == [groups_of(labels)] * 3
+    lengths_ignored = FfnWeights(weights.up, plain.down, plain.act)
+    assert groups(split("output_aware", lengths_ignored, experts, stats), experts) != groups_of(labels)
+
+
+def test_output_aware_does_not_depend_on_how_a_neuron_is_scaled():
+    """c * activation and down / c are the same neuron."""
+    weights = weights_of(64)
+    weights.up_bias.zero_()
+    inputs = torch.randn(400, 16, generator=torch.Generator().manual_seed(1))
+    scale = torch.tensor([0.25, 0.5, 1.0, 2.0]).repeat(16)
+    other = FfnWeights(weights.up * scale[:, None], weights.down / scale, weights.act)
+    found = [split("output_aware", each, 8, profile_of(each, inputs=inputs)) for each in (weights, other)]
+    assert groups(found[0], 8) == groups(found[1], 8)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("experts", "size"), [(4, 8), (12, 5)])
+def test_gate_clustering_finds_rows_that_lie_together(experts, size, gated):
+    """Two groups of one direction differ by their rows' length, which normalised rows do not show."""
+    labels = planted(experts, size, seed=experts)
+    generator = torch.Generator().manual_seed(size)
+    directions = torch.linalg.qr(torch.randn(32, experts, generator=generator))[0].T
+    directions[1] = 4 * directions[0]
+    rows = directions[labels] + 0.05 * torch.randn(len(labels), 32, generator=generator)
+    weights = weights_of(len(labels), width=32, gated=gated)
+    (weights.gate if gated else weights.up).copy_(rows)
+    found = [groups(split("gate_clustering", weights, experts, seed=seed), experts) for seed in range(3)]
+    assert found == [groups_of(labels)] * 3
+    assert groups(split("parameter_clustering", weights, experts), experts) != groups_of(labels)
+
+
+@pytest.mark.parametrize("name", [name for name, splitter in SPLITTERS.items() if name != "random"])
+def test_the_order_of_neurons_does_not_matter(name):
+    """Neurons that come in another order form the same groups."""
+    labels = planted(4, 10, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    directions = torch.linalg.qr(torch.randn(16, 4, generator=generator))[0].T
+    rows = directions[labels] + 0.02 * torch.randn(40, 16, generator=generator)
+    weights = FfnWeights(rows, torch.eye(16).repeat(1, 3)[:, :40], nn.ReLU())
+    inputs = directions[torch.randint(4, (200,), generator=generator)] * 2
+    order = torch.randperm(40, generator=generator)
+    moved = FfnWeights(weights.up[order], weights.down[:, order], weights.act)
+    found = groups(split(name, weights, 4, profile_of(weights, inputs=inputs)), 4)
+    after = groups(order[split(name, moved, 4, profile_of(moved, inputs=inputs))], 4)
+    assert found == after == groups_of(labels)
 
 
 def test_coactivation_does_not_depend_on_chunks(monkeypatch):

@@ -1,0 +1,107 @@
+"""Routers that are made of the experts' own neurons: nothing is trained, and no data are needed."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .router_base import Router, activation_mass, expert_centres, expert_keys
+
+if TYPE_CHECKING:  # ffn_sites needs this file
+    from .ffn_sites import FfnWeights
+
+
+class SimilarityRouter(Router):
+    """Cosine of x with the expert's centre (MoEfication, section 3.3: parameter centre)."""
+
+    trainable = False
+    targets = staticmethod(activation_mass)
+
+    def __init__(self, hidden_size: int, num_experts: int):
+        super().__init__(hidden_size, num_experts)
+        self.centres = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    @torch.no_grad()
+    def init_from_experts_(self, ffn: "FfnWeights") -> None:
+        self.centres.copy_(F.normalize(expert_centres(ffn, self.num_experts), dim=-1))
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.centres)  # the length of x does not change the order
+
+
+class MeanGateRouter(Router):
+    """scores = x . mean of the expert's gate rows, of its up rows in an ungated FFN (EMoE's avg-k gating)."""
+
+    trainable = False
+
+    def __init__(self, hidden_size: int, num_experts: int):
+        super().__init__(hidden_size, num_experts)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    @torch.no_grad()
+    def init_from_experts_(self, ffn: "FfnWeights") -> None:
+        self.weight.copy_(expert_keys(ffn, self.num_experts).mean(1))
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+
+class AnalyticRouter(Router):
+    """scores = |a_r|, the activation of the expert's representative neuron r: act(gate_r x) * (up_r x), in an ungated
+    FFN act(up_r x) (CMoE's analytic router).
+
+    r is the neuron whose normalised gate row (up row) is nearest to the mean of the expert's, for a converted model
+    keeps no marks of calibration tokens. The paper ranks by a_r as it is; a neuron that is strongly negative
+    contributes as much as one that is positive, hence |.|.
+
+    Args:
+        act: the FFN's activation, shared with it: it has no weights, so that copied rows are all there is to save.
+        gated: whether the FFN has a gate.
+        bias: whether its neurons have biases.
+    """
+
+    trainable = False
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        act: nn.Module | None = None,
+        gated: bool = True,
+        bias: bool = False,
+    ):
+        super().__init__(hidden_size, num_experts)
+        self.ffn_act = (act or nn.SiLU(),)  # in a tuple: no child of this module
+
+        def rows(wanted: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(num_experts, *shape)) if wanted else None
+
+        self.up, self.up_bias = rows(True, hidden_size), rows(bias)
+        self.gate, self.gate_bias = rows(gated, hidden_size), rows(gated and bias)
+
+    @classmethod
+    def of(cls, ffn: "FfnWeights", num_experts: int) -> "AnalyticRouter":
+        return cls(ffn.down.shape[0], num_experts, ffn.act, ffn.gate is not None, ffn.up_bias is not None)
+
+    @torch.no_grad()
+    def init_from_experts_(self, ffn: "FfnWeights") -> None:
+        keys = F.normalize(expert_keys(ffn, self.num_experts), dim=-1)  # (E, m, d)
+        nearest = (keys - keys.mean(1, keepdim=True)).square().sum(-1).argmin(1)  # (E,)
+        neurons = nearest + torch.arange(self.num_experts, device=nearest.device) * keys.shape[1]
+        for own, rows in (
+            (self.up, ffn.up),
+            (self.up_bias, ffn.up_bias),
+            (self.gate, ffn.gate),
+            (self.gate_bias, ffn.gate_bias),
+        ):
+            if own is not None and rows is not None:
+                own.copy_(rows[neurons])
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        (act,) = self.ffn_act
+        up = F.linear(x, self.up, self.up_bias)
+        return (act(up) if self.gate is None else act(F.linear(x, self.gate, self.gate_bias)) * up).abs()
+
+    def strengths(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores
