@@ -128,8 +128,9 @@ class NormRegressionRouter(Router):
 class ReluRmsNormRouter(Router):
     """strengths = relu(g * W x / rms(W x)): few experts for some tokens, many for others (BlockFFN, section 3.1).
 
-    Scores are the same before the ReLU, which only matters to the order of experts that are off. Fitted here to output
-    norms relative to the token's root mean square over the experts; the paper trains it with the model.
+    Scores are the same before the ReLU, which only matters to the order of experts that are off. Fitted here to the
+    token's output norms at mean 0 and variance 1, so that the experts above the mean are on; the paper trains it with
+    the model.
     """
 
     def __init__(self, hidden_size: int, num_experts: int):
@@ -146,8 +147,7 @@ class ReluRmsNormRouter(Router):
         return F.rms_norm(F.linear(x, self.weight), self.gain.shape, self.gain, eps=1e-6)
 
     def loss(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        norms = targets.float()
-        return F.mse_loss(scores.float(), F.rms_norm(norms, norms.shape[-1:], eps=1e-12))
+        return F.mse_loss(scores.float(), F.layer_norm(targets.float(), targets.shape[-1:], eps=1e-12))
 
     def strengths(self, scores: torch.Tensor) -> torch.Tensor:
         return scores.relu()
