@@ -31,8 +31,10 @@ ACTIVATIONS = {  # class of the activation module -> the kernel's name
 }
 MATRIX_ROUTERS = {  # routers whose scores are W x -> where W is; the kernel multiplies and selects itself
     "LinearRouter": "weight",
+    "MeanGateRouter": "weight",
     "PriorApproximateRouter": "weight",
     "RandomRouter": "weight",
+    "SigmoidRouter": "weight",
     "SimilarityRouter": "centres",
 }
 LARGEST_SHARE = 0.5  # of the experts: 1.2 to 2 times as fast as dense; at 0.75 it is 0.9 to 1.6 times (AVX2, 1 thread)

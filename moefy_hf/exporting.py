@@ -15,7 +15,7 @@ from .export_targets import TARGETS, Target, moe_config, moe_tensors, own_tensor
 from .folders import written_whole
 from .modeling.moefied import is_moefied
 
-LINEAR_ROUTERS = ("linear", "prior_approximate")
+LINEAR_ROUTERS = ("linear", "prior_approximate", "sigmoid", "mean_gate")
 
 
 def export(

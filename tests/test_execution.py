@@ -65,7 +65,7 @@ def test_torch_does_a_few_tokens(name, monkeypatch):
     assert len(found) == 2
 
 
-@pytest.mark.parametrize("router", ["random", "similarity"])
+@pytest.mark.parametrize("router", ["random", "similarity", "mean_gate", "analytic"])
 @pytest.mark.parametrize("budget", [1, 3, [1, 4]])
 def test_routers_and_budgets(router, budget):
     model, inputs = tiny_model("llama"), tiny_inputs("llama")
