@@ -16,9 +16,11 @@ class MoeficationConfig:
     Args:
         num_experts: experts per FFN; None derives it from `expert_size`.
         expert_size: neurons per expert (the paper uses 32); ignored where `num_experts` is given.
-        splitter: how neurons are grouped: "random", "parameter_clustering", "coactivation".
-        router: what predicts the experts a token needs: "linear", "prior_approximate", "mlp",
-            "similarity", "random".
+        splitter: how neurons are grouped: "random", "parameter_clustering", "gate_clustering", "coactivation",
+            "activation_markers", "output_aware".
+        router: what predicts the experts a token needs. Fitted: "linear", "low_rank" (for many small experts),
+            "prior_approximate", "sigmoid", "mlp", "norm_regression", "relu_rmsnorm". Made of the experts' weights:
+            "analytic", "mean_gate", "similarity"; and "random".
         selection: `{"type": "top_k", "k": 0.2}`; k is a share of the experts (float), a count (int), or one of these
             per layer; `"allocation": "sensitivity"` spreads an average k over layers by their measured sensitivity,
             "uniform" gives each layer the same. Without "allocation": by sensitivity where there is calibration data.

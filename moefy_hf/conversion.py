@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -97,7 +98,7 @@ def moefy_(
         if selection.get("allocation") == "sensitivity":
             check_predictions(model, found.batches)
         with _timed(seconds, "split"):
-            orders = neuron_orders(sites, [experts for experts, _ in sizes], found, config)
+            orders = neuron_orders(sites, [experts for experts, _ in sizes], found, config, progress=progress)
             for site, order in zip(sites, orders, strict=True):
                 permute_neurons_(site, order)
         install_routers_(model, section)
@@ -256,13 +257,15 @@ def neuron_orders(
     found: ModelProfile | None,
     config: MoeficationConfig,
     warm: bool = False,
+    progress: bool = False,
 ) -> list[torch.Tensor]:
     """One order of neurons (f,) per FFN, expert by expert, as `config.splitter` groups them; nothing is changed.
 
     warm: the neurons lie in experts already; a split that cannot be improved on from there is kept.
     """
     orders = []
-    for position, (site, experts) in enumerate(zip(sites, num_experts, strict=True)):
+    bar = tqdm(sites, desc="split", unit="layer", disable=not progress)
+    for position, (site, experts) in enumerate(zip(bar, num_experts, strict=True)):
         generator = torch.Generator().manual_seed(config.seed + position)
         stats = found.sites[position] if found else None
         with torch.autocast(site.down.weight.device.type, enabled=False):  # half-precision sums scramble a split

@@ -74,11 +74,11 @@ class AnalyticRouter(Router):
         super().__init__(hidden_size, num_experts)
         self.ffn_act = (act or nn.SiLU(),)  # in a tuple: no child of this module
 
-        def rows(wanted: bool, *shape: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(num_experts, *shape)) if wanted else None
+        def rows(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape))
 
-        self.up, self.up_bias = rows(True, hidden_size), rows(bias)
-        self.gate, self.gate_bias = rows(gated, hidden_size), rows(gated and bias)
+        self.up, self.up_bias = rows(hidden_size), rows() if bias else None
+        self.gate, self.gate_bias = rows(hidden_size) if gated else None, rows() if gated and bias else None
 
     @classmethod
     def of(cls, ffn: "FfnWeights", num_experts: int) -> "AnalyticRouter":
