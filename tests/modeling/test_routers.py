@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import convert, tiny_model
 from torch import nn
 
 from moefy_hf.modeling.ffn_sites import FfnWeights
@@ -280,3 +281,15 @@ def test_centres_are_means_of_directions():
     torch.testing.assert_close(expert_centres(longer, E), found)  # lengths do not matter
     half = FfnWeights(ffn.up, ffn.down, ffn.act, gate=ffn.gate.bfloat16())
     assert expert_centres(half, E).dtype == torch.float32
+
+
+@pytest.mark.parametrize("model", ["bert", "llama"])
+@pytest.mark.parametrize("name", [name for name, router in ROUTERS.items() if not router.trainable])
+def test_all_that_a_router_needs_is_saved(name, model, tmp_path):
+    dense = tiny_model(model)
+    convert(dense, 2, router=name, splitter="random")
+    dense.save_pretrained(tmp_path)
+    loaded = type(dense).from_pretrained(tmp_path)
+    x = noise(5, dense.moe_sites()[0].sizes[0])
+    for site, again in zip(dense.moe_sites(), loaded.moe_sites(), strict=True):
+        assert torch.equal(site.act.router(x), again.act.router(x))
