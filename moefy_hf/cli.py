@@ -8,6 +8,7 @@ from typing import Any
 
 from .bench import PRESETS
 from .commands import card, convert, export_model, inspect, profile_model, push, run_bench, show_inspected, sweep
+from .controls import BASELINES, CONTROLS
 from .export_targets import TARGETS
 from .modeling.routers import ROUTERS
 from .splitting import SPLITTERS
@@ -58,15 +59,26 @@ def parser() -> argparse.ArgumentParser:
     command("inspect", inspect, show_inspected, "What can be MoEfied in a model: its FFNs, and the sizes of experts.")
     profile_ = command("profile", profile_model, table, "How sparse a model's FFNs are on texts, layer by layer.")
     add_texts(profile_, required=True, tokens=50_000)
+    profile_.add_argument(
+        "--ppl",
+        type=float,
+        metavar="PERCENT",
+        help="also find how many neurons are needed for perplexity to grow by so much; some ten passes",
+    )
     convert_ = command("convert", convert, table, "Split a dense model's FFNs and fit routers.")
     convert_.add_argument("output_dir", help="directory that gets the MoEfied model; must not exist")
     add_texts(convert_, required=False, tokens=50_000)
     add_conversion(convert_)
+    convert_.add_argument("--force", action="store_true", help="write the model even if it is of no use as it is")
     sweep_ = command("sweep", sweep, table, "Quality against compute of a MoEfied model, beside its dense self.")
     add_texts(sweep_, required=False)
     sweep_.add_argument("--csv", help="csv file with columns text and label, instead of texts: accuracy")
     sweep_.add_argument("--shares", type=share_or_count, nargs="+", default=[0.1, 0.2, 0.3, 0.5], help="budgets")
-    sweep_.add_argument("--controls", nargs="*", default=["oracle", "random"], help="of oracle, oracle_mass, random")
+    known = ", ".join((*CONTROLS, *BASELINES))
+    sweep_.add_argument("--controls", nargs="*", default=["oracle", "random"], help=f"of {known}")
+    sweep_.add_argument(
+        "--calibration_texts", help=f"text file for the thresholds of {', '.join(BASELINES)}, one text per line"
+    )
     sweep_.add_argument("--output", help="JSON file that gets the figures")
     sweep_.add_argument("--plot", help="picture of quality against FLOPs (needs matplotlib)")
     card_ = command("card", card, lambda found: found["card"], "Write the card of a MoEfied checkpoint's folder.")
