@@ -17,10 +17,10 @@ BENCH = "Time one FFN of a preset's shape: dense against the selected experts al
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXAMPLES = """examples:
   moefy inspect google-bert/bert-base-uncased
-  moefy profile HuggingFaceTB/SmolLM2-135M --texts train.txt
-  moefy convert HuggingFaceTB/SmolLM2-135M smol-moe --texts train.txt --splitter coactivation --k 0.25
+  moefy profile HuggingFaceTB/SmolLM2-135M --texts train.txt --ppl 1
+  moefy convert HuggingFaceTB/SmolLM2-135M smol-moe --texts train.txt --expert_size 8 --k 0.75
   moefy convert my-model my-moe --splitter parameter_clustering --router similarity --allocation uniform
-  moefy sweep smol-moe --texts held_out.txt --shares 0.1 0.25 0.5
+  moefy sweep smol-moe --texts held_out.txt --shares 0.5 0.75 --controls oracle wina --calibration_texts train.txt
   moefy sweep my-classifier-moe --csv test.csv --plot quality.png
   moefy card smol-moe --repo_id me/smol-moe
   moefy push smol-moe me/smol-moe --private
