@@ -28,7 +28,7 @@ from .quality import Quality, predictions
 
 logger = logging.get_logger("moefy_hf")
 
-CALIBRATION_TOKENS = 8192
+CALIBRATION_TOKENS = 4096
 DRAWN = 2**14  # scores kept of each tensor of each calibration batch
 
 
