@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 from .controls import selecting
 from .flops import ModelFlops, ffn_flops
+from .modeling.allocation import count_experts
 from .modeling.ffn_sites import FfnSite, find_sites
-from .modeling.selection import count_experts
 from .profiling import real_tokens
 from .quality import Quality, predictions
 
@@ -157,7 +157,7 @@ def places_at(calibrated: Mapping[str, Sequence[Place]], name: str, k: int | flo
     found = []
     for place in calibrated[name]:
         experts = place.site.act.num_experts
-        left_out = 1 - count_experts(k, experts) / experts
+        left_out = 1 - count_experts(k, experts, place.site.act.shared) / experts
         sparse = sum(each.flops for each in calibrated[name] if each.site is place.site) / ffn_flops(place.site)
         if left_out >= sparse:
             logger.warning(f"{name} computes {1 - sparse:.0%} of {place.site.name} in any case: no row for k={k}")

@@ -3,7 +3,6 @@ fitted on, against the dense model and experts drawn at random."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from statistics import mean
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from transformers import PreTrainedModel
 
 from .controls import routed_by, selecting
 from .modeling.moefied import is_moefied
-from .modeling.selection import count_experts
 from .quality import Quality, predictions
 
 TOKENS = 2048  # positions that are compared
@@ -181,12 +179,6 @@ def better(model: PreTrainedModel, batches: list[Mapping[str, Any]], progress: b
 
 
 def share_of(model: PreTrainedModel) -> float:
-    """Of the experts that a token computes, on average over layers; 0 where tokens differ in it."""
-    selection = model.config.moefication["selection"]
-    if selection["type"] != "top_k":
-        return 0.0
-    sites, k = model.moe_sites(), selection["k"]
-    ks = k if isinstance(k, list | tuple) else [k] * len(sites)
-    return mean(
-        count_experts(each, site.act.num_experts) / site.act.num_experts for each, site in zip(ks, sites, strict=True)
-    )
+    """Of the experts that a token computes, on average; 0 where nobody has measured it."""
+    sites = model.moe_sites()
+    return sum(site.act.k or 0 for site in sites) / sum(site.act.num_experts for site in sites)

@@ -58,6 +58,12 @@ class MoeficationArguments:
         default="parameter_clustering", metadata={"help": "random, parameter_clustering, coactivation"}
     )
     router: str = field(default="linear", metadata={"help": "linear, prior_approximate, mlp, similarity, random"})
+    shared_experts: int = field(
+        default=0, metadata={"help": "experts that run for every token, made of the neurons that most tokens need"}
+    )
+    compensation: bool = field(
+        default=False, metadata={"help": "experts that do not run contribute what they do on average when they do not"}
+    )
     share: float = field(
         default=0.2, metadata={"help": "share of the experts a token computes, on average over layers"}
     )

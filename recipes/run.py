@@ -28,7 +28,10 @@ REPORTING = (
     "ddp_timeout",
 )
 # arguments that a later stage reads first: changing them keeps what the earlier ones made
-CONVERSION = ("num_experts", "expert_size", "splitter", "router", "share", "allocation", "calibration_tokens")
+CONVERSION = (
+    *("num_experts", "expert_size", "splitter", "router", "share", "allocation", "calibration_tokens"),
+    *("shared_experts", "compensation"),
+)
 SWEEP = ("shares", "controls")
 RECOVERY = ("recovery_epochs", "recovery_parameters", "lora_rank", "distillation_weight", "schedule")
 MODELS = {  # what the training or conversion of each model does not read
@@ -179,6 +182,8 @@ def moefication_config(moe_args: MoeficationArguments, seed: int) -> Moefication
         splitter=moe_args.splitter,
         router=moe_args.router,
         selection=selection,
+        shared_experts=moe_args.shared_experts,
+        compensation=moe_args.compensation,
         calibration_tokens=moe_args.calibration_tokens,
         seed=seed,
     )

@@ -113,7 +113,7 @@ def test_rows_compute_the_share_that_was_asked_for(name):  # a T5's may be zeros
                 assert row[quality] == pytest.approx(row["relative_quality"] * sweep.rows[0][quality])
     for kind in ("teal", "wina"):
         assert rows[kind, 5]["kl"] < rows[kind, 0.5]["kl"]
-    assert "| wina | uniform |" in sweep.table()
+    assert "| wina | neurons | uniform |" in sweep.table()
 
 
 def test_everything_kept_is_exactly_dense_and_nothing_stays_behind():
