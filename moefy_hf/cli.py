@@ -10,7 +10,9 @@ from .bench import PRESETS
 from .commands import card, convert, export_model, inspect, profile_model, push, run_bench, show_inspected, sweep
 from .controls import BASELINES, CONTROLS
 from .export_targets import TARGETS
+from .modeling.allocation import ALLOCATIONS
 from .modeling.routers import ROUTERS
+from .modeling.selection import SELECTIONS
 from .splitting import SPLITTERS
 
 BENCH = "Time one FFN of a preset's shape: dense against the selected experts alone, in turns, cold weights."
@@ -109,7 +111,14 @@ def add_conversion(convert_: argparse.ArgumentParser) -> None:
     convert_.add_argument("--splitter", default="coactivation", help=f"{', '.join(SPLITTERS)} (default: coactivation)")
     convert_.add_argument("--router", default="linear", help=f"{', '.join(ROUTERS)} (default: linear)")
     convert_.add_argument("--k", type=share_or_count, default=0.2, help="share or number of experts (default: 0.2)")
-    convert_.add_argument("--allocation", choices=["sensitivity", "uniform"], help="budget per layer")
+    convert_.add_argument("--allocation", choices=ALLOCATIONS, help="budget per layer")
+    convert_.add_argument("--selection", default="top_k", choices=list(SELECTIONS), help="(default: top_k)")
+    convert_.add_argument(
+        "--shared_experts", type=int, default=0, help="experts that run for every token; k counts them"
+    )
+    convert_.add_argument(
+        "--compensation", action="store_true", help="experts that do not run contribute their conditional means"
+    )
 
 
 def add_bench(commands: Any) -> None:

@@ -114,13 +114,15 @@ def convert(args: Namespace) -> dict[str, Any]:
     output_dir = Path(args.output_dir)
     if output_dir.exists():
         raise ValueError(f"{output_dir} exists: choose another output_dir")
-    selection = {"type": "top_k", "k": args.k} | ({"allocation": args.allocation} if args.allocation else {})
+    selection = {"type": args.selection, "k": args.k} | ({"allocation": args.allocation} if args.allocation else {})
     config = MoeficationConfig(
         num_experts=args.num_experts,
         expert_size=args.expert_size,
         splitter=args.splitter,
         router=args.router,
         selection=selection,
+        shared_experts=args.shared_experts,
+        compensation=args.compensation,
         calibration_tokens=args.calibration_tokens,
         seed=args.seed,
     )

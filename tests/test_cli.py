@@ -104,6 +104,26 @@ def test_interrupted_conversion_leaves_nothing(dense, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_convert_with_all_settings(dense, tmp_path):
+    settings = [
+        "--expert_size",
+        "8",
+        "--k",
+        "0.5",
+        "--selection",
+        "threshold",
+        "--shared_experts",
+        "1",
+        "--compensation",
+    ]
+    texts = ["--texts", str(dense / "texts.txt"), "--calibration_tokens", "400", "--allocation", "global", "--force"]
+    main(["convert", str(dense / "dense"), str(tmp_path / "moe"), *texts, *settings])
+    section = load_checkpoint(tmp_path / "moe").config.moefication
+    assert section["selection"] == {"type": "threshold", "k": 0.5, "allocation": "global"}
+    assert (section["shared_experts"], section["compensation"]) == (1, True)
+    assert 0 < read_facts(tmp_path / "moe")["prediction"]["kl"] < 1
+
+
 def test_convert_without_data(dense, tmp_path, capsys):
     settings = ["--splitter", "parameter_clustering", "--router", "similarity", "--expert_size", "8", "--json"]
     main(["convert", str(dense / "dense"), str(tmp_path / "moe"), *settings])
@@ -145,7 +165,7 @@ def test_sweep_a_language_model(dense, copy, tmp_path, capsys):
     texts = ["--texts", str(dense / "texts.txt"), "--shares", "2", "1.0", "--controls", "oracle"]
     main(["sweep", str(copy), *texts, "--output", str(figures), "--plot", str(plot)])
     out = capsys.readouterr().out
-    assert "| own | uniform | 100.0% |" in out and "| oracle |" in out and "perplexity" in out
+    assert "| own | top_k | uniform | 100.0% |" in out and "| oracle |" in out and "perplexity" in out
     sweep = Sweep.load(figures)
     assert sweep.facts["quality"] == "perplexity"
     assert [row["router"] for row in sweep.rows] == ["dense", "own", "own", "oracle", "oracle"]
