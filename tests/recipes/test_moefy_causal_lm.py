@@ -6,6 +6,7 @@ from pathlib import Path
 
 import moefy_causal_lm as recipe_module
 import prose
+import prose_facts
 import pytest
 import torch
 import transformers
@@ -90,6 +91,14 @@ def test_a_pretrained_model(recipe, texts, tmp_path, capsys):
     both = torch.tensor(list(dense["perplexity"].values())).log().mean().exp()  # as many tokens of each
     assert float(both) == pytest.approx(sweep.rows[0]["perplexity"], rel=1e-4)
     assert len(dense["continuations"]) == 4 and all(each["continuation"] for each in dense["continuations"])
+    shown = prose_facts.facts_of([run])
+    assert len(shown["perplexities"]) == 6 and shown["dense"] == sweep.rows[0]["perplexity"]
+    half = next(row for row in shown["perplexities"] if (row["router"], row["k"]) == ("own", 0.5))
+    assert half["texts"]["whales"] == moefied["perplexity"]["whales at 0.5"] / dense["perplexity"]["whales"]
+    assert half["relative_quality"] == sweep.rows[1]["relative_quality"] and half["seeds"] == [0]
+    cell = f"{half['relative_quality']:.3f} ({half['ffn_flops']:.0%})"
+    line = f"| coactivation of 8 neurons, linear | {cell} | 1.000 (100%) |"
+    assert line in prose_facts.tables(shown) and "| *wina*, of the dense model | " in prose_facts.tables(shown)
     facts = read_facts(run / "moefied")
     assert facts["calibration"] == {"data": "speeches and plays", "split": "train"}
     assert facts["evaluation"] == {"data": "whales and angels"} and facts["prediction"]["positions"] > 50
