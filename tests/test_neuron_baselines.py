@@ -138,3 +138,18 @@ def test_what_is_missing_is_named(caplog):
         evaluate(model, batches, [0.5], controls=["teal"], calibration=[], local_tokens=0, progress=False)
     places = {"cats": [place for site in model.moe_sites() for place in places_of(site, "cats")]}
     assert places_at(places, "cats", 2) is None  # a third of a gated FFN is its gate
+
+
+def test_beside_shared_experts_and_means():
+    """The baselines are those of the dense model, whatever it has become."""
+    batches = text_batches(40, labels="causal")
+    rows = []
+    for settings in ({}, {"shared_experts": 1, "compensation": True}):
+        model = tiny_model("llama", "AutoModelForCausalLM")
+        selection = {"type": "top_k", "k": 3, "allocation": "uniform"}
+        config = MoeficationConfig(expert_size=8, splitter="random", router="random", selection=selection, **settings)
+        moefy_(model, config, batches, progress=False)
+        evaluated = {"controls": ["wina"], "calibration": batches, "local_tokens": 0, "progress": False}
+        rows.append(evaluate(model, batches[:4], [0.5], **evaluated).rows[-1])
+    assert rows[0]["kl"] == pytest.approx(rows[1]["kl"], rel=1e-2) and rows[0]["kl"] > 1e-3
+    assert rows[0]["ffn_flops"] == pytest.approx(rows[1]["ffn_flops"], abs=1e-3)
