@@ -16,6 +16,7 @@ from .exporting import export
 from .facts import add_facts
 from .hub import PushError, push_to_hub
 from .modeling.ffn_sites import find_sites, permute_neurons_
+from .prediction import predict_quality
 from .profiling import profile
 from .reach import measure_reach
 from .router_fitting import fit_routers
@@ -44,6 +45,7 @@ __all__ = [
     "moefied_class",
     "moefy_",
     "permute_neurons_",
+    "predict_quality",
     "profile",
     "push_to_hub",
     "relufy_",

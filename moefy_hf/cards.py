@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .conversion import ConversionReport
 from .evaluation import Sweep
 from .facts import is_hub_id, read_facts
 from .folders import write_whole
+from .prediction import Prediction
 from .router_fitting import RouterFit
 
 logger = logging.get_logger("moefy_hf")
@@ -176,6 +178,10 @@ def conversion_report(found: dict[str, Any]) -> ConversionReport:
     return ConversionReport(**found | {"fits": [RouterFit(**fit) for fit in found["fits"]]})
 
 
+def prediction_of(found: dict[str, Any]) -> Prediction:
+    return Prediction(**{each.name: found[each.name] for each in fields(Prediction)})
+
+
 def summary(section: dict[str, Any], report: ConversionReport | None, facts: dict[str, Any]) -> list[tuple[str, str]]:
     """The rows of the first table."""
     selection, base = section["selection"], facts.get("base_model")
@@ -190,6 +196,8 @@ def summary(section: dict[str, Any], report: ConversionReport | None, facts: dic
     if report is not None and report.calibration_tokens:
         data = data_of(facts.get("calibration"))
         rows.append(("calibration", f"{report.calibration_tokens:,} tokens" + (f" of {data}" if data else "")))
+    if "prediction" in facts:
+        rows.append(("right after conversion", prediction_of(facts["prediction"]).line()))
     for name, value in facts.get("training", {}).items():
         rows.append((f"training: {name}", f"{value}"))
     if "versions" in facts:

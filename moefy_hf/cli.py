@@ -8,18 +8,21 @@ from typing import Any
 
 from .bench import PRESETS
 from .commands import card, convert, export_model, inspect, profile_model, push, run_bench, show_inspected, sweep
+from .controls import BASELINES, CONTROLS
 from .export_targets import TARGETS
+from .modeling.allocation import ALLOCATIONS
 from .modeling.routers import ROUTERS
+from .modeling.selection import SELECTIONS
 from .splitting import SPLITTERS
 
 BENCH = "Time one FFN of a preset's shape: dense against the selected experts alone, in turns, cold weights."
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXAMPLES = """examples:
   moefy inspect google-bert/bert-base-uncased
-  moefy profile HuggingFaceTB/SmolLM2-135M --texts train.txt
-  moefy convert HuggingFaceTB/SmolLM2-135M smol-moe --texts train.txt --splitter coactivation --k 0.25
+  moefy profile HuggingFaceTB/SmolLM2-135M --texts train.txt --ppl 1
+  moefy convert HuggingFaceTB/SmolLM2-135M smol-moe --texts train.txt --expert_size 8 --k 0.75
   moefy convert my-model my-moe --splitter parameter_clustering --router similarity --allocation uniform
-  moefy sweep smol-moe --texts held_out.txt --shares 0.1 0.25 0.5
+  moefy sweep smol-moe --texts held_out.txt --shares 0.5 0.75 --controls oracle wina --calibration_texts train.txt
   moefy sweep my-classifier-moe --csv test.csv --plot quality.png
   moefy card smol-moe --repo_id me/smol-moe
   moefy push smol-moe me/smol-moe --private
@@ -58,15 +61,26 @@ def parser() -> argparse.ArgumentParser:
     command("inspect", inspect, show_inspected, "What can be MoEfied in a model: its FFNs, and the sizes of experts.")
     profile_ = command("profile", profile_model, table, "How sparse a model's FFNs are on texts, layer by layer.")
     add_texts(profile_, required=True, tokens=50_000)
+    profile_.add_argument(
+        "--ppl",
+        type=float,
+        metavar="PERCENT",
+        help="also find how many neurons are needed for perplexity to grow by so much; some ten passes",
+    )
     convert_ = command("convert", convert, table, "Split a dense model's FFNs and fit routers.")
     convert_.add_argument("output_dir", help="directory that gets the MoEfied model; must not exist")
     add_texts(convert_, required=False, tokens=50_000)
     add_conversion(convert_)
+    convert_.add_argument("--force", action="store_true", help="write the model even if it is of no use as it is")
     sweep_ = command("sweep", sweep, table, "Quality against compute of a MoEfied model, beside its dense self.")
     add_texts(sweep_, required=False)
     sweep_.add_argument("--csv", help="csv file with columns text and label, instead of texts: accuracy")
     sweep_.add_argument("--shares", type=share_or_count, nargs="+", default=[0.1, 0.2, 0.3, 0.5], help="budgets")
-    sweep_.add_argument("--controls", nargs="*", default=["oracle", "random"], help="of oracle, oracle_mass, random")
+    known = ", ".join((*CONTROLS, *BASELINES))
+    sweep_.add_argument("--controls", nargs="*", default=["oracle", "random"], help=f"of {known}")
+    sweep_.add_argument(
+        "--calibration_texts", help=f"text file for the thresholds of {', '.join(BASELINES)}, one text per line"
+    )
     sweep_.add_argument("--output", help="JSON file that gets the figures")
     sweep_.add_argument("--plot", help="picture of quality against FLOPs (needs matplotlib)")
     card_ = command("card", card, lambda found: found["card"], "Write the card of a MoEfied checkpoint's folder.")
@@ -97,7 +111,14 @@ def add_conversion(convert_: argparse.ArgumentParser) -> None:
     convert_.add_argument("--splitter", default="coactivation", help=f"{', '.join(SPLITTERS)} (default: coactivation)")
     convert_.add_argument("--router", default="linear", help=f"{', '.join(ROUTERS)} (default: linear)")
     convert_.add_argument("--k", type=share_or_count, default=0.2, help="share or number of experts (default: 0.2)")
-    convert_.add_argument("--allocation", choices=["sensitivity", "uniform"], help="budget per layer")
+    convert_.add_argument("--allocation", choices=ALLOCATIONS, help="budget per layer")
+    convert_.add_argument("--selection", default="top_k", choices=list(SELECTIONS), help="(default: top_k)")
+    convert_.add_argument(
+        "--shared_experts", type=int, default=0, help="experts that run for every token; k counts them"
+    )
+    convert_.add_argument(
+        "--compensation", action="store_true", help="experts that do not run contribute their conditional means"
+    )
 
 
 def add_bench(commands: Any) -> None:

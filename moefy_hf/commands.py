@@ -3,6 +3,7 @@
 import contextlib
 import json
 from argparse import Namespace
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .architectures import checkpoint_class, load_checkpoint
 from .bench import bench, table
 from .cards import is_rendered, moefied_config, write_card
+from .cett import cett_curves, ppl_activation
 from .configuration import MoeficationConfig
-from .controls import check_control
+from .controls import BASELINES, check_control
 from .conversion import check_convertible, moefy_
 from .evaluation import evaluate
 from .export_targets import TARGETS
@@ -25,9 +28,13 @@ from .folders import written_whole
 from .hub import add_license, push_to_hub
 from .modeling.ffn_sites import find_sites
 from .modeling.moefied import is_moefied
-from .profiling import SiteProfile, profile
+from .prediction import Prediction, predict_quality
+from .profile_table import described, profile_table
+from .profiling import profile
 from .quality import is_causal
-from .text_files import TextBatches, read_labelled, read_lines
+from .text_files import TextBatches, read_labelled, read_lines, split_off
+
+logger = logging.get_logger("moefy_hf")
 
 
 def inspect(args: Namespace) -> dict[str, Any]:
@@ -76,62 +83,85 @@ def show_inspected(found: dict[str, Any]) -> str:
 
 
 def profile_model(args: Namespace) -> dict[str, Any]:
+    if args.ppl is not None and not args.ppl > 0:
+        raise ValueError(f"--ppl is a growth in percent, more than 0: got {args.ppl}")
     texts = read_lines(args.texts)
     model, tokenizer = load_model(args), load_tokenizer(args)
     batches = TextBatches(texts, tokenizer, max_length=length(args, model), seed=args.seed)
+    if args.ppl is not None and not is_causal(model):
+        raise ValueError(f"--ppl needs a language model, whose labels are the texts; {model._get_name()} is none")
     with profile(model, batches, max_tokens=args.calibration_tokens, sample=False) as found:
-        sites = find_sites(model)
-        rows = [{"ffn": site.name, **described(stats)} for site, stats in zip(sites, found.sites, strict=True)]
-    lines = ["| FFN | neurons | not active | never active | half of the mass |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {row['ffn']} | {row['neurons']} | {row['not_active']:.1%} | {row['never_active']} | "
-        f"{row['half_of_the_mass']:.1%} of the neurons |"
-        for row in rows
+        first = found.batches
+    curves = cett_curves(model, first)
+    sites = find_sites(model)
+    rows = [
+        {"ffn": site.name, **described(stats, curve)}
+        for site, stats, curve in zip(sites, found.sites, curves, strict=True)
     ]
-    return {"tokens": found.tokens, "rows": rows, "table": "\n".join(lines)}
-
-
-def described(stats: SiteProfile) -> dict[str, Any]:
-    """`not_active`: share of activations that are not positive. `half_of_the_mass`: the smallest share of neurons that
-    has half of the summed |activation|."""
-    mass = stats.mass.sort(descending=True).values
-    half = int((mass.cumsum(0) < mass.sum() / 2).sum()) + 1
-    return {
-        "neurons": len(mass),
-        "not_active": stats.sparsity,
-        "never_active": int((stats.active == 0).sum()),
-        "half_of_the_mass": half / len(mass),
-    }
+    result: dict[str, Any] = {"tokens": found.tokens, "cett_tokens": curves[0].tokens, "rows": rows}
+    if args.ppl is not None:
+        labelled = [
+            {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)} for batch in first
+        ]
+        ppl = ppl_activation(model, labelled, curves, args.ppl / 100)
+        result["ppl"] = asdict(ppl)
+        for row, active in zip(rows, ppl.active, strict=True):
+            row["active_at_ppl"] = active
+    return result | {"table": profile_table(result)}
 
 
 def convert(args: Namespace) -> dict[str, Any]:
     output_dir = Path(args.output_dir)
     if output_dir.exists():
         raise ValueError(f"{output_dir} exists: choose another output_dir")
-    selection = {"type": "top_k", "k": args.k} | ({"allocation": args.allocation} if args.allocation else {})
+    selection = {"type": args.selection, "k": args.k} | ({"allocation": args.allocation} if args.allocation else {})
     config = MoeficationConfig(
         num_experts=args.num_experts,
         expert_size=args.expert_size,
         splitter=args.splitter,
         router=args.router,
         selection=selection,
+        shared_experts=args.shared_experts,
+        compensation=args.compensation,
         calibration_tokens=args.calibration_tokens,
         seed=args.seed,
     )
     texts = read_lines(args.texts) if args.texts else None
     model = load_model(args)
     check_convertible(model, config, texts)
-    batches = None
+    batches, held_out = None, None
     if texts is not None:
-        batches = TextBatches(texts, load_tokenizer(args), max_length=length(args, model), seed=args.seed)
+        tokenizer, longest = load_tokenizer(args), length(args, model)
+        fitted, kept = split_off(texts)
+        batches = TextBatches(fitted, tokenizer, max_length=longest, seed=args.seed)
+        labels = "next" if is_causal(model) else None
+        held_out = TextBatches(kept, tokenizer, labels=labels, max_length=longest, seed=args.seed)
     report = moefy_(model, config, batches)
+    prediction, told = predict(model, held_out)
+    if prediction is not None and prediction.degenerate and not args.force:
+        raise ValueError(f"{prediction.message()}; nothing was written (--force writes it all the same)")
     with written_whole(output_dir) as folder:
         model.save_pretrained(folder)
         for processor in processors(args):
             processor.save_pretrained(folder)
-        add_facts(folder, conversion=report, calibration=Path(args.texts).name if texts else None)
+        calibration = Path(args.texts).name if texts else None
+        add_facts(folder, conversion=report, calibration=calibration, prediction=prediction)
         add_license(folder, HfApi())
-    return {"output_dir": str(output_dir), "table": report.table(), **report.to_dict()}
+    found = {"output_dir": str(output_dir), "table": f"{report.table()}\n\n{told}", **report.to_dict()}
+    return found | {"prediction": prediction and prediction.to_dict()}
+
+
+def predict(model: PreTrainedModel, held_out: TextBatches | None) -> tuple[Prediction | None, str]:
+    """How good a model that was just converted is, and what is said of it."""
+    if held_out is None or not len(held_out):
+        return None, "quality is not predicted without texts: moefy sweep measures it"
+    try:
+        found = predict_quality(model, held_out)
+    except ValueError as error:  # a model without a head, or a regression
+        return None, f"quality is not predicted: {error}"
+    if found.bad:
+        logger.warning(found.message())
+    return found, f"predicted: {found.line()}"
 
 
 def sweep(args: Namespace) -> dict[str, Any]:
@@ -145,6 +175,9 @@ def sweep(args: Namespace) -> dict[str, Any]:
     if args.plot and find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'moefy-hf[plots]'")
     texts = read_lines(args.texts) if args.texts else None
+    if not args.calibration_texts and set(args.controls) & set(BASELINES):
+        raise ValueError(f"{', '.join(BASELINES)} set thresholds on other texts: give --calibration_texts")
+    calibration = read_lines(args.calibration_texts) if args.calibration_texts else None
     model = load_model(args)
     if not is_moefied(model):
         raise ValueError(f"{args.model} is not MoEfied: moefy convert makes a checkpoint that is")
@@ -158,8 +191,10 @@ def sweep(args: Namespace) -> dict[str, Any]:
     if texts is None:
         texts, labels = read_labelled(args.csv, model.config)
     longest = length(args, model)
-    batches = TextBatches(texts, load_tokenizer(args), labels=labels, max_length=longest, seed=args.seed)
-    found = evaluate(model, batches, args.shares, controls=args.controls)
+    tokenizer = load_tokenizer(args)
+    batches = TextBatches(texts, tokenizer, labels=labels, max_length=longest, seed=args.seed)
+    others = TextBatches(calibration, tokenizer, max_length=longest, seed=args.seed) if calibration else None
+    found = evaluate(model, batches, args.shares, controls=args.controls, calibration=others)
     if Path(args.model).is_dir():
         add_facts(args.model, sweep=found, evaluation=Path(args.texts or args.csv).name)
     if args.output:

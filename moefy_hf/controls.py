@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from .modeling.ffn_sites import FfnSite, FfnWeights
 from .modeling.router_base import Router, activation_mass, output_norm
 
-CONTROLS = ("oracle", "oracle_mass", "random")
+CONTROLS = ("oracle", "oracle_mass", "random")  # in place of a router
+BASELINES = ("cats", "teal", "wina")  # in place of experts, see neuron_baselines.py
 
 
 class OracleRouter(Router):
@@ -58,9 +59,9 @@ class ChanceRouter(Router):
         return 0
 
 
-def check_control(name: str) -> None:
-    if name not in CONTROLS:
-        raise ValueError(f"unknown control {name!r}; choose from {', '.join(CONTROLS)}")
+def check_control(name: str, known: Collection[str] = (*CONTROLS, *BASELINES)) -> None:
+    if name not in known:
+        raise ValueError(f"unknown control {name!r}; choose from {', '.join(known)}")
 
 
 def control_router(name: str, site: FfnSite, seed: int = 0) -> Router:
@@ -76,7 +77,7 @@ def control_router(name: str, site: FfnSite, seed: int = 0) -> Router:
 def routed_by(model: PreTrainedModel, control: str | None) -> Iterator[None]:
     """Use a control in place of every router; None keeps the model's own."""
     if control is not None:
-        check_control(control)
+        check_control(control, CONTROLS)
     own = [(site.act, site.act.router) for site in model.moe_sites()]
     if control is not None:
         for position, site in enumerate(model.moe_sites()):

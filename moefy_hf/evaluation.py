@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .controls import routed_by, selecting
+from .controls import BASELINES, check_control, routed_by, selecting
 from .flops import model_flops
 from .folders import write_whole
 from .modeling.ffn_sites import find_sites
 from .modeling.moefied import is_moefied
 from .modeling.routed_activation import chosen as kept
 from .modeling.selection import SELECTIONS
+from .neuron_baselines import baseline_rows
 from .profiling import observed
 from .quality import Quality, is_causal, predictions
 from .reach import counted_experts
@@ -157,6 +158,7 @@ def evaluate(
     controls: Iterable[str] = ("oracle", "random"),
     selections: Iterable[str] | None = None,
     allocations: Iterable[str] | None = None,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
     local_tokens: int = 5_000,
     progress: bool = True,
 ) -> Sweep:
@@ -166,10 +168,13 @@ def evaluate(
         batches: model-ready batches, with `labels` for accuracy or perplexity; read more than once.
         shares: k as `set_selection` takes it.
         controls: of "oracle" (experts chosen by the norm of their output), "oracle_mass" (by their summed
-            activation, the paper's ground truth) and "random" (drawn per token).
+            activation, the paper's ground truth) and "random" (drawn per token); and of what leaves out single
+            neurons of the dense model at the same share of its FFNs' weights, "cats", "teal" and "wina" (see
+            `moefy_hf.neuron_baselines`).
         selections: types that are swept, those that depend on the token at the same average number of experts
             (`measure_reach` must have been called); by default that of the model. Controls always select "top_k".
         allocations: "uniform" and/or "sensitivity"; by default that of the model.
+        calibration: batches, some thousand tokens, that thresholds of these are set on.
         local_tokens: tokens on which each layer's captured mass, output error and chunk share are measured; 0 for
             none.
 
@@ -179,7 +184,8 @@ def evaluate(
         `model_flops` relative to dense (routers included; a control's own cost is left out).
 
     Raises:
-        ValueError: the model is not MoEfied, `batches` is empty or can be read only once, or an unknown name.
+        ValueError: the model is not MoEfied, `batches` is empty or can be read only once, an unknown name, or no
+            `calibration` for what needs it.
     """
     if not is_moefied(model):
         raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
@@ -189,7 +195,14 @@ def evaluate(
     allocations = [current.get("allocation", "uniform")] if allocations is None else list(allocations)
     kinds = [current["type"]] if selections is None else list(selections)
     shares, controls = list(shares), list(controls)
-    routings = [(None, kind) for kind in kinds] + [(control, "top_k") for control in controls]
+    for name in controls:
+        check_control(name)
+    baselines = [name for name in controls if name in BASELINES]
+    if baselines and calibration is None:
+        raise ValueError(f"{', '.join(baselines)} set thresholds on calibration data: give `calibration`")
+    routings = [(None, kind) for kind in kinds] + [
+        (control, "top_k") for control in controls if control not in BASELINES
+    ]
     settings = [
         Setting(control, (("type", kind), ("k", share), ("allocation", allocation)))
         for allocation in allocations
@@ -216,15 +229,18 @@ def evaluate(
                 for setting, quality, count in zip(settings, results, counts, strict=True):
                     with setting.on(model), setting.counting(model, batch, count):
                         quality.update_(predictions(model, batch)[0], expected, labels)
+        neurons = []
+        if baselines and calibration is not None and flops is not None and reference.count:
+            neurons = baseline_rows(model, batches, calibration, baselines, shares, flops, progress)
     finally:
         model.train(training)
     if flops is None or reference.count == 0:
         raise ValueError("there is nothing to evaluate on: `batches` is empty, or all its labels are -100")
     local = local_figures(model, batches, settings, local_tokens) if local_tokens else None
-    return _sweep(model, flops, settings, reference, results, counts, local)
+    return _sweep(model, flops, settings, reference, results, counts, local, neurons)
 
 
-def _sweep(model, flops, settings, reference, results, counts, local) -> Sweep:
+def _sweep(model, flops, settings, reference, results, counts, local, neurons) -> Sweep:
     dense = reference.figures()
     quality = ("perplexity" if is_causal(model) else "accuracy") if reference.labelled else "agreement"
     rows = [
@@ -250,5 +266,6 @@ def _sweep(model, flops, settings, reference, results, counts, local) -> Sweep:
             row |= {name: sum(layer[name] for layer in local[position]) / len(sites) for name in local[position][0]}
             row["layers"] = local[position]
         rows.append(row)
+    rows += [row | ({"relative_quality": row[quality] / dense[quality]} if dense[quality] else {}) for row in neurons]
     facts = {"quality": quality, "positions": reference.count, "router": model.config.moefication["router"]}
     return Sweep(rows, facts | {"dtype": str(model.dtype).removeprefix("torch."), "flops_per_token": flops.total})

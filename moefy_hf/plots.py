@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .controls import CONTROLS
+
 if TYPE_CHECKING:
     from .evaluation import Sweep
 
 COLOURS = {"own": "#1f6feb", "oracle": "#2da44e", "oracle_mass": "#8250df", "random": "#bf3989"}
+COLOURS |= {"cats": "#9a6700", "teal": "#1b7c83", "wina": "#bc4c00"}
 
 
 def plot_sweep(sweep: "Sweep", path: str | Path) -> None:
@@ -23,7 +26,8 @@ def plot_sweep(sweep: "Sweep", path: str | Path) -> None:
     for router, allocation in dict.fromkeys((row["router"], row["allocation"]) for row in rows):
         line = [row for row in rows if (row["router"], row["allocation"]) == (router, allocation)]
         line.sort(key=lambda row: row["ffn_flops"])
-        name = sweep.facts.get("router", "router") if router == "own" else f"{router} (control)"
+        name = sweep.facts.get("router", "router") if router == "own" else router
+        name += " (control)" if router in CONTROLS else ""
         style = "-o" if allocation == "sensitivity" else "--s"
         axes.plot(
             [row["ffn_flops"] for row in line],

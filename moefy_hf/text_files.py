@@ -90,3 +90,11 @@ def read_labelled(path: str, config: PreTrainedConfig) -> tuple[list[str], list[
         if label not in classes:
             raise ValueError(f"{path}: label {label!r} is none of {', '.join(map(str, config.id2label.values()))}")
     return [text for text, _ in found], [classes[label] for _, label in found]
+
+
+def split_off(texts: list[str]) -> tuple[list[str], list[str]]:
+    """(those to fit on, those to predict quality on): every twentieth, or 64 of more; none of a single text."""
+    if len(texts) == 1:
+        return texts, []
+    step = max(20, len(texts) // 64)
+    return [text for i, text in enumerate(texts) if i % step], texts[::step]

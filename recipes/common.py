@@ -18,6 +18,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from moefy_hf.controls import BASELINES, CONTROLS
+
 
 @dataclass
 class ModelArguments:
@@ -56,6 +58,12 @@ class MoeficationArguments:
         default="parameter_clustering", metadata={"help": "random, parameter_clustering, coactivation"}
     )
     router: str = field(default="linear", metadata={"help": "linear, prior_approximate, mlp, similarity, random"})
+    shared_experts: int = field(
+        default=0, metadata={"help": "experts that run for every token, made of the neurons that most tokens need"}
+    )
+    compensation: bool = field(
+        default=False, metadata={"help": "experts that do not run contribute what they do on average when they do not"}
+    )
     share: float = field(
         default=0.2, metadata={"help": "share of the experts a token computes, on average over layers"}
     )
@@ -69,7 +77,8 @@ class MoeficationArguments:
     sparsity_weight: float = field(default=0.0, metadata={"help": "factor of that penalty"})
     shares: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3], metadata={"help": "shares to sweep"})
     controls: list[str] = field(
-        default_factory=lambda: ["oracle", "random"], metadata={"help": "of oracle, oracle_mass, random; or none"}
+        default_factory=lambda: ["oracle", "random"],
+        metadata={"help": f"of {', '.join((*CONTROLS, *BASELINES))}; or none"},
     )
     recovery_epochs: float = field(
         default=0.0, metadata={"help": "fine-tune the converted model for so many epochs, and the dense one beside it"}
@@ -217,7 +226,7 @@ class Batches:
             yield {**self.tokenizer.pad(rows, return_tensors="pt"), "labels": labels}
 
 
-def load_tokenizer(model: ModelArguments) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: Any) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(
         real_inputs.resolve(model.model_name_or_path),
         revision=model.model_revision,

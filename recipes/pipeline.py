@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from moefy_hf import MoEficationCallback, Sweep, evaluate, moefy_, relufy_
 from moefy_hf.conversion import check_convertible
 from moefy_hf.modeling.moefied import is_moefied
+from moefy_hf.prediction import predict_quality
 from moefy_hf.quality import Quality, predictions
 
 
@@ -96,9 +97,11 @@ def train(
 def convert(run: Run, dense: Path, path: Path) -> None:
     model = run.load(dense)
     report = moefy_(model, run.config, run.calibration())
+    with run.autocast():
+        prediction = predict_quality(model, run.batches(run.splits["validation"], True, 0))
     save(model, run.processor, path)
-    describe_conversion(run, path, report)
-    print(report.table(), flush=True)
+    describe_conversion(run, path, report, prediction)
+    print(f"{report.table()}\n\npredicted: {prediction.line()}\n{prediction.message()}", flush=True)
 
 
 def sweep(run: Run, moefied: Path, path: Path, controls: Sequence[str] = ()) -> None:
@@ -107,7 +110,8 @@ def sweep(run: Run, moefied: Path, path: Path, controls: Sequence[str] = ()) -> 
     measured = run.moe_args.allocation == "sensitivity"
     allocations = ["uniform", "sensitivity"] if measured else ["uniform"]
     with run.autocast():
-        found = evaluate(model, run.held_out(), run.moe_args.shares, controls=controls, allocations=allocations)
+        settings = {"controls": controls, "allocations": allocations, "calibration": run.calibration()}
+        found = evaluate(model, run.held_out(), run.moe_args.shares, **settings)
     describe_quality(run, moefied, found)
     found.save(path)
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from run import MODELS, Run, models_of
+from run import MODELS, Run, models_of, public
 
 from moefy_hf import Sweep, add_facts, push_to_hub, write_card
-from moefy_hf.facts import is_hub_id, read_facts
+from moefy_hf.facts import read_facts
 
 # settings of a training that a reader of its card wants to know
 TRAINING = (
@@ -15,10 +15,11 @@ TRAINING = (
 )
 
 
-def describe_conversion(run: Run, folder: Path, report: Any) -> None:
+def describe_conversion(run: Run, folder: Path, report: Any, prediction: Any = None) -> None:
     base = run.stages.settings.get("model_name_or_path")
     data = {"data": public(run.stages.settings["dataset_name"]), "split": "train"}
-    add_facts(folder, base_model=public(base) if base else None, calibration=data, conversion=report)
+    base = public(base) if base else None
+    add_facts(folder, base_model=base, calibration=data, conversion=report, prediction=prediction)
 
 
 def describe_training(run: Run, folder: Path, name: str) -> None:
@@ -35,9 +36,7 @@ def describe_training(run: Run, folder: Path, name: str) -> None:
 
 
 def describe_quality(run: Run, folder: Path, sweep: Sweep) -> None:
-    settings = run.stages.settings
-    splits = " and ".join(dict.fromkeys((settings["validation_split"], settings["test_split"])))
-    add_facts(folder, sweep=sweep, evaluation={"data": public(settings["dataset_name"]), "split": splits})
+    add_facts(folder, sweep=sweep, evaluation=run.measured_on())
     write_card(folder, overwrite=True)
 
 
@@ -50,8 +49,3 @@ def publish(run: Run) -> None:
         write_card(folder, args.hub_model_id, overwrite=True)
         commit = push_to_hub(folder, args.hub_model_id, private=args.hub_private_repo, token=args.hub_token)
         print(f"{folder} is on the Hub: {commit.commit_url}")
-
-
-def public(name: str) -> str:
-    """A model or data set as others may read it: local folders without their path."""
-    return name if is_hub_id(name) or name.startswith("package:") else Path(name).name

@@ -1,7 +1,7 @@
 """A run of a classification recipe: what its stages share, and what is checked before the first of them."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ import torch
 from common import MoeficationArguments
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from huggingface_hub import HfApi
+from real_inputs import PREFIX
 from recovery import check_recovery
 from stages import Stages
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
 from moefy_hf import MoeficationConfig
 from moefy_hf.controls import check_control
+from moefy_hf.facts import is_hub_id
 from moefy_hf.hub import check_repository
 
 # arguments that change no result
@@ -26,7 +28,10 @@ REPORTING = (
     "ddp_timeout",
 )
 # arguments that a later stage reads first: changing them keeps what the earlier ones made
-CONVERSION = ("num_experts", "expert_size", "splitter", "router", "share", "allocation", "calibration_tokens")
+CONVERSION = (
+    *("num_experts", "expert_size", "splitter", "router", "share", "allocation", "calibration_tokens"),
+    *("shared_experts", "compensation"),
+)
 SWEEP = ("shares", "controls")
 RECOVERY = ("recovery_epochs", "recovery_parameters", "lora_rank", "distillation_weight", "schedule")
 MODELS = {  # what the training or conversion of each model does not read
@@ -36,11 +41,12 @@ MODELS = {  # what the training or conversion of each model does not read
     "control": (*CONVERSION, "distillation_weight", "schedule"),
     "scheduled": ("recovery_epochs", "recovery_parameters", "lora_rank"),
 }
+GENERATED = ("generated_rows", "generated_tokens")
 UNUSED = {
-    **{name: (*unused, *SWEEP, "generated_rows") for name, unused in MODELS.items()},
-    **{f"{name}.json": (*unused, "controls", "generated_rows") for name, unused in MODELS.items()},
+    **{name: (*unused, *SWEEP, *GENERATED) for name, unused in MODELS.items()},
+    **{f"{name}.json": (*unused, "controls", *GENERATED) for name, unused in MODELS.items()},
     **{f"generated_{name}.json": (*unused, "controls") for name, unused in MODELS.items()},
-    "sweep.json": (*MODELS["moefied"], "generated_rows"),
+    "sweep.json": (*MODELS["moefied"], *GENERATED),
     "*-*.json": ("splitter", "router", *RECOVERY),  # the cells of sweep.py
 }
 
@@ -96,6 +102,12 @@ class Run:
     def calibration(self) -> Iterable[dict[str, torch.Tensor]]:
         return self.batches(self.splits["train"], True, self.config.seed)
 
+    def measured_on(self) -> dict[str, str]:
+        """Name and split of what `held_out` reads."""
+        settings = self.stages.settings
+        splits = dict.fromkeys((settings["validation_split"], settings["test_split"]))
+        return {"data": public(settings["dataset_name"]), "split": " and ".join(splits)}
+
     def held_out(self, rows: int | None = None) -> Iterable[dict[str, torch.Tensor]]:
         """Validation and test together, or so many of their rows."""
         found = concatenate_datasets([self.splits["validation"], self.splits["test"]])
@@ -104,11 +116,23 @@ class Run:
         return self.batches(found, True, 0)
 
 
+def public(name: str | Sequence[str]) -> str:
+    """Models or data sets as others may read them: local folders without their path."""
+    if not isinstance(name, str):
+        return " and ".join(map(public, name))
+    return name if is_hub_id(name) or name.startswith(PREFIX) else Path(name).name
+
+
 def accuracy_of_classes(found: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(found.predictions.argmax(-1) == found.label_ids))}
 
 
-def begin_stages(moe_args: MoeficationArguments, training_args: TrainingArguments, *others: Any) -> Stages:
+def begin_stages(
+    moe_args: MoeficationArguments,
+    training_args: TrainingArguments,
+    *others: Any,
+    unused: Mapping[str, Collection[str]] = UNUSED,
+) -> Stages:
     """Find what is wrong with the settings before any work, and what an earlier run has finished."""
     training_args.remove_unused_columns = False
     moefication_config(moe_args, training_args.seed)
@@ -121,9 +145,9 @@ def begin_stages(moe_args: MoeficationArguments, training_args: TrainingArgument
     ignored = [
         result
         for name in MODELS.keys() - set(models_of(moe_args))
-        for result in (name, f"{name}.json", f"generated_{name}.json")
+        for result in (name, f"{name}.json", f"generated_{name}.json", f"prose_{name}.json")
     ]
-    return Stages(training_args.output_dir, settings, moe_args.redo, UNUSED, ignored)
+    return Stages(training_args.output_dir, settings, moe_args.redo, unused, ignored)
 
 
 def check_push(training_args: TrainingArguments) -> None:
@@ -158,6 +182,8 @@ def moefication_config(moe_args: MoeficationArguments, seed: int) -> Moefication
         splitter=moe_args.splitter,
         router=moe_args.router,
         selection=selection,
+        shared_experts=moe_args.shared_experts,
+        compensation=moe_args.compensation,
         calibration_tokens=moe_args.calibration_tokens,
         seed=seed,
     )

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from moefy_hf import Sweep, commands
 from moefy_hf.architectures import load_checkpoint
+from moefy_hf.cett import LEVELS
 from moefy_hf.cli import main
 from moefy_hf.facts import read_facts
 from moefy_hf.text_files import read_labelled
@@ -54,6 +55,11 @@ def moe(dense):
         + ["--k", "2", "--allocation", "uniform", "--calibration_tokens", "400"]
     )
     return dense / "moe"
+
+
+@pytest.fixture
+def copy(moe, tmp_path):
+    return shutil.copytree(moe, tmp_path / "moe")
 
 
 def logits(model) -> torch.Tensor:
@@ -98,6 +104,26 @@ def test_interrupted_conversion_leaves_nothing(dense, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_convert_with_all_settings(dense, tmp_path):
+    settings = [
+        "--expert_size",
+        "8",
+        "--k",
+        "0.5",
+        "--selection",
+        "threshold",
+        "--shared_experts",
+        "1",
+        "--compensation",
+    ]
+    texts = ["--texts", str(dense / "texts.txt"), "--calibration_tokens", "400", "--allocation", "global", "--force"]
+    main(["convert", str(dense / "dense"), str(tmp_path / "moe"), *texts, *settings])
+    section = load_checkpoint(tmp_path / "moe").config.moefication
+    assert section["selection"] == {"type": "threshold", "k": 0.5, "allocation": "global"}
+    assert (section["shared_experts"], section["compensation"]) == (1, True)
+    assert 0 < read_facts(tmp_path / "moe")["prediction"]["kl"] < 1
+
+
 def test_convert_without_data(dense, tmp_path, capsys):
     settings = ["--splitter", "parameter_clustering", "--router", "similarity", "--expert_size", "8", "--json"]
     main(["convert", str(dense / "dense"), str(tmp_path / "moe"), *settings])
@@ -118,13 +144,20 @@ def test_profile(dense, capsys):
     ]
     for row in found["rows"]:  # SiLU of noise: half of the activations are positive, and none is zero
         assert row["neurons"] == 48 and 0.3 < row["not_active"] < 0.7 and 0.02 < row["half_of_the_mass"] < 0.5
-    main(["profile", str(dense / "dense"), *texts])
-    assert "| model.layers.1.mlp | 48 | " in capsys.readouterr().out
+        shares = [row[f"active_at_{level}"] for level in LEVELS]
+        assert row["zero"] == 0 and 1 > shares[0] and shares == sorted(shares, reverse=True) and shares[-1] > 0.1
+    main(["profile", str(dense / "dense"), *texts, "--ppl", "1"])
+    out = capsys.readouterr().out
+    assert "| model.layers.1.mlp | 48 | " in out and "perplexity grows by " in out
 
 
-@pytest.fixture
-def copy(moe, tmp_path):
-    return shutil.copytree(moe, tmp_path / "moe")
+def test_sweep_with_neuron_level_baselines(dense, copy, capsys):
+    texts = ["--texts", str(dense / "texts.txt"), "--shares", "3", "--controls", "wina", "cats", "--json"]
+    main(["sweep", str(copy), *texts, "--calibration_texts", str(dense / "texts.txt")])
+    out = capsys.readouterr().out
+    rows = json.loads(out[out.index("{") :])["rows"]
+    assert [row["router"] for row in rows] == ["dense", "own", "wina", "cats"]
+    assert all(row["ffn_flops"] == pytest.approx(0.5, abs=0.03) for row in rows[2:])
 
 
 def test_sweep_a_language_model(dense, copy, tmp_path, capsys):
@@ -132,7 +165,7 @@ def test_sweep_a_language_model(dense, copy, tmp_path, capsys):
     texts = ["--texts", str(dense / "texts.txt"), "--shares", "2", "1.0", "--controls", "oracle"]
     main(["sweep", str(copy), *texts, "--output", str(figures), "--plot", str(plot)])
     out = capsys.readouterr().out
-    assert "| own | uniform | 100.0% |" in out and "| oracle |" in out and "perplexity" in out
+    assert "| own | top_k | uniform | 100.0% |" in out and "| oracle |" in out and "perplexity" in out
     sweep = Sweep.load(figures)
     assert sweep.facts["quality"] == "perplexity"
     assert [row["router"] for row in sweep.rows] == ["dense", "own", "own", "oracle", "oracle"]
@@ -222,6 +255,8 @@ def test_export(moe, tmp_path, capsys):
         (["sweep", "{dense}"], "give --texts .* or --csv"),
         (["sweep", "{dense}", "--texts", "{texts}", "--output", "{tmp}/no/a.json"], "there is no folder for .*a.json"),
         (["sweep", "{dense}", "--texts", "{texts}", "--controls", "x"], "'x'"),
+        (["sweep", "{dense}", "--texts", "{texts}", "--controls", "teal"], "give --calibration_texts"),
+        (["profile", "{dense}", "--texts", "{texts}", "--ppl", "0"], "--ppl is a growth in percent"),
         (["card", "{dense}"], "is not MoEfied"),
         (["card", "{tmp}/nothing"], "no config.json"),
         (["push", "{dense}", "me/moe"], "is not MoEfied"),

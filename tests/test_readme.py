@@ -10,10 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
+import prose_facts  # noqa: E402
 import sweep_tables  # noqa: E402
 
 KNOWN = {path: json.loads(path.read_text()) for path in sorted((ROOT / "model_cards" / "facts").glob("*.json"))}
 FACTS = [path for path, facts in KNOWN.items() if "rows" in facts]
+PROSE = [path for path, facts in KNOWN.items() if "perplexities" in facts]
 EXPORTS = [path for path, facts in KNOWN.items() if "logits" in facts]
 
 
@@ -68,8 +70,14 @@ def test_whole_models_are_as_they_were_measured(name):
     assert f"{rows['cpu']:.2f} times" in text and 1.13 <= round(1 / rows["masked"], 2) <= 1.19
 
 
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.stem)
+def test_the_readme_shows_perplexities(path, results):
+    """python recipes/prose_facts.py model_cards/facts/NAME.json"""
+    assert prose_facts.tables(KNOWN[path]) in results and KNOWN[path]["command"] in results
+
+
 def test_every_fact_is_shown():
-    assert FACTS and EXPORTS and len(FACTS) + len(EXPORTS) == len(KNOWN)
+    assert FACTS and EXPORTS and len(FACTS) + len(PROSE) + len(EXPORTS) == len(KNOWN)
 
 
 @pytest.mark.parametrize("path", ["README.md", "recipes/serving/README.md"])

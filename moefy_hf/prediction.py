@@ -1,0 +1,184 @@
+"""What a conversion costs in quality, before its result is written: measured on calibration data that nothing was
+fitted on, against the dense model and experts drawn at random."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .controls import routed_by, selecting
+from .modeling.moefied import is_moefied
+from .quality import Quality, predictions
+
+TOKENS = 2048  # positions that are compared
+WARNING, DEGENERATE = 0.1, 1.0  # growth of the loss
+AGREEMENT = 0.9  # without labels: less is warned of
+FINE = 8  # neurons of the finest experts that are recommended
+LARGER = (0.3, 0.5, 0.7, 0.9)  # shares that are tried where the asked one is bad
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the converted model does at its budget, on `positions` held-out positions.
+
+    Attributes:
+        kl, random_kl: divergence from the dense model's distributions, nats; with experts drawn at random beside it.
+        uniform_kl: the same of a model that guesses uniformly.
+        agreement: how often its best guess is the dense model's.
+        loss, dense_loss: where there are labels.
+        enough: the smallest larger share of the experts that was tried and found good; None if none was.
+        options: what to try, where quality is bad.
+    """
+
+    positions: int
+    kl: float
+    random_kl: float
+    uniform_kl: float
+    agreement: float
+    loss: float | None = None
+    dense_loss: float | None = None
+    enough: float | None = None
+    options: list[str] = field(default_factory=list)
+
+    @property
+    def growth(self) -> float | None:
+        """Of the loss, relative to dense."""
+        return None if self.loss is None or not self.dense_loss else self.loss / self.dense_loss - 1
+
+    @property
+    def bad(self) -> bool:
+        """The loss grows by more than 10 %; or, without labels, fewer than 90 % of the best guesses agree."""
+        return self.agreement < AGREEMENT if self.growth is None else self.growth > WARNING
+
+    @property
+    def degenerate(self) -> str | None:
+        """Why the model is of no use as it is, if so."""
+        if not self.bad:
+            return None
+        if self.growth is not None and self.growth > DEGENERATE:
+            return f"its loss grows by more than {DEGENERATE:.0%}"
+        if self.kl >= self.uniform_kl:
+            return "it is as far from the dense model as uniform guessing"
+        if self.kl >= self.random_kl:
+            return "experts drawn at random are as good as those its routers choose"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"growth": self.growth, "bad": self.bad, "degenerate": self.degenerate}
+
+    def line(self) -> str:
+        """One line for people."""
+        told = f"agreement with dense {self.agreement:.1%}, divergence {self.kl:.3g} nats (random experts"
+        told += f" {self.random_kl:.3g}), on {self.positions:,} positions that nothing was fitted on"
+        if self.growth is not None:
+            told = f"loss {self.loss:.3f}, {self.growth:+.1%} on dense, {told}"
+        return told
+
+    def message(self) -> str:
+        """What to do about it; empty where quality is good."""
+        if not self.bad:
+            return ""
+        lines = [f"this model is much worse than its dense self: {self.line()}"]
+        if self.degenerate:
+            lines[0] = f"this model is of no use as it is, {self.degenerate}: {self.line()}"
+        return "\n".join([*lines, *(f"- try {option}" for option in self.options)])
+
+
+@torch.no_grad()
+def predict_quality(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    max_positions: int = TOKENS,
+    progress: bool = True,
+) -> Prediction:
+    """Measure a freshly converted model at the budget it has, on batches that it was not calibrated on; where that is
+    bad, at larger shares of its experts too. It comes back as it was.
+
+    Raises:
+        ValueError: the model is not MoEfied or has no head whose predictions could be compared, or `batches` are
+            empty.
+    """
+    if not is_moefied(model):
+        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    kept, training = [], model.training
+    dense, own, chance, uniform = (Quality() for _ in range(4))
+    bar = tqdm(total=max_positions, desc="predict", unit="position", unit_scale=True, disable=not progress)
+    model.eval()
+    try:
+        with bar:
+            for batch in batches:
+                expected, labels = dense_predictions(model, batch)
+                dense.update_(expected, expected, labels)
+                uniform.update_(torch.zeros_like(expected), expected, labels)
+                own.update_(predictions(model, batch)[0], expected, labels)
+                with routed_by(model, "random"):
+                    chance.update_(predictions(model, batch)[0], expected, labels)
+                kept.append(batch)
+                bar.update(dense.count - bar.n)
+                if dense.count >= max_positions:
+                    break
+        if not dense.count:
+            raise ValueError("quality cannot be predicted: no batch, or none with a position that counts, was given")
+        found = predicted(dense, own, chance, uniform)
+        return replace(found, **better(model, kept, progress)) if found.bad else found
+    finally:
+        model.train(training)
+
+
+def dense_predictions(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    with selecting(model, type="top_k", k=1.0, allocation="uniform"):
+        return predictions(model, batch)
+
+
+def predicted(dense: Quality, own: Quality, chance: Quality, uniform: Quality) -> Prediction:
+    figures, labels = own.figures(), dense.labelled > 0
+    return Prediction(
+        positions=own.count,
+        kl=figures["kl"],
+        random_kl=chance.figures()["kl"],
+        uniform_kl=uniform.figures()["kl"],
+        agreement=figures["agreement"],
+        loss=figures["loss"] if labels else None,
+        dense_loss=dense.figures()["loss"] if labels else None,
+    )
+
+
+def better(model: PreTrainedModel, batches: list[Mapping[str, Any]], progress: bool) -> dict[str, Any]:
+    """What a bad model could be instead: `enough` and `options` of a Prediction."""
+    section, sites = model.config.moefication, model.moe_sites()
+    measured = "sensitivity" if section.get("sensitivity") else "uniform"
+    share, enough = share_of(model), None
+    tried = [each for each in LARGER if each > share + 0.01]
+    for k in tqdm(tried, desc="larger budgets", unit="share", disable=not progress):
+        dense, own = Quality(), Quality()
+        for batch in batches:
+            expected, labels = dense_predictions(model, batch)
+            dense.update_(expected, expected, labels)
+            with selecting(model, type="top_k", k=k, allocation=measured):
+                own.update_(predictions(model, batch)[0], expected, labels)
+        if not predicted(dense, own, own, own).bad:
+            enough = k
+            break
+    options = [f"a larger k: {enough} is enough" if enough else f"other settings: k={LARGER[-1]} is bad, too"]
+    size = max(site.act.expert_size for site in sites)
+    if size > FINE:
+        options.append(f"finer experts than {size} neurons, down to {FINE}")
+    if measured == "uniform" and len(sites) > 1:
+        options.append('budgets by sensitivity (allocation "sensitivity")')
+    if not sites[0].act.router.trainable:
+        options.append(f"a router that is fitted to data, such as 'linear', instead of {section['router']!r}")
+    act = type(sites[0].act.inner).__name__
+    if "relu" not in act.lower():
+        options.append(f"ReLU-fication first (moefy_hf.relufy_ and fine-tuning): {act} is never zero")
+    options.append("fine-tuning at this budget (the recipes' --recovery_epochs, or MoEficationCallback)")
+    return {"enough": enough, "options": options}
+
+
+def share_of(model: PreTrainedModel) -> float:
+    """Of the experts that a token computes, on average; 0 where nobody has measured it."""
+    sites = model.moe_sites()
+    return sum(site.act.k or 0 for site in sites) / sum(site.act.num_experts for site in sites)

@@ -1,0 +1,159 @@
+"""Figures of moefy_causal_lm.py runs, of several methods and seeds on the same texts, and Markdown tables of them.
+
+    for method in moefication cmoe; do
+        accelerate launch recipes/moefy_causal_lm.py --config recipes/configs/smollm2/$method.yaml \\
+            --output_dir outputs/smollm2_$method
+    done
+    python recipes/prose_facts.py facts.json outputs/smollm2_moefication outputs/smollm2_cmoe
+    python recipes/prose_facts.py facts.json
+
+Perplexities are relative to the dense model's; means over the seeds of a method, with standard deviations.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+import transformers
+from recovery_facts import made_in
+from stages import write_json
+
+from moefy_hf.controls import BASELINES
+
+# what runs must have in common, and what tells their methods from each other
+COMMON = (
+    "model_name_or_path",
+    "dataset_name",
+    "held_out_name",
+    "held_out_splits",
+    "held_out_tokens",
+    "max_seq_length",
+)
+METHOD = ("splitter", "router", "expert_size", "num_experts", "shared_experts", "compensation", "calibration_tokens")
+
+
+def facts_of(directories: Sequence[Path]) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: a run is not finished, or not of the same model and texts as the first.
+    """
+    cells: list[dict[str, Any]] = []
+    common: dict[str, Any] = {}
+    for directory in directories:
+        settings = made_in(directory)["sweep.json"]
+        ours = {name: settings[name] for name in COMMON}
+        common = common or ours
+        if changed := [name for name in COMMON if ours[name] != common[name]]:
+            raise ValueError(f"{directory} differs from {directories[0]} in {', '.join(changed)}")
+        cells += cells_of(directory, settings)
+    sweep = json.loads((directories[0] / "sweep.json").read_text())
+    return {
+        **common,
+        "positions": sweep["facts"]["positions"],
+        "dense": sweep["rows"][0]["perplexity"],
+        "texts": json.loads((directories[0] / "prose_dense.json").read_text())["perplexity"],
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "perplexities": average(cells),
+    }
+
+
+def cells_of(directory: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row of the sweep each, and, of the model's own router, what each text's perplexity became."""
+    sweep = json.loads((directory / "sweep.json").read_text())
+    prose = json.loads((directory / "prose_moefied.json").read_text())["perplexity"]
+    dense = json.loads((directory / "prose_dense.json").read_text())["perplexity"]
+    method = {name: settings[name] for name in METHOD}
+    found = []
+    for row in sweep["rows"][1:]:
+        own = row["router"] == "own"
+        cell = {name: row[name] for name in ("router", "type", "allocation", "k", "ffn_flops", "relative_quality")}
+        texts = {text: prose[f"{text} at {row['k']}"] / dense[text] for text in dense} if own else {}
+        if own and row["allocation"] != settings["allocation"]:
+            texts = {}  # prose is read at the model's own allocation
+        ours = {} if row["router"] in BASELINES else method
+        found.append({**cell, "seed": settings["seed"], "method": ours, "texts": texts})
+    return found
+
+
+def average(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        key = json.dumps([cell[name] for name in ("method", "router", "type", "allocation", "k")])
+        groups.setdefault(key, []).append(cell)
+    rows = []
+    for found in groups.values():
+        row = {name: found[0][name] for name in ("method", "router", "type", "allocation", "k")}
+        row["seeds"] = sorted({cell["seed"] for cell in found})
+        for name in ("relative_quality", "ffn_flops"):
+            row[name] = mean(cell[name] for cell in found)
+        if len(row["seeds"]) > 1:
+            row["relative_quality_sd"] = stdev(cell["relative_quality"] for cell in found)
+        row["texts"] = {text: mean(cell["texts"][text] for cell in found) for text in found[0]["texts"]}
+        rows.append(row)
+    return rows
+
+
+def label(row: dict[str, Any]) -> str:
+    """What a line of the table is about."""
+    method = row["method"]
+    if not method:
+        return f"*{row['router']}*, of the dense model"
+    size = f"{method['expert_size']} neurons" if method["num_experts"] is None else f"1/{method['num_experts']}"
+    parts = [f"{method['splitter']} of {size}"]
+    parts += [f"{method['shared_experts']} shared"] if method["shared_experts"] else []
+    parts += ["compensated"] if method["compensation"] else []
+    parts.append(method["router"] if row["router"] == "own" else f"*{row['router']}*")
+    if row["type"] != "top_k":
+        parts.append(row["type"])
+    return ", ".join(parts) + ("" if row["allocation"] == "uniform" else f", {row['allocation']} budgets")
+
+
+def tables(facts: dict[str, Any]) -> str:
+    """Perplexity relative to dense, and the FFNs' FLOPs, at each share; then each text by itself."""
+    rows, texts = facts["perplexities"], facts["texts"]
+    shares = sorted({row["k"] for row in rows})
+    data = facts["held_out_name"] or facts["held_out_splits"]
+    known = ", ".join(f"{text} {perplexity:.2f}" for text, perplexity in texts.items())
+    lines = [
+        f"{' and '.join(data)}, {facts['positions']:,} tokens: dense perplexity {facts['dense']:.2f} ({known}).",
+        "",
+    ]
+    lines += ["Perplexity relative to dense (FFN FLOPs relative to dense, routers included):", ""]
+    lines += ["| method | " + " | ".join(f"{share:.0%}" for share in shares) + " |", "|---" * (1 + len(shares)) + "|"]
+    for name in dict.fromkeys(map(label, rows)):
+        cells = []
+        for share in shares:
+            row = next((row for row in rows if label(row) == name and row["k"] == share), None)
+            spread = f" ± {row['relative_quality_sd']:.3f}" if row and "relative_quality_sd" in row else ""
+            cells.append(f"{row['relative_quality']:.3f}{spread} ({row['ffn_flops']:.0%})" if row else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    own = [row for row in rows if row["texts"]]
+    lines += ["", "Each text, the models' own routers:", "", "| method | share | " + " | ".join(texts) + " |"]
+    lines.append("|---" * (2 + len(texts)) + "|")
+    for row in own:
+        cells = " | ".join(f"{row['texts'][text]:.3f}" for text in texts)
+        lines.append(f"| {label(row)} | {row['k']:.0%} | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or not sys.argv[1].endswith(".json"):
+        sys.exit(__doc__)
+    path = Path(sys.argv[1])
+    if len(sys.argv) > 2:
+        facts: dict[str, Any] = {"command": "python recipes/prose_facts.py " + " ".join(sys.argv[1:])}
+        try:
+            facts |= facts_of([Path(each) for each in sys.argv[2:]])
+        except ValueError as error:
+            sys.exit(str(error))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, facts)
+    print(tables(json.loads(path.read_text())))
+
+
+if __name__ == "__main__":
+    main()

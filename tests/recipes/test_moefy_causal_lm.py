@@ -1,0 +1,183 @@
+"""The language-model recipe end to end: a tiny Llama reads texts of a few words."""
+
+import json
+import random
+from pathlib import Path
+
+import moefy_causal_lm as recipe_module
+import prose
+import prose_facts
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moefy_hf import Sweep
+from moefy_hf.facts import read_facts
+
+CONFIG = Path(recipe_module.__file__).parent / "configs" / "smollm2" / "moefication.yaml"
+
+
+@pytest.fixture
+def texts(inputs, tmp_path):
+    """A tiny Llama with a tokenizer, and three folders of texts in which each word decides the next one."""
+    folder, choose = tmp_path / "inputs", random.Random(0)
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    for name, files, words in (("speeches", 4, 900), ("plays", 2, 900), ("whales", 2, 200), ("angels", 1, 200)):
+        (folder / name).mkdir()
+        for number in range(files):
+            start = choose.randrange(20)
+            text = " ".join(f"word{(start + 7 * i) % 20}" for i in range(words))
+            (folder / name / f"{number}.txt").write_text(text)
+    (folder / "whales" / "SOURCE.md").write_text("not a text")
+    return folder
+
+
+@pytest.fixture
+def recipe(texts, run_config):
+    def run(output_dir: Path, **settings) -> None:
+        small = {
+            "model_name_or_path": str(texts / "model"),
+            "dataset_name": [str(texts / "speeches"), str(texts / "plays")],
+            "held_out_name": [str(texts / "whales"), str(texts / "angels")],
+            "max_seq_length": 16,
+            "train_tokens": 2000,
+            "held_out_tokens": 160,
+            "generated_tokens": 6,
+            "output_dir": str(output_dir),
+            "calibration_tokens": 500,
+            "shares": [0.5, 1.0],
+            "learning_rate": 0.01,
+        }
+        run_config(recipe_module.main, CONFIG, **(small | settings))
+
+    return run
+
+
+def loss_of(model, blocks) -> float:
+    with torch.no_grad():
+        return float(model(input_ids=blocks, labels=blocks).loss)
+
+
+def test_a_pretrained_model(recipe, texts, tmp_path, capsys):
+    run = tmp_path / "run"
+    recipe(run, controls=["random", "wina"])
+    sweep = Sweep.load(run / "sweep.json")
+    assert sweep.facts["quality"] == "perplexity" and sweep.facts["positions"] == 20 * 15
+    assert [row["router"] for row in sweep.rows] == ["dense", *["own"] * 2, *["random"] * 2, *["wina"] * 2]
+    dense, moefied = (json.loads((run / f"prose_{name}.json").read_text()) for name in ("dense", "moefied"))
+    assert set(dense["perplexity"]) == {"whales", "angels"}
+    assert set(moefied["perplexity"]) == {
+        f"{text} at {share}" for text in ("whales", "angels") for share in (0.5, 1.0)
+    }
+    for text in ("whales", "angels"):
+        assert moefied["perplexity"][f"{text} at 1.0"] == pytest.approx(dense["perplexity"][text], rel=1e-4)
+        assert moefied["perplexity"][f"{text} at 0.5"] != pytest.approx(dense["perplexity"][text], rel=1e-3)
+    both = torch.tensor(list(dense["perplexity"].values())).log().mean().exp()  # as many tokens of each
+    assert float(both) == pytest.approx(sweep.rows[0]["perplexity"], rel=1e-4)
+    assert len(dense["continuations"]) == 4 and all(each["continuation"] for each in dense["continuations"])
+    shown = prose_facts.facts_of([run])
+    assert len(shown["perplexities"]) == 6 and shown["dense"] == sweep.rows[0]["perplexity"]
+    half = next(row for row in shown["perplexities"] if (row["router"], row["k"]) == ("own", 0.5))
+    assert half["texts"]["whales"] == moefied["perplexity"]["whales at 0.5"] / dense["perplexity"]["whales"]
+    assert half["relative_quality"] == sweep.rows[1]["relative_quality"] and half["seeds"] == [0]
+    cell = f"{half['relative_quality']:.3f} ({half['ffn_flops']:.0%})"
+    line = f"| coactivation of 8 neurons, linear | {cell} | 1.000 (100%) |"
+    assert line in prose_facts.tables(shown) and "| *wina*, of the dense model | " in prose_facts.tables(shown)
+    facts = read_facts(run / "moefied")
+    assert facts["calibration"] == {"data": "speeches and plays", "split": "train"}
+    assert facts["evaluation"] == {"data": "whales and angels"} and facts["prediction"]["positions"] > 50
+    converted = AutoModelForCausalLM.from_pretrained(run / "moefied", trust_remote_code=True)
+    served = AutoModelForCausalLM.from_pretrained(run / "served")
+    blocks = torch.randint(4, 24, (4, 16), generator=torch.Generator().manual_seed(0))
+    assert type(served).__name__ == "Llama4ForCausalLM"
+    assert loss_of(served, blocks) == pytest.approx(loss_of(converted, blocks), abs=1e-5)
+    original = AutoModelForCausalLM.from_pretrained(texts / "model")
+    assert loss_of(AutoModelForCausalLM.from_pretrained(run / "dense"), blocks) == loss_of(original, blocks)
+    capsys.readouterr()
+    recipe(run, controls=["random", "wina"], learning_rate=0.02, logging_steps=3)  # nothing of this is trained
+    out = capsys.readouterr().out
+    assert all(
+        f"{name}: done before" in out for name in ("dense", "moefied", "sweep.json", "prose_moefied.json", "served")
+    )
+    with pytest.raises(ValueError, match="held_out_tokens changed"):
+        recipe(run, controls=["random", "wina"], held_out_tokens=80)
+
+
+def test_recovery_on_a_token_budget(recipe, tmp_path):
+    run = tmp_path / "run"
+    recipe(run, controls=["none"], shares=[0.5], share=0.5, recovery_epochs=12, gradient_accumulation_steps=1)
+    found = {
+        name: json.loads((run / f"prose_{name}.json").read_text())["perplexity"]
+        for name in ("dense", "moefied", "recovered", "control")
+    }
+    assert found["recovered"]["whales at 0.5"] < 0.5 * found["moefied"]["whales at 0.5"]
+    assert found["control"]["angels"] < 0.5 * found["dense"]["angels"]
+    model = AutoModelForCausalLM.from_pretrained(run / "recovered", trust_remote_code=True)
+    assert len(model.moe_sites()) == 2 and not any("lora" in name for name, _ in model.named_parameters())
+    assert "recovery_epochs" in read_facts(run / "recovered")["training"]
+
+
+def test_blocks(texts):
+    tokenizer = AutoTokenizer.from_pretrained(texts / "model")
+    settings = {"max_seq_length": 10, "train_tokens": 500, "held_out_tokens": 40}
+    names = {"dataset_name": [str(texts / "speeches")], "held_out_name": [str(texts / "angels" / "0.txt")]}
+    found = prose.load_prose(prose.ProseArguments(**names, **settings), tokenizer, seed=0)
+    assert {name: len(rows) for name, rows in found.items()} == {"train": 50, "validation": 8, "0": 4}
+    whole = tokenizer((texts / "angels" / "0.txt").read_text())["input_ids"]
+    cut = [whole[start : start + 10] for start in range(0, len(whole) - 9, 10)]
+    assert all(row in cut for row in found["0"]["input_ids"]) and all(
+        len(row) == 10 for row in found["train"]["input_ids"]
+    )
+    streamed = prose.load_prose(prose.ProseArguments(**names, **settings, streaming=True), tokenizer, seed=0)
+    assert {name: len(rows) for name, rows in streamed.items()} == {name: len(rows) for name, rows in found.items()}
+    assert all(row in cut for row in streamed["0"]["input_ids"])
+
+
+def test_splits_of_one_data_set(texts):
+    folder = texts / "table"
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.csv").write_text("text\n" + "\n".join(["word1 word2 word3 word4 word5"] * 60))
+    tokenizer = AutoTokenizer.from_pretrained(texts / "model")
+    data = prose.ProseArguments([str(folder)], max_seq_length=8, train_tokens=200, held_out_tokens=40)
+    found = prose.load_prose(data, tokenizer, seed=0)
+    assert {name: len(rows) for name, rows in found.items()} == {
+        "train": 25,
+        "validation": 8,
+        "table-validation": 5,
+        "table-test": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"text_column": "words"}, "no column 'words'; it has text"),
+        ({"train_split": "trian"}, "no split 'trian'; it has train"),
+        ({"train_tokens": 1}, "train_tokens must be at least 2, got 1"),
+        ({"max_seq_length": 700}, "blocks of 700 tokens.*at least 16 are needed"),
+        ({"schedule": "anneal"}, "schedule needs a dense training"),
+        ({"controls": ["x"]}, "unknown control 'x'"),
+        ({"expert_size": 7}, "48 neurons.*size 7"),
+    ],
+)
+def test_mistakes_are_named_before_any_work(recipe, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(tmp_path / "run", **settings)
+    assert not (tmp_path / "run" / "dense").exists()
