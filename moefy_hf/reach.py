@@ -42,6 +42,8 @@ def measure_reach(
     for kind in kinds:
         if kind not in dynamic:
             raise ValueError(f"unknown dynamic selection {kind!r}; choose from {', '.join(dynamic)}")
+    if not kinds:
+        return
     if not isinstance(data, ModelProfile):
         layers = model.config.moefication["layers"]
         with profile(model, data, max_tokens=TOKENS, layers=layers, progress=progress) as found:

@@ -80,6 +80,10 @@ class MoeficationArguments:
         default_factory=lambda: ["oracle", "random"],
         metadata={"help": f"of {', '.join((*CONTROLS, *BASELINES))}; or none"},
     )
+    selections: list[str] = field(
+        default_factory=lambda: ["top_k"],
+        metadata={"help": "types of selection to sweep at the same average share: top_k, threshold, top_p, level"},
+    )
     recovery_epochs: float = field(
         default=0.0, metadata={"help": "fine-tune the converted model for so many epochs, and the dense one beside it"}
     )

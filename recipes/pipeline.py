@@ -14,7 +14,7 @@ from stages import write_json
 from sweep_tables import tables
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
-from moefy_hf import MoEficationCallback, Sweep, evaluate, moefy_, relufy_
+from moefy_hf import MoEficationCallback, Sweep, evaluate, measure_reach, moefy_, relufy_
 from moefy_hf.conversion import check_convertible
 from moefy_hf.modeling.moefied import is_moefied
 from moefy_hf.prediction import predict_quality
@@ -110,7 +110,10 @@ def sweep(run: Run, moefied: Path, path: Path, controls: Sequence[str] = ()) -> 
     measured = run.moe_args.allocation == "sensitivity"
     allocations = ["uniform", "sensitivity"] if measured else ["uniform"]
     with run.autocast():
-        settings = {"controls": controls, "allocations": allocations, "calibration": run.calibration()}
+        kinds = run.moe_args.selections
+        measure_reach(model, run.calibration(), [kind for kind in kinds if kind != "top_k"])
+        settings = {"controls": controls, "selections": kinds, "allocations": allocations}
+        settings["calibration"] = run.calibration()
         found = evaluate(model, run.held_out(), run.moe_args.shares, **settings)
     describe_quality(run, moefied, found)
     found.save(path)

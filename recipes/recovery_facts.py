@@ -89,7 +89,7 @@ def cells_of(directory: Path, made: dict[str, dict], models: Collection[str]) ->
     settings = made["sweep.json"]
     rows = read("sweep")["rows"]
     dense, router = rows[0]["accuracy"], own_name(settings["router"])
-    rows = [row | {"router": router} if row["router"] == "own" else row for row in rows]
+    rows = [row | {"router": router_of(row, router)} for row in rows]
     for name in models:
         if name == "control":
             rows.append({"router": TRAINED_ON, **read(name)})
@@ -98,8 +98,17 @@ def cells_of(directory: Path, made: dict[str, dict], models: Collection[str]) ->
         for row in read(name)["rows"]:
             if row["router"] == "own":
                 other = {key: value for key, value in row.items() if key not in OF_ITSELF}
-                rows.append(other | {"router": f"{router}, {how}", "relative_quality": row["accuracy"] / dense})
+                rows.append(
+                    other | {"router": f"{router_of(row, router)}, {how}", "relative_quality": row["accuracy"] / dense}
+                )
     return [{**row, "seed": settings["seed"], "splitter": settings["splitter"]} for row in rows]
+
+
+def router_of(row: dict[str, Any], own: str) -> str:
+    """A row's router by its name, with the selection where that is another than the best k."""
+    if row["router"] != "own":
+        return row["router"]
+    return own if row["type"] == "top_k" else f"{own}, {row['type']}"
 
 
 # a trained model is compared with itself when all its experts run: that is not the dense model

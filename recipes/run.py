@@ -20,6 +20,7 @@ from moefy_hf import MoeficationConfig
 from moefy_hf.controls import check_control
 from moefy_hf.facts import is_hub_id
 from moefy_hf.hub import check_repository
+from moefy_hf.modeling.selection import SELECTIONS
 
 # arguments that change no result
 REPORTING = (
@@ -32,7 +33,7 @@ CONVERSION = (
     *("num_experts", "expert_size", "splitter", "router", "share", "allocation", "calibration_tokens"),
     *("shared_experts", "compensation"),
 )
-SWEEP = ("shares", "controls")
+SWEEP = ("shares", "controls", "selections")
 RECOVERY = ("recovery_epochs", "recovery_parameters", "lora_rank", "distillation_weight", "schedule")
 MODELS = {  # what the training or conversion of each model does not read
     "dense": (*CONVERSION, *RECOVERY),
@@ -45,7 +46,7 @@ GENERATED = ("generated_rows", "generated_tokens")
 UNUSED = {
     **{name: (*unused, *SWEEP, *GENERATED) for name, unused in MODELS.items()},
     **{f"{name}.json": (*unused, "controls", *GENERATED) for name, unused in MODELS.items()},
-    **{f"generated_{name}.json": (*unused, "controls") for name, unused in MODELS.items()},
+    **{f"generated_{name}.json": (*unused, "controls", "selections") for name, unused in MODELS.items()},
     "sweep.json": (*MODELS["moefied"], *GENERATED),
     "*-*.json": ("splitter", "router", *RECOVERY),  # the cells of sweep.py
 }
@@ -192,6 +193,9 @@ def moefication_config(moe_args: MoeficationArguments, seed: int) -> Moefication
 def check_sweep(moe_args: MoeficationArguments) -> None:
     for control in moe_args.controls:
         check_control(control)
+    for kind in moe_args.selections:
+        if kind not in SELECTIONS:
+            raise ValueError(f"unknown selection {kind!r}; choose from {', '.join(SELECTIONS)}")
     for share in moe_args.shares:
         moefication_config(replace(moe_args, share=share), seed=0)
 
