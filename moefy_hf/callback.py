@@ -14,7 +14,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from .configuration import MoeficationConfig
-from .conversion import check_convertible, check_predictions, default_allocation, install_routers_
+from .conversion import install_routers_
+from .convertible import check_convertible, check_predictions, default_allocation
 from .modeling.allocation import count_experts, per_layer
 from .modeling.moefied import is_moefied
 from .monitor import RoutingMonitor

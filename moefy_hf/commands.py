@@ -19,7 +19,8 @@ from .cards import is_rendered, moefied_config, write_card
 from .cett import cett_curves, ppl_activation
 from .configuration import MoeficationConfig
 from .controls import BASELINES, check_control
-from .conversion import check_convertible, moefy_
+from .conversion import moefy_
+from .convertible import check_convertible
 from .evaluation import evaluate
 from .export_targets import TARGETS
 from .exporting import export

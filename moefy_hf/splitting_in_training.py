@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from .budgets import allocate_budgets
 from .configuration import MoeficationConfig
-from .conversion import check_predictions, check_profile, init_routers_, neuron_orders
+from .conversion import init_routers_, neuron_orders
+from .convertible import check_predictions, check_profile
 from .modeling.allocation import setting_name
 from .modeling.ffn_sites import permute_neurons_
 from .modeling.routers import ROUTERS

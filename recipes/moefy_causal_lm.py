@@ -30,7 +30,7 @@ from stages import write_json
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from moefy_hf import export
-from moefy_hf.conversion import check_convertible
+from moefy_hf.convertible import check_convertible
 from moefy_hf.export_targets import TARGETS
 from moefy_hf.exporting import check_expressible, choose_target
 from moefy_hf.modeling.moefied import is_moefied

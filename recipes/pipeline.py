@@ -15,7 +15,7 @@ from sweep_tables import tables
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from moefy_hf import MoEficationCallback, Sweep, evaluate, measure_reach, moefy_, relufy_
-from moefy_hf.conversion import check_convertible
+from moefy_hf.convertible import check_convertible
 from moefy_hf.modeling.moefied import is_moefied
 from moefy_hf.prediction import predict_quality
 from moefy_hf.quality import Quality, predictions
