@@ -1,4 +1,4 @@
-"""Triton's kernels run in its interpreter where there is no GPU; it asks when it is first imported, so it is told here."""
+"""Triton's kernels run in its interpreter where there is no GPU; told before its first import."""
 
 import os
 

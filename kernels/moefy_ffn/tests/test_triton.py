@@ -1,11 +1,10 @@
-"""The Triton kernels, on a GPU or in Triton's interpreter, against the masked computation in float64; gradients too."""
+"""The Triton kernels, on a GPU or interpreted, against the masked computation in float64; gradients too."""
 
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-
 
 pytest.importorskip("triton")
 
@@ -51,8 +50,9 @@ def reference(x, up, down, experts, gate, up_bias, gate_bias, down_bias, *, expe
 
 def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     assert found.dtype == dtype and found.shape == expected.shape
+    found, expected = found.detach().double(), expected.detach().double()
     atol = TOLERANCES[dtype] * max(float(expected.abs().max()), 1e-30)
-    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=atol)
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 def check(inputs: dict, m: int, activation: str = "silu", dtype=torch.float32, gradients: bool = False) -> dict:
@@ -100,9 +100,8 @@ def test_numbers_of_tokens_and_dtypes(device, tokens, dtype):
 @pytest.mark.parametrize("d", [1, 33, 131])
 @pytest.mark.parametrize("m", [4, 8, 32, 100, 512])
 def test_widths_that_are_no_multiples_of_a_block(device, m, d):
-    for tokens in (2, 9):
-        check(made(device, tokens, d, 3, m, 2), m)
-    check(made(device, 3, d, 3, m, 2), m, gradients=True)
+    for tokens, gradients in ((2, False), (9, False), (3, True)):
+        check(made(device, tokens, d, 2, m, 1), m, gradients=gradients)
 
 
 @on_each_device
@@ -183,17 +182,17 @@ def test_shapes_layouts_and_no_tokens(device):
 @on_each_device
 def test_columns_in_turns_and_the_same_bits_on_every_run(device, monkeypatch):
     for tokens in (FEW, MANY):
-        inputs = made(device, tokens, 300, 4, 8, 2)
-        y = triton_moe_ffn(**inputs, expert_size=8, activation="silu")
-        monkeypatch.setattr(triton_ffn, "LARGEST_ROWS", 1)  # 128, 128 and 44 columns
-        assert torch.equal(triton_moe_ffn(**inputs, expert_size=8, activation="silu"), y)
-        check(inputs, 8, gradients=True)
+        inputs = made(device, tokens, 140, 3, 4, 2)
+        y = triton_moe_ffn(**inputs, expert_size=4, activation="silu")
+        monkeypatch.setattr(triton_ffn, "LARGEST_ROWS", 1)  # 128 and 12 columns
+        assert torch.equal(triton_moe_ffn(**inputs, expert_size=4, activation="silu"), y)
+        check(inputs, 4, gradients=tokens == FEW)
         monkeypatch.undo()
 
 
 @on_each_device
 def test_only_what_is_wanted_gets_a_gradient(device):
-    inputs = made(device, MANY, 16, 6, 4, 2)
+    inputs = made(device, FEW, 16, 6, 4, 2)
     grads = check(inputs, 4, gradients=True)
     for name in ("x", "gate", "down", "up_bias"):
         given = {**inputs, name: inputs[name].detach().requires_grad_()}

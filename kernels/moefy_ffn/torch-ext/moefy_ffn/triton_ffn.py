@@ -40,7 +40,7 @@ class Routing(NamedTuple):
 
 
 def group(experts: torch.Tensor, num_experts: int, expert_size: int) -> Routing:
-    """experts (T, K) -> pairs by expert, without waiting for the device: there are as many blocks as there could be."""
+    """experts (T, K) -> pairs by expert, without waiting for the device: as many blocks as there could be."""
     pairs, device = experts.numel(), experts.device
     block = min(max(triton.next_power_of_2(pairs // num_experts), 16), 64)
     keys, order = experts.flatten().where(experts.flatten() >= 0, num_experts).sort(stable=True)
@@ -77,7 +77,7 @@ def triton_moe_ffn(
             the device.
 
     Raises:
-        ValueError: a tensor of another dtype, device or shape, an unknown activation, an expert size that does not fit.
+        ValueError: a tensor of another dtype, device or shape, an unknown activation, or a misfitting expert size.
     """
     f, d = up.shape
     if activation not in ACTIVATIONS:
@@ -198,7 +198,7 @@ def tokens_from(hidden, down, bias, routing) -> torch.Tensor:
 
 
 def weights_from(left, right, weight, biased, routing) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """left (T * K, m), right (T, d) -> gradients of weight (f, d) and of its bias (f); zero of experts nobody chose."""
+    """left (T * K, m), right (T, d) -> gradients of weight (f, d) and its bias (f); zero for experts nobody chose."""
     grad, bias = torch.empty_like(weight), weight.new_empty(len(weight)) if biased else None
     blocks, m, d = _blocks(routing, right), left.shape[1], right.shape[1]
     grid = (len(routing.starts) - 1, triton.cdiv(m, blocks["BLOCK_M"]), triton.cdiv(d, blocks["BLOCK_D"]))

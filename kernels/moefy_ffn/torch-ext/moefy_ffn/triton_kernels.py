@@ -1,13 +1,15 @@
 """The routed FFN on GPUs: a token's row times its experts' neurons, and back, for pairs (token, expert).
 
-Expert e is the rows [e*m, (e+1)*m) of a matrix (f, d) of any strides. T tokens of K slots make T * K pairs; pair p is slot
-p % K of token p // K. Two forms: blocks of pairs that share an expert, for matrix units (`group` in `triton_ffn.py`
-makes them); and one pair per program, for a few tokens, which are bound by the memory that the rows come from. Every sum
-has one fixed order: the same bits on every run.
+Expert e is the rows [e*m, (e+1)*m) of a matrix (f, d) of any strides. T tokens of K slots make T * K pairs; pair p is
+slot p % K of token p // K. Two forms: blocks of pairs that share an expert, for matrix units (`group` in
+`triton_ffn.py` makes them); and one pair per program, for a few tokens, which are bound by the memory that the rows
+come from. Every sum has one fixed order: the same bits on every run.
 """
 
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -37,6 +39,13 @@ def finish(a, g, up_bias, gate_bias, neurons, inside, ACTIVATION: tl.constexpr, 
     else:
         a = activate(a, ACTIVATION)
     return a
+
+
+@triton.jit
+def multiply(a, b, total, PRECISION: tl.constexpr):
+    if INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -71,10 +80,10 @@ def neurons_of_blocks(
         rows = tl.load(x + places, mask=used[:, None] & there[None, :], other=0)  # (P, D)
         mask = there[:, None] & inside[None, :]
         weight = tl.load(up + neurons[None, :] * up_row + columns[:, None] * up_column, mask=mask, other=0)  # (D, M)
-        a = tl.dot(rows, weight, a, input_precision=PRECISION)
+        a = multiply(rows, weight, a, PRECISION)
         if gate is not None:
             weight = tl.load(gate + neurons[None, :] * gate_row + columns[:, None] * gate_column, mask=mask, other=0)
-            g = tl.dot(rows, weight, g, input_precision=PRECISION)
+            g = multiply(rows, weight, g, PRECISION)
     a = finish(a, g, up_bias, gate_bias, neurons, inside, ACTIVATION, gate is not None)
     places = pairs.to(tl.int64)[:, None] * m + own[None, :]
     tl.store(out + places, a.to(out.dtype.element_ty), mask=used[:, None] & inside[None, :])
@@ -100,8 +109,7 @@ def rows_of_blocks(
         h = tl.load(hidden + pairs[:, None] * m + neurons[None, :], mask=used[:, None] & inside[None, :], other=0)
         rows = expert.to(tl.int64) * m + neurons
         places = rows[:, None] * down_row + columns[None, :] * down_column
-        y = tl.dot(h, tl.load(down + places, mask=inside[:, None] & there[None, :], other=0), y,
-                   input_precision=PRECISION)  # fmt: skip
+        y = multiply(h, tl.load(down + places, mask=inside[:, None] & there[None, :], other=0), y, PRECISION)
     tl.store(out + pairs[:, None] * width + own[None, :], y, mask=used[:, None] & there[None, :])
 
 
@@ -159,8 +167,8 @@ def rows_of_pairs(
 
 @triton.jit
 def add_pairs(rows, bias, experts, y, first_column, width, d, slots, BLOCK_D: tl.constexpr):
-    """rows (T * K, width) -> y (T, d), in the columns from first_column on: bias plus the rows of a token's used slots,
-    in their order. Grid: tokens, blocks of width."""
+    """rows (T * K, width) -> y (T, d), in the columns from first_column on: bias plus the rows of a token's used
+    slots, in their order. Grid: tokens, blocks of width."""
     token = tl.program_id(0).to(tl.int64)
     own = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     columns, there = first_column + own, own < width
@@ -180,7 +188,7 @@ def weights_of_experts(
     right_token, right_column, weight_row, weight_column, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """left (T * K, m), right (T, d) -> weight (f, d), where an expert's rows are left^T right summed over its pairs, and
+    """left (T * K, m), right (T, d) -> weight (f, d), an expert's rows being left^T right summed over its pairs, and
     bias (f), left alone so summed: gradients of a matrix and its bias. Grid: experts, blocks of m, blocks of d."""
     expert = tl.program_id(0)
     own = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -196,7 +204,7 @@ def weights_of_experts(
         a = tl.load(left + pairs[None, :] * m + own[:, None], mask=inside[:, None] & used[None, :], other=0)  # (M, P)
         places = (pairs // slots)[:, None] * right_token + columns[None, :] * right_column
         b = tl.load(right + places, mask=used[:, None] & there[None, :], other=0)  # (P, D)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+        total = multiply(a, b, total, PRECISION)
         alone += tl.sum(a.to(tl.float32), 1)
     neurons = expert.to(tl.int64) * m + own
     places = neurons[:, None] * weight_row + columns[None, :] * weight_column
