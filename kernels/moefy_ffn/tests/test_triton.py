@@ -1,6 +1,10 @@
 """The Triton kernels, on a GPU or interpreted, against the masked computation in float64; gradients too."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,7 +101,7 @@ def test_numbers_of_tokens_and_dtypes(device, tokens, dtype):
 
 
 @on_each_device
-@pytest.mark.parametrize("d", [1, 33, 131])
+@pytest.mark.parametrize("d", [1, 67])
 @pytest.mark.parametrize("m", [4, 8, 32, 100, 512])
 def test_widths_that_are_no_multiples_of_a_block(device, m, d):
     for tokens, gradients in ((2, False), (9, False), (3, True)):
@@ -140,7 +144,7 @@ def test_a_token_without_experts(device, tokens):
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_nan_and_inf_reach_only_the_tokens_that_see_them(device, tokens, bad):
     inputs = made(device, tokens, 16, 6, 4, 2, gated=False)
-    inputs["x"][3, 5] = bad
+    inputs["x"][0, 5] = bad  # of the token that masked places point to
     inputs["up"][4 * 1 + 2, 3] = bad  # a neuron of expert 1
     inputs["down"][4 * 5 + 1, 7] = bad  # and of expert 5, in one column
     chosen = inputs["experts"]
@@ -150,13 +154,23 @@ def test_nan_and_inf_reach_only_the_tokens_that_see_them(device, tokens, bad):
     with torch.no_grad():
         assert torch.equal(triton_moe_ffn(**inputs, expert_size=4, activation="gelu").isfinite(), y.isfinite())
     sees = (chosen == 1).any(1)
-    sees[3] = True
+    sees[0] = True
     assert (y.isfinite().all(1) == ~(sees | (chosen == 5).any(1))).all() and sees.any() and not sees.all()
     column = torch.arange(16, device=device) != 7
     assert (y[:, column].isfinite().all(1) == ~sees).all()
     y[~sees].sum().backward()  # gradients of experts that no bad number touched are finite
-    clean = [e for e in range(6) if e not in (1, 5, *chosen[3].tolist())]
+    clean = [e for e in range(6) if e not in (1, 5, *chosen[0].tolist())]
     assert clean and all(inputs["up"].grad.unflatten(0, (6, 4))[e].isfinite().all() for e in clean)
+
+
+@on_each_device
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_stays_nan(device, activation):
+    for tokens in (FEW, MANY):
+        inputs = made(device, tokens, 16, 6, 4, 2, gated=False)
+        inputs["x"][3, 5] = float("nan")
+        y = triton_moe_ffn(**inputs, expert_size=4, activation=activation)
+        assert y[3].isnan().all() and y.isfinite().all(1).sum() == tokens - 1
 
 
 @on_each_device
@@ -181,12 +195,12 @@ def test_shapes_layouts_and_no_tokens(device):
 
 @on_each_device
 def test_columns_in_turns_and_the_same_bits_on_every_run(device, monkeypatch):
-    for tokens in (FEW, MANY):
-        inputs = made(device, tokens, 140, 3, 4, 2)
+    for tokens, d in ((FEW, 270), (MANY, 140)):
+        inputs = made(device, tokens, d, 3, 4, 2)
         y = triton_moe_ffn(**inputs, expert_size=4, activation="silu")
-        monkeypatch.setattr(triton_ffn, "LARGEST_ROWS", 1)  # 128 and 12 columns
+        monkeypatch.setattr(triton_ffn, "LARGEST_ROWS", 1)  # 128 columns at once
         assert torch.equal(triton_moe_ffn(**inputs, expert_size=4, activation="silu"), y)
-        check(inputs, 4, gradients=tokens == FEW)
+        check(inputs, 4, gradients=tokens == MANY)
         monkeypatch.undo()
 
 
@@ -219,3 +233,11 @@ BAD = [
 def test_bad_input(changes, message):
     with pytest.raises(ValueError, match=message):
         triton_moe_ffn(**{**made("cpu", 2, 16, 6, 4, 2), "expert_size": 4, "activation": "relu", **changes})
+
+
+def test_kernels_compile_for_gpus(tmp_path):
+    """For one that need not be here: the interpreter takes more than the compiler does."""
+    script = Path(__file__).with_name("compile_triton.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, script, "90"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("\n") == 20, done.stderr
