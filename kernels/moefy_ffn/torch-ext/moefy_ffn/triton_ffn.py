@@ -97,9 +97,10 @@ def triton_moe_ffn(
     given = [tensor for tensor in (x, up, gate, down, up_bias, gate_bias, down_bias) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         routing, act = group(chosen, f // expert_size, expert_size), ACTIVATIONS[activation]
-        hidden = ToNeurons.apply(tokens, up, up_bias, routing)
-        hidden = act(hidden) if gate is None else act(ToNeurons.apply(tokens, gate, gate_bias, routing)) * hidden
-        y = ToTokens.apply(hidden, down, down_bias, routing)
+        with torch.autocast(x.device.type, enabled=False):  # the activation stays in x's dtype
+            hidden = ToNeurons.apply(tokens, up, up_bias, routing)
+            hidden = act(hidden) if gate is None else act(ToNeurons.apply(tokens, gate, gate_bias, routing)) * hidden
+            y = ToTokens.apply(hidden, down, down_bias, routing)
     else:
         few = len(tokens) <= FEW_TOKENS
         routing = chosen if few else group(chosen, f // expert_size, expert_size)
