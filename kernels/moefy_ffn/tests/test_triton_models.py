@@ -54,6 +54,24 @@ def test_outputs_and_gradients_are_those_of_masked(device, name, monkeypatch):
 
 
 @on_each_device
+@pytest.mark.parametrize("selection", [{"k": 3}, {"type": "threshold", "tau": 0.5}, {"type": "level", "level": 1.0}])
+def test_shared_experts_and_as_many_as_a_token_needs(device, selection, monkeypatch):
+    model = tiny_model("llama")
+    convert(model, 3, calibration=[tiny_inputs("llama")], shared_experts=1)
+    model.set_selection(**selection)
+    model, inputs = model.to(device), {key: value.to(device) for key, value in tiny_inputs("llama").items()}
+    act = model.moe_sites()[0].act
+    counts = act.keep(torch.randn(50, 16, device=device)).sum(-1)
+    assert act.shared == 1 and counts.min() >= 1 and (len(counts.unique()) > 1) == ("type" in selection)
+    masked, expected = gradients(model, inputs)
+    model.set_moe_implementation("triton")
+    found = calls(monkeypatch)
+    sparse, grads = gradients(model, inputs)
+    assert len(found) == 2 and distance(sparse, masked) < 1e-5
+    assert max(distance([grads[key]], [expected[key]]) for key in expected) < 1e-4
+
+
+@on_each_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_autocast(device, dtype, monkeypatch):
     """As far from float32 as masked in the same precision, about; gradients as well."""
