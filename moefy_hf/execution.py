@@ -4,6 +4,7 @@ Nothing of the model moves into new modules: the `forward` of an FFN's own Linea
 instance. The first Linear, which sees the FFN's input, computes the whole FFN; the others hand its output on.
 """
 
+import importlib.util
 import threading
 from collections.abc import Callable
 
@@ -16,7 +17,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from .limits import INNER_DROPOUT, LIMITS, device_of
 from .modeling.ffn_sites import FfnSite
+from .modeling.routed_activation import RoutedActivation
 
 logger = logging.get_logger("moefy_hf")
 
@@ -38,6 +41,7 @@ MATRIX_ROUTERS = {  # routers whose scores are W x -> where W is; the kernel mul
     "SimilarityRouter": "centres",
 }
 LARGEST_SHARE = 0.5  # of the experts: 1.2 to 2 times as fast as dense; at 0.75 it is 0.9 to 1.6 times (AVX2, 1 thread)
+TRITON_EXTRA = "pip install 'moefy-hf[triton]'"
 FEW_TOKENS = 4  # that indexing rows with torch pays for
 
 
@@ -72,14 +76,46 @@ def run_torch(ffn: "SparseFfn", x: torch.Tensor) -> torch.Tensor:
     return y if down_bias is None else y + down_bias
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {"torch": run_torch, "cpu": run_kernel}  # beside "masked"
+def experts_of(act: RoutedActivation, x: torch.Tensor) -> torch.Tensor:
+    """x (..., d) -> (..., K) int32: the experts that run, the shared ones first, -1 in unused slots."""
+    scores = act.router(x.detach())
+    index, used = act.selection(act.router.strengths(scores) if act.selection.dynamic else scores)
+    shared = torch.arange(act.shared, device=x.device).expand(*index.shape[:-1], -1)
+    return torch.cat([shared, (index + act.shared).where(used, -1)], -1).int()
+
+
+def run_triton(ffn: "SparseFfn", x: torch.Tensor) -> torch.Tensor:
+    """x (..., d) -> (..., d), by the Triton kernels; with gradients."""
+    from moefy_ffn.triton_ffn import triton_moe_ffn  # Triton comes with an extra
+
+    weights, act, device = ffn.site.weights(), ffn.site.act, x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights.up.dtype
+
+    def cast(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
+    return triton_moe_ffn(
+        x.to(dtype),
+        weights.up.to(dtype),
+        weights.down.t().to(dtype),
+        experts_of(act, x),
+        expert_size=act.expert_size,
+        activation=ACTIVATIONS[type(weights.act).__name__],
+        gate=cast(weights.gate),
+        up_bias=cast(weights.up_bias),
+        gate_bias=cast(weights.gate_bias),
+        down_bias=cast(ffn.site.down.bias),
+    )
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {"torch": run_torch, "cpu": run_kernel, "triton": run_triton}  # beside "masked"
 
 
 class SparseFfn:
     """One FFN that computes only the selected experts, wherever a call allows it; its modules hold it."""
 
-    def __init__(self, site: FfnSite, name: str, auto: bool):
-        self.site, self.name, self.auto = site, name, auto
+    def __init__(self, site: FfnSite, name: str, auto: bool, dropout: str | None):
+        self.site, self.name, self.auto, self.dropout = site, name, auto, dropout
         self.calls = _Calls()
         self.prepared: tuple[tuple, MoeFfn] | None = None
 
@@ -156,20 +192,33 @@ class SparseFfn:
         self.calls.sparse = False
         return h
 
+    def drops_neurons(self) -> bool:
+        if self.dropout is None or not self.site.owner.training:
+            return False
+        dropout = getattr(self.site.owner, self.dropout)  # a module, or its probability
+        return (dropout.p if isinstance(dropout, nn.Dropout) else dropout) > 0
+
     def reason(self, x: torch.Tensor) -> str | None:
         """Why this call is masked, if it is."""
-        site, act = self.site, self.site.act
+        site, act, limits = self.site, self.site.act, LIMITS[self.name]
         if act.computes_all:
             return "all experts are selected"
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in site.first.parameters())):
+        own = (p for linear in (site.first, site.up, site.down) for p in linear.parameters())
+        wanted = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in own))
+        if wanted and not limits.gradients:
             return "gradients are wanted (use torch.no_grad or torch.inference_mode)"
-        if x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
-            return "it is not plain float32"
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if x.device.type != device_of(self.name) or x.dtype not in limits.dtypes or torch.compiler.is_compiling():
+            return f"it is not plain {limits.names} on {device_of(self.name)}"
+        if autocast and not (limits.autocast and torch.get_autocast_dtype(x.device.type) in limits.dtypes):
+            return "autocast wants another dtype"
+        if self.drops_neurons():
+            return "dropout of its neurons is wanted"
         if act._forward_hooks or act._forward_pre_hooks or site.down._forward_hooks or site.down._forward_pre_hooks:
             return "something observes its neurons"
         if self.name == "torch" and x.numel() > FEW_TOKENS * x.shape[-1]:
             return "many tokens"
-        if self.auto and act.selection.k > LARGEST_SHARE * act.num_experts:
+        if self.auto and act.k is not None and act.k > LARGEST_SHARE * act.num_experts:
             return "most experts are selected"
         return None
 
@@ -191,31 +240,44 @@ def set_implementation_(model: PreTrainedModel, name: str) -> None:
     if name not in ("auto", "masked", *IMPLEMENTATIONS):
         raise ValueError(f"unknown implementation {name!r}; choose from auto, masked, {', '.join(IMPLEMENTATIONS)}")
     sites = model.moe_sites()
-    unfit = [f"{site.name}: {found}" for site in sites if (found := misfit(site)) is not None]
-    chosen = name
-    if name == "auto":
-        chosen = "cpu"
-        try:
-            library()
-        except BuildError as error:
-            logger.warning_once(f"experts run by torch, slower than compiled: {error}")
-            chosen = "torch"
-    elif name == "cpu":
+    chosen = best_for(model.device.type) if name == "auto" else name
+    if name == "cpu":
         library()
+    elif name == "triton" and importlib.util.find_spec("triton") is None:
+        raise ImportError(f"implementation 'triton' needs Triton: {TRITON_EXTRA}")
+    unfit = []
+    if chosen != "masked":
+        unfit = [f"{site.name}: {found}" for site in sites if (found := misfit(site, chosen)) is not None]
     if unfit and name == "auto":
         logger.warning_once(f"{len(unfit)} of {len(sites)} FFNs run masked: {unfit[0]}")
-    elif unfit and name != "masked":
+    elif unfit:
         raise ValueError(f"implementation {name!r} cannot run {unfit[0]}")
     for site in sites:
         current = getattr(vars(site.first).get("forward"), "__self__", None)
         if isinstance(current, SparseFfn):
             current.remove_()
-        if chosen != "masked" and misfit(site) is None:
-            SparseFfn(site, chosen, name == "auto").install_()
+        if chosen != "masked" and misfit(site, chosen) is None:
+            SparseFfn(site, chosen, name == "auto", INNER_DROPOUT.get(model.config.model_type)).install_()
 
 
-def misfit(site: FfnSite) -> str | None:
-    """Why an FFN cannot run sparsely, if it cannot."""
+def best_for(device: str) -> str:
+    """What "auto" is on a type of device."""
+    if device == "cuda":
+        if importlib.util.find_spec("triton") is not None:
+            return "triton"
+        logger.warning_once(f"FFNs run masked: there is no Triton ({TRITON_EXTRA})")
+        return "masked"
+    try:
+        library()
+    except BuildError as error:
+        logger.warning_once(f"experts run by torch, slower than compiled: {error}")
+        return "torch"
+    return "cpu"
+
+
+def misfit(site: FfnSite, name: str) -> str | None:
+    """Why an FFN cannot run by an implementation, if it cannot."""
+    limits, device, dtype = LIMITS[name], device_of(name), site.down.weight.dtype
     for path in filter(None, (site.spec.gate, site.spec.up, site.spec.down)):
         linear = site.owner.get_submodule(path)
         own = vars(linear).get("forward")
@@ -223,10 +285,13 @@ def misfit(site: FfnSite) -> str | None:
         if not plain or not isinstance(getattr(own, "__self__", None), SparseFfn | None):
             return f"{path} is a {type(linear).__name__}, adapted, quantised or offloaded: only plain Linears can"
         for parameter in linear.parameters():
-            if type(parameter) is not nn.Parameter or parameter.device.type != "cpu":
-                return f"{path} has a {type(parameter).__name__} on {parameter.device}: only plain ones on the CPU can"
-            if parameter.dtype != torch.float32:
-                return f"{path} is {parameter.dtype}: only float32 can"
+            if type(parameter) is not nn.Parameter or parameter.device.type != device:
+                where = "the CPU" if device == "cpu" else device
+                return f"{path} has a {type(parameter).__name__} on {parameter.device}: only plain ones on {where} can"
+            if parameter.dtype not in limits.dtypes:
+                return f"{path} is {parameter.dtype}: only {limits.names} can"
+            if parameter.dtype != dtype:
+                return f"{path} is {parameter.dtype}, {site.spec.down} {dtype}: only one dtype can"
     act = site.act.inner
     if type(act).__name__ not in ACTIVATIONS:
         return f"activation {type(act).__name__} is none of {', '.join(ACTIVATIONS)}"

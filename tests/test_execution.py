@@ -1,7 +1,7 @@
 """Models whose FFNs compute the selected experts alone give what they give masked."""
 
 import copy
-import importlib
+import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -165,7 +165,9 @@ def test_what_does_not_fit():
     assert all(torch.equal(a, b) for a, b in zip(run(model, inputs), masked, strict=True))
     with pytest.raises(ValueError, match="bfloat16: only float32 can"):
         moefied("llama").bfloat16().set_moe_implementation("cpu")
-    with pytest.raises(ValueError, match="unknown implementation 'cuda'; choose from auto, masked, torch, cpu"):
+    with pytest.raises(
+        ValueError, match="unknown implementation 'cuda'; choose from auto, masked, torch, cpu, triton"
+    ):
         model.set_moe_implementation("cuda")
     adapted = moefied("llama")
     get_peft_model(adapted, LoraConfig(target_modules=["gate_proj"]))
@@ -220,3 +222,28 @@ def test_without_the_package_there_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", fails)
     with pytest.raises(ImportError, match="pip install moefy-hf"):
         model.set_moe_implementation("cpu")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != SIGMOID and name != "clip"])
+def test_in_training_mode_dropout_falls_where_it_did(name):
+    model, inputs = moefied(name).train(), tiny_inputs(name)
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in key or key == "p"):
+                setattr(module, key, 0.3)
+    found = []
+    for implementation in ("masked", "cpu"):
+        model.set_moe_implementation(implementation)
+        torch.manual_seed(0)
+        found.append(run(model, inputs))
+    assert distance(*found) < 1e-5
+
+
+def test_without_triton_a_clear_error_and_auto_masks(monkeypatch):
+    model = moefied("llama")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs Triton: pip install 'moefy-hf\[triton\]'"):
+        model.set_moe_implementation("triton")
+    assert execution.best_for("cuda") == "masked"
+    monkeypatch.undo()
+    assert execution.best_for("cpu") == "cpu"
