@@ -7,15 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 from .bench import PRESETS
+from .bench.ffns import TOKENS
+from .bench.settings import DTYPES as BENCH_DTYPES
+from .bench.settings import EXPERT_SIZE, NAMES, SHARE
 from .commands import card, convert, export_model, inspect, profile_model, push, run_bench, show_inspected, sweep
 from .controls import BASELINES, CONTROLS
 from .export_targets import TARGETS
+from .kernels import kernels_build, kernels_info, show_build, show_info
 from .modeling.allocation import ALLOCATIONS
 from .modeling.routers import ROUTERS
 from .modeling.selection import SELECTIONS
 from .splitting import SPLITTERS
 
-BENCH = "Time one FFN of a preset's shape: dense against the selected experts alone, in turns, cold weights."
+BENCH = "Time dense FFNs, or whole models, against the selected experts alone, in turns, on the CPU."
+KERNELS = "The compiled kernel of this machine's CPU."
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXAMPLES = """examples:
   moefy inspect google-bert/bert-base-uncased
@@ -27,6 +32,9 @@ EXAMPLES = """examples:
   moefy card smol-moe --repo_id me/smol-moe
   moefy push smol-moe me/smol-moe --private
   moefy bench --preset t5-base --threads 1 --tokens 1 128 512 --json bench.json
+  moefy bench --preset opt-1.3b --generate 128 32
+  moefy bench smol-moe --dtype bfloat16 --plot speed.png
+  moefy kernels info
   moefy export smol-moe smol-llama4 --k 0.25 --dtype float32
   moefy export smol-moe smol-dense --to dense
 
@@ -102,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     export_.add_argument("--to", help=f"{', '.join(TARGETS)} or dense; by default what the model's attention fits")
     export_.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
     add_bench(commands)
+    add_kernels(commands)
     return top
 
 
@@ -123,17 +132,38 @@ def add_conversion(convert_: argparse.ArgumentParser) -> None:
 
 def add_bench(commands: Any) -> None:
     bench_ = commands.add_parser("bench", help=BENCH, description=BENCH)
-    bench_.add_argument("--preset", default="t5-base", help=f"{', '.join(PRESETS)} (default: t5-base)")
-    bench_.add_argument("--dtype", default="float32", choices=["float32"], help="of weights and inputs")
+    bench_.add_argument("checkpoint", nargs="?", metavar="MODEL", help="MoEfied checkpoint, instead of a preset")
+    bench_.add_argument("--preset", help=f"random weights in the shape of {', '.join(PRESETS)} (default: t5-base)")
+    bench_.add_argument("--dtype", default="float32", help=f"{' or '.join(BENCH_DTYPES)} (default: float32)")
     bench_.add_argument("--threads", type=int, default=1, help="(default: 1)")
-    bench_.add_argument("--share", type=float, default=0.2, help="of the experts computed (default: 0.2)")
-    bench_.add_argument(
-        "--expert-size", "--expert_size", type=int, default=32, help="neurons per expert (default: 32)"
-    )
-    bench_.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 128, 512], help="tokens per call")
-    bench_.add_argument("--rounds", type=int, default=40, help="timings of each method (default: 40)")
-    bench_.add_argument("--json", metavar="FILE", dest="file", help="file that gets the figures")
+    bench_.add_argument("--share", type=float, help=f"of the experts computed (default: {SHARE}; the checkpoint's)")
+    size = ("--expert-size", "--expert_size")
+    bench_.add_argument(*size, type=int, help=f"neurons per expert (default: {EXPERT_SIZE}; the checkpoint's)")
+    bench_.add_argument("--implementations", nargs="+", default=NAMES, help=f"of {', '.join(NAMES)} (default: all)")
+    bench_.add_argument("--tokens", type=int, nargs="+", help=f"per call (default: {' '.join(map(str, TOKENS))})")
+    bench_.add_argument("--weights", choices=["cold", "warm"], help="from memory, or as the cache has them")
+    bench_.add_argument("--nonzero", type=float, metavar="SHARE", help="at most so many neurons of ReLU are not zero")
+    whole = bench_.add_mutually_exclusive_group()
+    lengths: dict[str, Any] = {"type": int, "nargs": 2}
+    whole.add_argument("--generate", **lengths, metavar=("PROMPT", "NEW"), help="whole model, one text, greedy")
+    whole.add_argument("--batches", **lengths, metavar=("BATCH", "LENGTH"), help="whole model (encoder), forward")
+    bench_.add_argument("--rounds", type=int, default=40, help="timings of each method, at most (default: 40)")
+    bench_.add_argument("--seconds", type=float, help="then no more than 5 rounds (default: 20 a size, 300 a model)")
+    for kind, what in (("json", "figures"), ("csv", "figures"), ("plot", "speed-up against tokens (matplotlib)")):
+        bench_.add_argument(f"--{kind}", metavar="FILE", dest=f"{kind}_file", help=f"file that gets the {what}")
     bench_.set_defaults(run=run_bench, show=table, json=False)
+
+
+def add_kernels(commands: Any) -> None:
+    kernels_ = commands.add_parser("kernels", help=KERNELS, description=KERNELS)
+    words = kernels_.add_subparsers(dest="word", required=True, metavar="info|build")
+    info = words.add_parser("info", help="which implementations can run here, and where the compiled kernel is")
+    info.set_defaults(run=lambda args: kernels_info(), show=show_info)
+    build = words.add_parser("build", help="compile the C++ kernel now instead of on first use")
+    build.add_argument("--force", action="store_true", help="although it is compiled")
+    build.set_defaults(run=lambda args: kernels_build(args.force), show=show_build)
+    for word in (info, build):
+        word.add_argument("--json", action="store_true", help="print JSON")
 
 
 def add_texts(command: argparse.ArgumentParser, required: bool, tokens: int | None = None) -> None:

@@ -1,26 +1,22 @@
 """Figures, drawn with matplotlib (the `plots` extra)."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .controls import CONTROLS
 
 if TYPE_CHECKING:
     from .evaluation import Sweep
 
+PICTURES = (".png", ".pdf", ".svg")
 COLOURS = {"own": "#1f6feb", "oracle": "#2da44e", "oracle_mass": "#8250df", "random": "#bf3989"}
 COLOURS |= {"cats": "#9a6700", "teal": "#1b7c83", "wina": "#bc4c00"}
 
 
 def plot_sweep(sweep: "Sweep", path: str | Path) -> None:
     """Quality against the share of dense FFN FLOPs: a line per router and allocation, the dense model as a rule."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'moefy-hf[plots]'") from error
     quality = sweep.facts["quality"]
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure()
     dense, *rows = sweep.rows
     axes.axhline(dense[quality], color="#57606a", linestyle=":", label=f"dense: {dense[quality]:.4g}")
     for router, allocation in dict.fromkeys((row["router"], row["allocation"]) for row in rows):
@@ -45,3 +41,35 @@ def plot_sweep(sweep: "Sweep", path: str | Path) -> None:
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=160)
+
+
+def plot_bench(found: dict[str, Any], path: str | Path) -> None:
+    """Speed-up over dense against tokens per call: a line per implementation, a band over the middle half of it."""
+    figure, axes = new_figure()
+    axes.axhline(1, color="#57606a", linestyle=":", label="dense")
+    rows = [row for row in found["rows"] if row["implementation"] != "dense"]
+    for name in dict.fromkeys(row["implementation"] for row in rows):
+        line = sorted((row for row in rows if row["implementation"] == name), key=lambda row: row["tokens"])
+        tokens = [row["tokens"] for row in line]
+        (drawn,) = axes.plot(tokens, [row["ratio"] for row in line], "-o", markersize=4, label=name)
+        spreads = zip(*(row["spread"] for row in line), strict=True)
+        axes.fill_between(tokens, *spreads, color=drawn.get_color(), alpha=0.15, linewidth=0)
+    settings = found["settings"]
+    threads = "1 thread" if settings["threads"] == 1 else f"{settings['threads']} threads"
+    axes.set_title(f"{settings['preset'] or settings['checkpoint']}, {settings['dtype']}, {threads}", fontsize=10)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("tokens per call")
+    axes.set_ylabel("times as fast as dense")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=160)
+
+
+def new_figure() -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'moefy-hf[plots]'") from error
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    return figure, figure.subplots()

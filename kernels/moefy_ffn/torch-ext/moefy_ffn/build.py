@@ -52,23 +52,48 @@ def processor() -> str:
         return f"{platform.machine()} {platform.processor()}"
 
 
+def compiler_version() -> str:
+    """The first line that the compiler says of itself.
+
+    Raises:
+        BuildError: there is no compiler.
+    """
+    said = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
+    return next(iter(said.splitlines()), "unknown")
+
+
+def compiled() -> Path:
+    """Where the compiled kernel is, or would be.
+
+    Raises:
+        BuildError: there is no compiler.
+    """
+    return cache_directory() / f"ffn-{key()}.so"
+
+
+def compile_(path: Path) -> None:
+    """
+    Raises:
+        BuildError: there is no compiler, or it fails; the first line of what it says is in the message.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"[moefy_ffn] compiling {SOURCE.name}, once, into {path}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed when whole: others may be compiling, too
+        made = Path(folder, "ffn.so")
+        done = subprocess.run([compiler(), *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
+        if done.returncode:
+            raise BuildError(f"{compiler()} failed: {next(iter(done.stderr.splitlines()), 'no message')}")
+        made.rename(path)
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernel, compiled now if it never was.
 
     Raises:
-        BuildError: there is no compiler, or it fails; the first line of what it says is in the message.
+        BuildError: see `compile_`.
     """
-    path = cache_directory() / f"ffn-{key()}.so"
+    path = compiled()
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"[moefy_ffn] compiling {SOURCE.name}, once, into {path}", file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory(
-            dir=path.parent
-        ) as folder:  # renamed when whole: others may be compiling, too
-            made = Path(folder, "ffn.so")
-            done = subprocess.run([compiler(), *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
-            if done.returncode:
-                raise BuildError(f"{compiler()} failed: {next(iter(done.stderr.splitlines()), 'no message')}")
-            made.rename(path)
+        compile_(path)
     return ctypes.CDLL(str(path))

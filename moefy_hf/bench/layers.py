@@ -1,0 +1,155 @@
+"""The FFNs that are timed: of a preset's shape, with random weights, or a checkpoint's own; and how each method runs
+one."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..architectures import load_checkpoint
+from ..execution import ACTIVATIONS, IMPLEMENTATIONS, SparseFfn, misfit
+from ..modeling.ffn_sites import FfnSite, FfnWeights
+from ..modeling.moefied import is_moefied
+from .presets import preset_config, shape_of
+from .settings import DTYPES, Settings
+
+FUSED = {"relu": ("relu", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
+
+
+@dataclass
+class Layer:
+    """One FFN as a model has it, routed, and a second time as the sparse implementations want it: `down` a row per
+    neuron, all else shared."""
+
+    site: FfnSite
+    weights: FfnWeights
+    sparse: SparseFfn
+    packed: list[tuple[torch.Tensor, torch.Tensor | None]]  # (prepacked weight, bias) of gate, up, down; or nothing
+
+
+def preset_layers(settings: Settings, least_bytes: int, nonzero: float | None) -> list[Layer]:
+    """FFNs of a preset's shape, enough to have `least_bytes` of weights, normally distributed.
+
+    Raises:
+        ValueError: an expert size that does not divide the FFN, or `nonzero` where neurons are never zero.
+    """
+    (template, *_) = shape_of(preset_config(settings.source, settings.moefication().section())).moe_sites()
+    name = ACTIVATIONS[type(template.act.inner).__name__]
+    if nonzero is not None and (name != "relu" or template.gate is not None):
+        raise ValueError(f"nonzero={nonzero} wants an FFN of ReLU: that of {settings.preset} has {name}")
+    dtype, generator = DTYPES[settings.dtype], torch.Generator().manual_seed(0)
+    layers: list[Layer] = []
+    found = 0
+    while found < least_bytes or not layers:
+        site = copy_of(template)
+        site.owner.to_empty(device="cpu")
+        for linear in {site.first, site.up, site.down}:  # routers stay float32
+            linear.to(dtype)
+        for tensor in itertools.chain(site.owner.parameters(), site.owner.buffers()):
+            tensor.normal_(std=tensor.shape[-1] ** -0.5, generator=generator) if tensor.dim() == 2 else tensor.zero_()
+        if nonzero is not None:  # as x and the rows are noise, neurons are normal: a bias leaves that share positive
+            bias = torch.full((site.sizes[1],), NormalDist().inv_cdf(0.9 * nonzero), dtype=dtype)
+            site.up.bias = nn.Parameter(bias, requires_grad=False)
+        layers.append(layer_of(site))
+        found += weight_bytes(site)
+    return layers
+
+
+def checkpoint_layers(settings: Settings, least_bytes: int) -> list[Layer]:
+    """Every routed FFN of a checkpoint, with its weights, router and budget; again and again until `least_bytes`."""
+    sites, layers, found = load_moefied(settings).moe_sites(), list[Layer](), 0
+    for site in itertools.cycle(sites):
+        if len(layers) >= len(sites) and found >= least_bytes:
+            return layers
+        layers.append(layer_of(copy_of(site)))
+        found += weight_bytes(site)
+    raise AssertionError("a MoEfied model has FFNs")
+
+
+def load_moefied(settings: Settings) -> PreTrainedModel:
+    """
+    Raises:
+        ValueError: the checkpoint is not MoEfied.
+    """
+    model = load_checkpoint(settings.source, dtype=DTYPES[settings.dtype]).eval()
+    if not is_moefied(model):
+        raise ValueError(f"{settings.source} is not MoEfied: moefy convert makes a checkpoint that is")
+    if settings.share is not None:
+        model.set_selection(k=float(settings.share), allocation="uniform")
+    return model
+
+
+def weight_bytes(site: FfnSite) -> int:
+    return sum(param.nbytes for _, param, _, _ in site.neuron_dims())
+
+
+def layer_of(site: FfnSite) -> Layer:
+    """
+    Raises:
+        ValueError: the sparse implementations cannot run it.
+    """
+    reason = misfit(site)
+    if reason is not None:
+        raise ValueError(f"no sparse implementation can run {site.name}: {reason}")
+    changed = {id(linear.weight) for linear in SparseFfn(site, "cpu", False).transposed()}
+    shared = [param for param in site.owner.parameters() if id(param) not in changed]
+    sparse, weights, packed = SparseFfn(copy_of(site, shared), "cpu", False), site.weights(), []
+    sparse.install_()
+    if can_prepack(weights.up.dtype):
+        matrices = [(weights.gate, weights.gate_bias), (weights.up, weights.up_bias), (weights.down, site.down.bias)]
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        packed = [(pack(matrix.contiguous()), bias) for matrix, bias in matrices if matrix is not None]
+    return Layer(site, weights, sparse, packed)
+
+
+def copy_of(site: FfnSite, shared: Iterable[torch.Tensor] = ()) -> FfnSite:
+    """The FFN alone, in an owner of its own; `shared` parameters are those of the original."""
+    owner, memo = nn.Module(), {id(tensor): tensor for tensor in shared}
+    for path in filter(None, (site.spec.gate, site.spec.up, site.spec.down, site.spec.act)):
+        *parents, name = path.split(".")
+        parent = owner
+        for each in parents:
+            parent.add_module(each, parent._modules.get(each) or nn.Module())
+            parent = parent.get_submodule(each)
+        parent.add_module(name, copy.deepcopy(site.owner.get_submodule(path), memo))  # one memo: hooks find the copies
+    return FfnSite(site.name, owner, site.spec)
+
+
+def can_prepack(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def dense(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(layer.weights.neurons(x), layer.weights.down, layer.site.down.bias)
+
+
+def prepacked(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    def linear(x: torch.Tensor, packed: tuple, act: str = "none", how: str = "") -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, *packed, act, [], how)
+
+    *gate, up, down = layer.packed
+    fused = FUSED.get(ACTIVATIONS[type(layer.weights.act).__name__])
+    first = gate[0] if gate else up
+    hidden = layer.weights.act(linear(x, first)) if fused is None else linear(x, first, *fused)
+    return linear(hidden * linear(x, up) if gate else hidden, down)
+
+
+def masked(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """As the modules of the model do it."""
+    site, first = layer.site, layer.site.first(x)
+    if site.spec.parts == 2:
+        gate, up = first.chunk(2, -1)
+        return site.down(site.act(gate) * up)
+    return site.down(site.act(first) if site.gate is None else site.act(first) * site.up(x))
+
+
+def sparse(name: str) -> Callable[[Layer, torch.Tensor], torch.Tensor]:
+    return lambda layer, x: IMPLEMENTATIONS[name](layer.sparse, x)

@@ -1,0 +1,161 @@
+"""Whole models: dense and routed in turns, generating or in batches."""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..architectures import checkpoint_class
+from ..conversion import moefy_
+from ..execution import SparseFfn
+from .layers import load_moefied
+from .presets import preset_config, shape_of
+from .settings import DTYPES, Settings
+from .timing import against, hardware, quartiles, take_turns, threads_set
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of outputs, at the median token: rounding changes experts
+
+Batch = dict[str, torch.Tensor]
+
+
+def bench_model(
+    settings: Settings, *, batch: int = 1, length: int = 128, new_tokens: int = 0, progress: bool = True
+) -> dict[str, Any]:
+    """Time a whole model on the CPU: a preset's, with random weights, or a checkpoint.
+
+    Args:
+        batch, length: texts at once, and the (random) tokens of each.
+        new_tokens: generate so many, greedily; 0: a forward pass, of an encoder-decoder's encoder.
+
+    Returns:
+        settings, hardware and rows; `ratio` and `spread` as in `bench_ffns`.
+
+    Raises:
+        ValueError: a number out of range, or a model that the settings do not fit.
+    """
+    if min(batch, length) < 1 or new_tokens < 0:
+        raise ValueError(f"batch, length and new tokens must be positive, got {batch}, {length}, {new_tokens}")
+    with torch.no_grad(), threads_set(settings.threads):
+        if settings.preset:
+            check_length(shape_of(preset_config(settings.source)), length, new_tokens)
+        dense, model = preset_models(settings) if settings.preset else checkpoint_models(settings)
+        check_length(model, length, new_tokens)
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = model.config.vocab_size
+        batches = []
+        for _ in range(settings.rounds):
+            ids = torch.randint(3, vocabulary, (batch, length), generator=generator)
+            batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        models = {"dense": dense, **variants(model, settings.implementations)}
+        check(models, model, batches[0])
+        taken = compare(models, batches, new_tokens, settings.seconds, f"bench {settings.source}", progress)
+    described = settings.to_dict() | {"selection": model.config.moefication["selection"]}
+    described |= {"batch": batch, "length": length, "new_tokens": new_tokens}
+    return {"settings": described, "hardware": hardware(), "rows": model_rows(taken, batch * length, new_tokens)}
+
+
+def model_rows(taken: dict[str, list[float]], tokens: int, new_tokens: int) -> list[dict[str, Any]]:
+    rows = []
+    for name, seconds in taken.items():
+        low, middle, high = quartiles(seconds)
+        rows.append(
+            {
+                "implementation": name,
+                "tokens": tokens,
+                "new_tokens": new_tokens,
+                **against(taken["dense"], seconds),
+                "milliseconds": 1e3 * middle,
+                "milliseconds_spread": [1e3 * low, 1e3 * high],
+                "rounds": len(seconds),
+            }
+        )
+    return rows
+
+
+def preset_models(settings: Settings) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A preset's model with random weights, and the MoEfied one on the same weights."""
+    config = preset_config(settings.source)
+    moefication = settings.moefication()
+    dense = checkpoint_class(config)._from_config(config, dtype=DTYPES[settings.dtype]).eval()
+    model = copy.deepcopy(dense, {id(param): param for param in dense.parameters()})
+    moefy_(model, moefication, progress=False)  # permutes the neurons of both
+    return dense, model.eval()
+
+
+def checkpoint_models(settings: Settings) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A checkpoint as the stock class loads it, and routed."""
+    model = load_moefied(settings)
+    return model.stock_class().from_pretrained(settings.checkpoint, dtype=DTYPES[settings.dtype]).eval(), model
+
+
+def check_length(model: PreTrainedModel, length: int, new_tokens: int) -> None:
+    if new_tokens and not model.can_generate():
+        raise ValueError(f"{model._get_name()} is no language model: it generates nothing")
+    positions = getattr(model.config, "max_position_embeddings", None)  # T5 has none
+    if positions is not None and length + new_tokens > positions:
+        raise ValueError(f"{length} and {new_tokens} new tokens are more than the {positions} positions of the model")
+
+
+def variants(model: PreTrainedModel, names: Iterable[str]) -> dict[str, PreTrainedModel]:
+    """The model in each implementation, on the same weights but for those that the sparse ones keep transposed."""
+    own: dict[int, Any] = {id(param): param for param in model.parameters()}
+    for site in model.moe_sites():
+        for linear in SparseFfn(site, "cpu", False).transposed():
+            own[id(linear.weight)] = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+    found = {}
+    for name in names:
+        found[name] = model if name == "masked" else copy.deepcopy(model, dict(own))
+        found[name].set_moe_implementation(name)
+    return found
+
+
+def forward(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """(B, L, ...): what a forward pass gives first, logits or hidden states; of an encoder-decoder, its encoder's."""
+    return (model.get_encoder() if model.config.is_encoder_decoder else model)(**batch)[0]
+
+
+def generate(model: PreTrainedModel, new_tokens: int, batch: Batch) -> torch.Tensor:
+    length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+    return model.generate(**batch, do_sample=False, pad_token_id=0, **length)
+
+
+def compare(
+    models: dict[str, PreTrainedModel],
+    batches: Sequence[Batch],
+    new_tokens: int,
+    seconds: float,
+    title: str,
+    progress: bool,
+) -> dict[str, list[float]]:
+    """The seconds of each model, one per batch; see `take_turns`."""
+
+    def prepare(turn: int) -> dict[str, Callable[[], Any]]:
+        run = partial(generate, new_tokens=new_tokens) if new_tokens else forward
+        return {name: partial(run, model, batch=batches[turn]) for name, model in models.items()}
+
+    with torch.inference_mode():
+        return take_turns(prepare, len(batches), seconds, title, progress)
+
+
+def check(models: dict[str, PreTrainedModel], masked: PreTrainedModel, batch: Batch) -> None:
+    """Before anything is timed: outputs of every implementation are those of the masked model."""
+    with torch.inference_mode():
+        expected = probe(masked, batch).float()
+        for name, model in models.items():
+            if name in ("dense", "masked"):
+                continue
+            found = probe(model, batch)
+            error = ((found.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).median()
+            if not error <= TOLERANCE[found.dtype]:
+                raise RuntimeError(f"the outputs of {name!r} and masked differ by {error:.1%}: nothing was timed")
+
+
+def probe(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Outputs of every FFN's work: a decoder reads the beginning of the texts, too."""
+    if not model.config.is_encoder_decoder:
+        return forward(model, batch)
+    return model(**batch, decoder_input_ids=batch["input_ids"][:, :8])[0]

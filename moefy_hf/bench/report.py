@@ -1,0 +1,41 @@
+"""What benchmarks leave: a table, and a csv file."""
+
+from typing import Any
+
+from ..benchmarks.tables import write_csv
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown; what whole models have no figures for is left out."""
+    columns = {
+        "tokens": lambda row: str(row["tokens"]),
+        "implementation": lambda row: row["implementation"],
+        "times dense": lambda row: f"{row['ratio']:.2f}",
+        "middle half": lambda row: "{:.2f} to {:.2f}".format(*row["spread"]),
+        "times best dense": lambda row: f"{row['ratio_best_dense']:.2f} ({row['best_dense']})",
+        "of the bound": lambda row: f"{row['fraction_of_bound']:.0%} ({row['bound']})",
+        "ms": lambda row: f"{row['milliseconds']:.3g}",
+        "rounds": lambda row: str(row["rounds"]),
+    }
+    rows = found["rows"]
+    if "bound" not in rows[0]:
+        del columns["times best dense"], columns["of the bound"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
+    settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items() if value is not None)
+    return "\n".join([f"{found['hardware']}; {settings}", "", *lines])
+
+
+def save_csv(found: dict[str, Any], path: str) -> None:
+    """A line per row, pairs as two columns."""
+    flat = []
+    for row in found["rows"]:
+        pairs = {name: value for name, value in row.items() if isinstance(value, list)}
+        single = {name: value for name, value in row.items() if name not in pairs}
+        ends = {
+            f"{name}_{end}": value
+            for name, pair in pairs.items()
+            for end, value in zip(("low", "high"), pair, strict=True)
+        }
+        flat.append(single | ends)
+    write_csv(path, list(flat[0]), [list(row.values()) for row in flat])

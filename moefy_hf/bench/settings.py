@@ -1,0 +1,78 @@
+"""What every benchmark is told; found wrong before any work."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from moefy_ffn import BuildError
+from moefy_ffn.build import library
+
+from ..configuration import MoeficationConfig
+from ..execution import IMPLEMENTATIONS
+from .presets import PRESETS
+
+NAMES = ("masked", *IMPLEMENTATIONS)  # what dense is compared with
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHARE, EXPERT_SIZE = 0.2, 32  # of a preset; a checkpoint has its own
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    Args:
+        preset: an architecture whose weights are random, or
+        checkpoint: a MoEfied one, whose own weights, experts and budgets are timed.
+        share: of the experts that are computed.
+        rounds: at most so many timings of each method, and
+        seconds: no further ones after so many seconds of timing, but five.
+
+    Raises:
+        ValueError: an unknown name, a number out of range, or what needs the C++ kernel without a compiler.
+    """
+
+    preset: str | None = None
+    checkpoint: str | None = None
+    share: float | None = None
+    expert_size: int | None = None
+    dtype: str = "float32"
+    threads: int = 1
+    rounds: int = 40
+    seconds: float = 20
+    implementations: tuple[str, ...] = NAMES
+
+    def __post_init__(self):
+        if (self.preset is None) == (self.checkpoint is None):
+            raise ValueError(f"give a preset ({', '.join(PRESETS)}) or a MoEfied checkpoint")
+        if self.checkpoint is not None and self.expert_size is not None:
+            raise ValueError(f"an expert size is for presets: the experts of {self.checkpoint} have theirs")
+        registries = [("preset", [self.preset], PRESETS), ("dtype", [self.dtype], DTYPES)]
+        for what, names, registry in (*registries, ("implementation", self.implementations, NAMES)):
+            for name in names:
+                if name is not None and name not in registry:
+                    raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(registry)}")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ValueError(f"share must lie in (0, 1], got {self.share}")
+        for name in ("threads", "rounds", "seconds"):
+            if vars(self)[name] <= 0:
+                raise ValueError(f"{name} must be positive, got {vars(self)[name]}")
+        if "cpu" in self.implementations:
+            try:
+                library()
+            except BuildError as error:
+                raise ValueError(f"the kernel of implementation 'cpu' cannot be made here: {error}") from error
+
+    @property
+    def source(self) -> str:
+        return self.preset or str(self.checkpoint)
+
+    def moefication(self) -> MoeficationConfig:
+        """Of a preset: a split and a router that learn nothing."""
+        selection = {"type": "top_k", "k": float(self.share or SHARE), "allocation": "uniform"}
+        size = EXPERT_SIZE if self.expert_size is None else self.expert_size
+        return MoeficationConfig(expert_size=size, splitter="random", router="random", selection=selection)
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {name: value for name, value in vars(self).items() if name not in ("implementations", "seconds")}
+        if self.preset:
+            found |= {"share": self.share or SHARE, "expert_size": self.moefication().expert_size}
+        return found

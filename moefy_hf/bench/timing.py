@@ -1,0 +1,92 @@
+"""Timings in turns, what this machine can do at best, and its name."""
+
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+LEAST = 5  # rounds, however long they take
+
+Call = Callable[[], Any]
+
+
+def take_turns(
+    prepare: Callable[[int], Mapping[str, Call]], rounds: int, seconds: float, title: str, progress: bool
+) -> dict[str, list[float]]:
+    """Time every method in each round, their order drawn anew.
+
+    Args:
+        prepare: a round's number -> what each method calls in it; not timed.
+        rounds, seconds: as in `Settings`.
+
+    Returns:
+        the seconds of each method, one per round.
+    """
+    taken: dict[str, list[float]] = {}
+    draw, began = random.Random(0), time.perf_counter()
+    with tqdm(total=rounds, desc=title, unit="round", disable=not progress, leave=False) as bar:
+        for turn in range(rounds):
+            if turn >= LEAST and time.perf_counter() - began > seconds:
+                break
+            calls = prepare(turn)
+            for name in draw.sample(list(calls), len(calls)):
+                taken.setdefault(name, []).append(timed(calls[name]))
+            bar.update()
+    return taken
+
+
+def timed(function: Callable, *arguments: Any) -> float:
+    started = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - started
+
+
+def quartiles(numbers: Sequence[float]) -> tuple[float, float, float]:
+    """A quarter of the numbers lies below the first, half below the second, a quarter above the third."""
+    if len(numbers) == 1:
+        return numbers[0], numbers[0], numbers[0]
+    low, middle, high = statistics.quantiles(numbers, n=4, method="inclusive")
+    return low, middle, high
+
+
+def against(dense: Sequence[float], method: Sequence[float]) -> dict[str, Any]:
+    """How many times as fast as dense a method is, round by round."""
+    low, middle, high = quartiles([a / b for a, b in zip(dense, method, strict=True)])
+    return {"ratio": middle, "spread": [low, high]}
+
+
+@contextmanager
+def threads_set(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def machine_limits(dtype: torch.dtype) -> dict[str, float]:
+    """The best of some tries: reading memory in one stream, and a large matrix product."""
+    memory = torch.ones(20_000, 5_000)
+    square, vector = torch.randn(1024, 1024).to(dtype), torch.ones(5_000)
+    read = min(min(timed(memory.sum), timed(memory.mv, vector)) for _ in range(6))
+    product = min(timed(square.mm, square) for _ in range(8))
+    return {"bytes_per_second": memory.nbytes / read, "flops_per_second": 2 * 1024**3 / product}
+
+
+def hardware() -> str:
+    """The processor's name, its vector instructions, and how many cores there are."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, torch {torch.__version__}"
