@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..execution import FEW_TOKENS
-from .layers import Layer, checkpoint_layers, copy_of, dense, masked, prepacked, preset_layers, sparse
+from .layers import Layer, checkpoint_layers, compiled, copy_of, dense, indexed, masked, prepacked, preset_layers
 from .settings import DTYPES, Settings
 from .timing import against, hardware, machine_limits, quartiles, take_turns, threads_set
 
@@ -23,6 +23,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # of an output's length, per to
 CHECKED = 32  # tokens of a call, at most
 
 Method = Callable[[Layer, torch.Tensor], torch.Tensor]
+METHODS: dict[str, Method] = {"masked": masked, "torch": indexed, "cpu": compiled}
 
 
 def bench_ffns(
@@ -95,7 +96,7 @@ def measure(
         methods["dense prepacked"] = prepacked
     for name in settings.implementations:
         if name != "torch" or count <= FEW_TOKENS:  # beyond, that implementation is the masked one
-            methods[name] = masked if name == "masked" else sparse(name)
+            methods[name] = METHODS[name]
     d, dtype = layers[0].site.sizes[0], DTYPES[settings.dtype]
     generator = torch.Generator().manual_seed(count)
     x = check(methods, layers[0], count, generator, TOLERANCE[settings.dtype])
@@ -139,7 +140,7 @@ def check(
     """
     exact = copy_of(layer.site)
     exact.owner.double()
-    reference = Layer(exact, exact.weights(), layer.sparse, [])
+    reference = Layer(exact, exact.weights(), layer.sparse, layer.kernel, [])
     chosen = torch.empty(0)
     for _ in range(100):
         x = torch.randn(count, layer.site.sizes[0], generator=generator).to(layer.weights.up.dtype)

@@ -3,12 +3,13 @@ one."""
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
+from moefy_ffn import MoeFfn
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -30,6 +31,7 @@ class Layer:
     site: FfnSite
     weights: FfnWeights
     sparse: SparseFfn
+    kernel: MoeFfn
     packed: list[tuple[torch.Tensor, torch.Tensor | None]]  # (prepacked weight, bias) of gate, up, down; or nothing
 
 
@@ -105,7 +107,7 @@ def layer_of(site: FfnSite) -> Layer:
         matrices = [(weights.gate, weights.gate_bias), (weights.up, weights.up_bias), (weights.down, site.down.bias)]
         pack = torch.ops.mkldnn._reorder_linear_weight
         packed = [(pack(matrix.contiguous()), bias) for matrix, bias in matrices if matrix is not None]
-    return Layer(site, weights, sparse, packed)
+    return Layer(site, weights, sparse, sparse.kernel(), packed)
 
 
 def copy_of(site: FfnSite, shared: Iterable[torch.Tensor] = ()) -> FfnSite:
@@ -151,5 +153,10 @@ def masked(layer: Layer, x: torch.Tensor) -> torch.Tensor:
     return site.down(site.act(first) if site.gate is None else site.act(first) * site.up(x))
 
 
-def sparse(name: str) -> Callable[[Layer, torch.Tensor], torch.Tensor]:
-    return lambda layer, x: IMPLEMENTATIONS[name](layer.sparse, x)
+def indexed(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    return IMPLEMENTATIONS["torch"](layer.sparse, x)
+
+
+def compiled(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """The kernel alone, where it routes itself; a model spends some microseconds more on finding it."""
+    return layer.kernel(x)[0] if layer.kernel.routed else IMPLEMENTATIONS["cpu"](layer.sparse, x)
