@@ -6,6 +6,7 @@ model does. Inputs are noise, and so is a preset's routing.
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -140,7 +141,7 @@ def check(
     """
     exact = copy_of(layer.site)
     exact.owner.double()
-    reference = Layer(exact, exact.weights(), layer.sparse, layer.kernel, [])
+    reference = replace(layer, site=exact, weights=exact.weights())
     chosen = torch.empty(0)
     for _ in range(100):
         x = torch.randn(count, layer.site.sizes[0], generator=generator).to(layer.weights.up.dtype)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architectures import load_checkpoint
-from ..execution import ACTIVATIONS, IMPLEMENTATIONS, SparseFfn, misfit
+from ..execution import ACTIVATIONS, SparseFfn, misfit
 from ..modeling.ffn_sites import FfnSite, FfnWeights
 from ..modeling.moefied import is_moefied
 from .presets import preset_config, shape_of
@@ -25,12 +25,13 @@ FUSED = {"relu": ("relu", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"), 
 
 @dataclass
 class Layer:
-    """One FFN as a model has it, routed, and a second time as the sparse implementations want it: `down` a row per
-    neuron, all else shared."""
+    """One FFN as a model has it, routed, and as the sparse implementations want it: `down` a row per neuron, all else
+    shared."""
 
     site: FfnSite
     weights: FfnWeights
-    sparse: SparseFfn
+    indexed: FfnSite  # by implementation "torch"
+    compiled: FfnSite  # by "cpu"
     kernel: MoeFfn
     packed: list[tuple[torch.Tensor, torch.Tensor | None]]  # (prepacked weight, bias) of gate, up, down; or nothing
 
@@ -101,13 +102,17 @@ def layer_of(site: FfnSite) -> Layer:
         raise ValueError(f"no sparse implementation can run {site.name}: {reason}")
     changed = {id(linear.weight) for linear in SparseFfn(site, "cpu", False).transposed()}
     shared = [param for param in site.owner.parameters() if id(param) not in changed]
-    sparse, weights, packed = SparseFfn(copy_of(site, shared), "cpu", False), site.weights(), []
+    compiled = copy_of(site, shared)
+    indexed = copy_of(compiled, compiled.owner.parameters())
+    SparseFfn(indexed, "torch", False).install_()
+    sparse = SparseFfn(compiled, "cpu", False)
     sparse.install_()
+    weights, packed = site.weights(), list[tuple[torch.Tensor, torch.Tensor | None]]()
     if can_prepack(weights.up.dtype):
         matrices = [(weights.gate, weights.gate_bias), (weights.up, weights.up_bias), (weights.down, site.down.bias)]
         pack = torch.ops.mkldnn._reorder_linear_weight
         packed = [(pack(matrix.contiguous()), bias) for matrix, bias in matrices if matrix is not None]
-    return Layer(site, weights, sparse, sparse.kernel(), packed)
+    return Layer(site, weights, indexed, compiled, sparse.kernel(), packed)
 
 
 def copy_of(site: FfnSite, shared: Iterable[torch.Tensor] = ()) -> FfnSite:
@@ -144,19 +149,23 @@ def prepacked(layer: Layer, x: torch.Tensor) -> torch.Tensor:
     return linear(hidden * linear(x, up) if gate else hidden, down)
 
 
-def masked(layer: Layer, x: torch.Tensor) -> torch.Tensor:
-    """As the modules of the model do it."""
-    site, first = layer.site, layer.site.first(x)
+def through_modules(site: FfnSite, x: torch.Tensor) -> torch.Tensor:
+    """As the code of the model does it."""
+    first = site.first(x)
     if site.spec.parts == 2:
         gate, up = first.chunk(2, -1)
         return site.down(site.act(gate) * up)
     return site.down(site.act(first) if site.gate is None else site.act(first) * site.up(x))
 
 
+def masked(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    return through_modules(layer.site, x)
+
+
 def indexed(layer: Layer, x: torch.Tensor) -> torch.Tensor:
-    return IMPLEMENTATIONS["torch"](layer.sparse, x)
+    return through_modules(layer.indexed, x)
 
 
 def compiled(layer: Layer, x: torch.Tensor) -> torch.Tensor:
     """The kernel alone, where it routes itself; a model spends some microseconds more on finding it."""
-    return layer.kernel(x)[0] if layer.kernel.routed else IMPLEMENTATIONS["cpu"](layer.sparse, x)
+    return layer.kernel(x)[0] if layer.kernel.routed else through_modules(layer.compiled, x)

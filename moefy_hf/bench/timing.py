@@ -37,8 +37,9 @@ def take_turns(
             if turn >= LEAST and time.perf_counter() - began > seconds:
                 break
             calls = prepare(turn)
+            taken = taken or {name: [] for name in calls}
             for name in draw.sample(list(calls), len(calls)):
-                taken.setdefault(name, []).append(timed(calls[name]))
+                taken[name].append(timed(calls[name]))
             bar.update()
     return taken
 
