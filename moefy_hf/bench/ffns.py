@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..execution import FEW_TOKENS
+from ..modeling.routed_activation import RoutedActivation
 from .layers import Layer, checkpoint_layers, compiled, copy_of, dense, indexed, masked, prepacked, preset_layers
 from .settings import DTYPES, Settings
 from .timing import against, hardware, machine_limits, quartiles, take_turns, threads_set
@@ -145,7 +146,7 @@ def check(
     chosen = torch.empty(0)
     for _ in range(100):
         x = torch.randn(count, layer.site.sizes[0], generator=generator).to(layer.weights.up.dtype)
-        chosen = decided(layer, x, generator).nonzero().flatten()
+        chosen = decided(layer.site.act, x, generator).nonzero().flatten()
         if len(chosen):
             break
     chosen = chosen[:: -(-len(chosen) // CHECKED) or 1]
@@ -159,17 +160,14 @@ def check(
     return x
 
 
-def decided(layer: Layer, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """(T, d) -> (T,) bool: whether a token's experts stay the same when scores are rounded otherwise."""
-    act = layer.site.act
-    scores = act.router(x)
-    size = 4 * torch.finfo(x.dtype).eps * scores.abs().amax(-1, keepdim=True)
-
-    def kept(scores: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, *act.selection(scores))
-
-    noise = (size * torch.randn(scores.shape, generator=generator) for _ in range(8))
-    return torch.stack([(kept(scores + each) == kept(scores)).all(-1) for each in noise]).all(0)
+def decided(act: RoutedActivation, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """(T, d) -> (T,) bool: whether a token's experts stay the same when its numbers are rounded otherwise."""
+    keep = act.keep(x)
+    if keep is None:
+        return torch.ones(len(x), dtype=torch.bool)
+    size = 4 * torch.finfo(x.dtype).eps
+    noise = (1 + size * torch.randn(x.shape, generator=generator) for _ in range(8))
+    return torch.stack([(act.keep(x.float() * each) == keep).all(-1) for each in noise]).all(0)
 
 
 def least_work(layer: Layer, x: torch.Tensor, is_dense: bool, skip_zeros: bool) -> dict[str, int]:
