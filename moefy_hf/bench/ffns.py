@@ -16,13 +16,11 @@ from tqdm.auto import tqdm
 from ..execution import FEW_TOKENS
 from ..modeling.routed_activation import RoutedActivation
 from .layers import Layer, checkpoint_layers, compiled, copy_of, dense, indexed, masked, prepacked, preset_layers
-from .settings import DTYPES, Settings
+from .settings import CHECKED, DTYPES, TOLERANCE, Settings
 from .timing import against, hardware, machine_limits, quartiles, take_turns, threads_set
 
 COLD_BYTES = 1_000_000_000  # of weights to rotate over
 TOKENS = (1, 2, 4, 8, 128, 512)
-TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # of an output's length, per token
-CHECKED = 32  # tokens of a call, at most
 
 Method = Callable[[Layer, torch.Tensor], torch.Tensor]
 METHODS: dict[str, Method] = {"masked": masked, "torch": indexed, "cpu": compiled}

@@ -11,13 +11,11 @@ from transformers import PreTrainedModel
 
 from ..architectures import checkpoint_class
 from ..conversion import moefy_
-from ..execution import SparseFfn
-from .layers import load_moefied
+from ..execution import FEW_TOKENS, SparseFfn
+from .layers import load_moefied, through_modules
 from .presets import preset_config, shape_of
-from .settings import DTYPES, Settings
+from .settings import CHECKED, DTYPES, TOLERANCE, Settings
 from .timing import against, hardware, quartiles, take_turns, threads_set
-
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of outputs, at the median token: rounding changes experts
 
 Batch = dict[str, torch.Tensor]
 
@@ -142,20 +140,29 @@ def compare(
 
 
 def check(models: dict[str, PreTrainedModel], masked: PreTrainedModel, batch: Batch) -> None:
-    """Before anything is timed: outputs of every implementation are those of the masked model."""
+    """Before anything is timed: every FFN of every implementation gives what the masked one does on the same inputs, at
+    half of the tokens at least; at others, rounding may choose another expert."""
+    inputs: list[torch.Tensor] = []
+    sites = masked.moe_sites()
+    hooks = [site.first.register_forward_pre_hook(lambda linear, args: inputs.append(args[0])) for site in sites]
     with torch.inference_mode():
-        expected = probe(masked, batch).float()
+        probe(masked, batch)
+        for hook in hooks:
+            hook.remove()
         for name, model in models.items():
-            if name in ("dense", "masked"):
-                continue
-            found = probe(model, batch)
-            error = ((found.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).median()
-            if not error <= TOLERANCE[found.dtype]:
-                raise RuntimeError(f"the outputs of {name!r} and masked differ by {error:.1%}: nothing was timed")
+            for site, routed, x in zip(sites, model.moe_sites(), inputs, strict=True) if name != "dense" else ():
+                for few in (x.flatten(0, -2)[:FEW_TOKENS], x.flatten(0, -2)[:CHECKED]):
+                    expected, found = through_modules(site, few), through_modules(routed, few)
+                    error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()
+                    if not error <= TOLERANCE[str(x.dtype).removeprefix("torch.")]:
+                        raise RuntimeError(
+                            f"{site.name}: {name!r} and masked differ by {error:.1%}: nothing was timed"
+                        )
 
 
-def probe(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Outputs of every FFN's work: a decoder reads the beginning of the texts, too."""
-    if not model.config.is_encoder_decoder:
-        return forward(model, batch)
-    return model(**batch, decoder_input_ids=batch["input_ids"][:, :8])[0]
+def probe(model: PreTrainedModel, batch: Batch) -> None:
+    """Let every FFN work: a decoder reads the beginning of the texts, too."""
+    if model.config.is_encoder_decoder:
+        model(**batch, decoder_input_ids=batch["input_ids"][:, :8])
+    else:
+        model(**batch)

@@ -13,6 +13,8 @@ from .presets import PRESETS
 
 NAMES = ("masked", *IMPLEMENTATIONS)  # what dense is compared with
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # of an output's length, per token
+CHECKED = 32  # tokens of a call, at most
 SHARE, EXPERT_SIZE = 0.2, 32  # of a preset; a checkpoint has its own
 
 
