@@ -248,6 +248,8 @@ def run_bench(args: Namespace) -> dict[str, Any]:
     for name, value in ffns_only.items() if whole else ():
         if value is not None:
             raise ValueError(f"--{name} is for FFNs alone: leave out --generate and --batches")
+    if args.generate and args.generate[1] < 1:
+        raise ValueError(f"--generate at least one token, not {args.generate[1]}")
     settings = Settings(
         preset=args.preset or (None if args.checkpoint else "t5-base"),
         checkpoint=args.checkpoint,

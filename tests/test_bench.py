@@ -1,76 +1,240 @@
 """`moefy bench` times what it has checked, and refuses what makes no sense."""
 
 import csv
+import itertools
 import json
 import re
 import sys
+import time
 
 import pytest
-from tiny import convert, tiny_model
+import torch
+from tiny import DECODER, ENCODER, T5, convert, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moefy_hf import bench as module
-from moefy_hf import model_card
-from moefy_hf.bench import PRESETS, bench, least_seconds
+from moefy_hf import MoeficationConfig, model_card, moefy_
+from moefy_hf.bench import PRESETS, Settings, bench_ffns, bench_model, ffns, layers, timing
+from moefy_hf.bench import models as whole
+from moefy_hf.bench import settings as module
 from moefy_hf.benchmarks import end_to_end
 from moefy_hf.cli import main
+
+LIMITS = {"bytes_per_second": 1e10, "flops_per_second": 1e11}
 
 
 @pytest.fixture
 def little(monkeypatch):
-    monkeypatch.setattr(module, "COLD_BYTES", 10_000_000)
-    monkeypatch.setattr(module, "machine_limits", lambda: {"bytes_per_second": 1e10, "flops_per_second": 1e11})
+    monkeypatch.setattr(ffns, "COLD_BYTES", 10_000_000)
+    monkeypatch.setattr(ffns, "machine_limits", lambda dtype: LIMITS)
+
+
+@pytest.fixture
+def tiny_presets(monkeypatch):
+    llama = {**DECODER, "use_cache": True}
+    monkeypatch.setitem(PRESETS, "tiny-llama", ("LlamaForCausalLM", "llama", llama))
+    monkeypatch.setitem(PRESETS, "tiny-t5", ("T5ForConditionalGeneration", "t5", {**T5, "use_cache": True}))
+    monkeypatch.setitem(PRESETS, "tiny-bert", ("BertModel", "bert", ENCODER))
 
 
 @pytest.mark.parametrize("preset", ["minilm", "smollm2-135m"])
-def test_rows(little, preset, tmp_path, capsys):
-    file = tmp_path / "bench.json"
-    sizes = ["--tokens", "1", "9", "--rounds", "4", "--expert-size", "16"]
-    main(["bench", "--preset", preset, *sizes, "--json", str(file)])
-    found = json.loads(file.read_text())
-    assert found["settings"]["k"] == 19 and found["settings"]["gated"] is PRESETS[preset].gated
-    assert [(row["implementation"], row["tokens"]) for row in found["rows"]] == [("cpu", 1), ("cpu", 9)]
-    for row in found["rows"]:
-        assert row["ratio"] > 0 and row["spread"][0] <= row["ratio"] <= row["spread"][1]
-        assert row["ratio_best_dense"] > 0 and row["fraction_of_bound"] > 0
-    assert "| 9 | " in capsys.readouterr().out
+def test_rows_and_files(little, preset, tmp_path, capsys):
+    files = {kind: tmp_path / f"bench.{kind}" for kind in ("json", "csv", "png")}
+    sizes = ["--tokens", "1", "9", "--rounds", "6", "--expert-size", "16"]
+    named = ["--json", str(files["json"]), "--csv", str(files["csv"]), "--plot", str(files["png"])]
+    main(["bench", "--preset", preset, *sizes, *named])
+    found = json.loads(files["json"].read_text())
+    settings, rows = found["settings"], found["rows"]
+    assert settings["selection"] == "TopK(k=19)" and settings["expert_size"] == 16 and settings["share"] == 0.2
+    assert settings["gated"] is (preset == "smollm2-135m") and settings["activation"] in (
+        "GELUActivation",
+        "SiLUActivation",
+    )
+    names = ["dense", "dense prepacked", "masked", "torch", "cpu"]
+    if not layers.can_prepack(torch.float32):
+        names.remove("dense prepacked")
+    expected = [(name, 1) for name in names] + [(name, 9) for name in names if name != "torch"]  # masked beyond 4
+    assert [(row["implementation"], row["tokens"]) for row in rows] == expected
+    for row in rows:
+        assert row["ratio"] > 0 and row["spread"][0] <= row["ratio"] <= row["spread"][1] and row["rounds"] == 6
+        assert row["ratio_best_dense"] > 0 and row["best_dense"] in ("dense", "dense prepacked")
+        least = max(row["bytes"] / 1e10, row["flops"] / 1e11)
+        assert row["fraction_of_bound"] == pytest.approx(1e3 * least / row["milliseconds"])
+    assert all(row["ratio"] == 1 for row in rows if row["implementation"] == "dense")
+    with open(files["csv"], newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["spread_high"]) for line in lines] == [row["spread"][1] for row in rows]
+    assert files["png"].read_bytes()[:4] == b"\x89PNG" and "| 9 | cpu | " in capsys.readouterr().out
 
 
-def test_a_wrong_kernel_is_not_timed(little, monkeypatch):
-    right = module.MoeFfn.__call__
-    monkeypatch.setattr(module.MoeFfn, "__call__", lambda *args: (right(*args)[0] * 1.01, None))
-    with pytest.raises(RuntimeError, match="nothing was timed"):
-        bench("minilm", tokens=[1], rounds=1, progress=False)
+@pytest.mark.parametrize("name", ffns.METHODS)
+def test_what_computes_otherwise_is_not_timed(little, monkeypatch, name):
+    right = ffns.METHODS[name]
+    monkeypatch.setitem(ffns.METHODS, name, lambda layer, x: right(layer, x) * 1.001)
+    with pytest.raises(RuntimeError, match=f"the output of '{name}' is not .* nothing was timed"):
+        bench_ffns(Settings(preset="minilm", rounds=1), (1,), progress=False)
 
 
-def test_the_bound():
-    """One token reads the selected rows and the router once; many tokens of all experts are bound by arithmetic."""
-    shape, limits = PRESETS["t5-base"], {"bytes_per_second": 1.0, "flops_per_second": 1e12}
-    assert least_seconds(shape, 32, 19, 1, limits) == pytest.approx(4 * 768 * (2 * 19 * 32 + 96))
-    limits = {"bytes_per_second": 1e12, "flops_per_second": 1.0}
-    assert least_seconds(shape, 32, 96, 10, limits) == pytest.approx(2 * 10 * 768 * (2 * 3072 + 96))
+def test_least_work():
+    """One token reads the selected rows and the router once, and of `down` what is not zero; many tokens read all."""
+    with torch.no_grad():
+        (layer,) = layers.preset_layers(Settings(preset="t5-base"), 0, nonzero=0.1)
+        x, many = torch.randn(1, 768), torch.randn(1000, 768)
+        keep = layer.site.act.keep(x).repeat_interleave(32, -1)
+        active = int(((layer.weights.neurons(x) > 0) & keep).sum())
+        assert 0 < active < 0.15 * 19 * 32
+        found = ffns.least_work(layer, x, is_dense=False, skip_zeros=False)
+        assert found == {"bytes": 4 * 768 * (19 * 32 + active + 96), "flops": 2 * 768 * (2 * 19 * 32 + 96)}
+        assert ffns.least_work(layer, x, False, True)["flops"] == 2 * 768 * (19 * 32 + active + 96)
+        assert ffns.least_work(layer, many, False, False) == {
+            "bytes": 4 * 768 * (2 * 3072 + 96),
+            "flops": 1000 * 2 * 768 * (2 * 19 * 32 + 96),
+        }
+        dense = {"bytes": 4 * 768 * 2 * 3072, "flops": 2 * 768 * 2 * 3072}
+        assert ffns.least_work(layer, x, True, False) == dense
+        share = float((layer.weights.neurons(many) > 0).float().mean())
+        assert 0.07 < share <= 0.1
+    row = {"bytes": 2_000_000, "flops": 10_000_000, "milliseconds": 0.4}
+    expected = {"fraction_of_bound": 0.5, "bound": "bytes", "bound_milliseconds": 0.2}
+    assert ffns.attained(row, LIMITS) == pytest.approx(expected)
+
+
+def test_cold_weights_are_many_layers_and_warm_ones_a_single_one(little, monkeypatch):
+    seen = []
+    monkeypatch.setitem(ffns.METHODS, "masked", lambda layer, x: seen.append(id(layer)) or layers.masked(layer, x))
+    settings = Settings(preset="minilm", rounds=4, implementations=("masked",))
+    for cold, different in ((True, 3), (False, 1)):
+        seen.clear()
+        bench_ffns(settings, (1,), cold=cold, progress=False)
+        assert len(set(seen[1:])) == different and len(seen) == 5  # one was the check
+
+
+@pytest.mark.parametrize("router", ["linear", "mlp"])
+def test_a_checkpoint_has_its_own_ffns(little, tmp_path, router, monkeypatch):
+    monkeypatch.setattr(ffns, "COLD_BYTES", 0)
+    model = tiny_model("llama-without-biases", "AutoModelForCausalLM")
+    config = MoeficationConfig(expert_size=8, splitter="random", selection={"type": "top_k", "k": [1, 2]})
+    config.router = "similarity"
+    moefy_(model, config, progress=False)
+    model.save_pretrained(tmp_path / "moe")
+    if router == "mlp":
+        section = json.loads((tmp_path / "moe" / "config.json").read_text())
+        section["moefication"]["router"] = "mlp"  # without its weights: drawn at random
+        (tmp_path / "moe" / "config.json").write_text(json.dumps(section))
+    settings = Settings(checkpoint=str(tmp_path / "moe"), rounds=2)
+    with torch.no_grad():
+        found = layers.checkpoint_layers(settings, 0)
+    for layer, site in zip(found, model.moe_sites(), strict=True):
+        for path in ("up_proj", "down_proj", "gate_proj"):
+            weight = site.owner.get_submodule(path).weight
+            assert torch.equal(layer.site.owner.get_submodule(path).weight, weight)
+        assert layer.kernel.routed is (router == "linear")
+    described = bench_ffns(settings, (3,), progress=False)["settings"]
+    assert described["layers"] == 2 and described["selection"] == ["TopK(k=1)", "TopK(k=2)"]
+    assert described["expert_size"] == 8 and described["gated"] is True and "preset" in described
+    one = bench_ffns(Settings(checkpoint=str(tmp_path / "moe"), rounds=2, share=0.5), (3,), progress=False)
+    assert one["settings"]["selection"] == "TopK(k=3)"
+
+
+def test_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    taken = timing.take_turns(lambda turn: calls, 50, 60, "", progress=False)
+    assert [len(each) for each in taken.values()] == [50] * 3 and list(taken) == ["a", "b", "c"]
+    rounds = list(zip(*[iter(order)] * 3, strict=True))
+    assert all(set(each) == set("abc") for each in rounds) and len(set(rounds)) == 6
+    slow = timing.take_turns(lambda turn: {"a": lambda: time.sleep(0.01)}, 50, 0.02, "", progress=False)
+    assert len(slow["a"]) == timing.LEAST
+    assert timing.against([2, 4, 6, 8, 40], [1, 1, 1, 1, 1]) == {"ratio": 6, "spread": [4, 8]}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "t6"], "unknown preset 't6'; choose from minilm, t5-base"),
-        (["--expert-size", "7"], "experts of 7 neurons do not divide the 3072 of t5-base"),
+        (["--preset", "t6"], "unknown preset 't6'; choose from minilm, bert-base, t5-base"),
+        (["--dtype", "int8"], "unknown dtype 'int8'; choose from float32, bfloat16"),
+        (["--implementations", "gpu"], "unknown implementation 'gpu'; choose from masked, torch, cpu"),
+        (["--expert-size", "7"], "3072 neurons do not split into experts of size 7"),
         (["--share", "1.5"], r"share must lie in \(0, 1\]"),
-        (["--tokens", "0"], "tokens and threads be positive"),
+        (["--tokens", "0"], "tokens must be positive, got 0"),
+        (["--threads", "0"], "threads must be positive, got 0"),
+        (["--nonzero", "0.9"], r"nonzero must lie in \(0, 0.5\]"),
+        (["--nonzero", "0.1", "--preset", "minilm"], "nonzero=0.1 wants an FFN of ReLU: that of minilm has gelu"),
         (["--json", "no/such/file.json"], "there is no folder for no/such/file.json"),
+        (["--csv", "."], r"\. cannot be written"),
+        (["--plot", "speed.xyz"], "--plot draws .png, .pdf, .svg, got speed.xyz"),
+        (["no/such/checkpoint"], "no/such/checkpoint"),
+        (["nothing-here", "--preset", "minilm"], "give a preset .* or a MoEfied checkpoint"),
+        (["nothing-here", "--expert-size", "8"], "an expert size is for presets"),
+        (["--generate", "128", "32", "--tokens", "1"], "--tokens is for FFNs alone"),
+        (["--generate", "0", "32"], "batch, length and new tokens must be positive"),
+        (["--generate", "8", "0"], "--generate at least one token"),
+        (["--generate", "8", "2", "--preset", "minilm"], "BertModel is no language model"),
+        (["--generate", "2040", "20", "--preset", "opt-1.3b"], "2040 and 20 new tokens are more than the 2048"),
+        (["--generate", "8", "2", "--expert-size", "7"], "3072 neurons do not split into experts of size 7"),
     ],
 )
-def test_bad_input(arguments, message, capsys):
+def test_bad_input(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(ffns, "machine_limits", lambda dtype: pytest.fail("this is work"))
+    monkeypatch.setattr(whole.PreTrainedModel, "_from_config", lambda *args, **kwargs: pytest.fail("this is work"))
     with pytest.raises(SystemExit) as stopped:
         main(["bench", *arguments])
     assert stopped.value.code == 2
-    assert re.search(message, capsys.readouterr().err)
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "Traceback" not in error
 
 
-@pytest.mark.parametrize("new_tokens", [0, 3])
-def test_end_to_end(new_tokens, tmp_path, monkeypatch, capsys):
+def test_without_a_compiler_or_matplotlib(monkeypatch, capsys, tmp_path):
+    def no_library():
+        raise module.BuildError("there is no C++ compiler")
+
+    monkeypatch.setattr(module, "library", no_library)
+    monkeypatch.setattr("moefy_hf.commands.find_spec", lambda name: None)
+    cases = {"no C++ compiler": [], "--plot needs matplotlib": ["--plot", str(tmp_path / "a.png")]}
+    for message, arguments in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            main(["bench", *arguments])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert Settings(preset="minilm", implementations=("masked", "torch"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "new_tokens"), [("tiny-llama", 3), ("tiny-t5", 3), ("tiny-t5", 0), ("tiny-bert", 0)]
+)
+def test_whole_models(tiny_presets, preset, new_tokens):
+    settings = Settings(preset=preset, expert_size=8, rounds=2, share=0.34)
+    found = bench_model(settings, batch=2, length=5, new_tokens=new_tokens, progress=False)
+    assert [row["implementation"] for row in found["rows"]] == ["dense", "masked", "torch", "cpu"]
+    assert all(row["ratio"] > 0 and row["tokens"] == 10 and row["rounds"] == 2 for row in found["rows"])
+    assert found["settings"]["selection"]["k"] == 0.34 and found["settings"]["new_tokens"] == new_tokens
+
+
+def test_variants_share_weights_and_agree(tiny_presets):
+    settings = Settings(preset="tiny-llama", expert_size=8, share=0.34)
+    with torch.no_grad():
+        dense, model = whole.preset_models(settings)
+        found = whole.variants(model, ("masked", "torch", "cpu"))
+        ids = torch.randint(3, 99, (1, 4), generator=torch.Generator().manual_seed(0))
+        logits = [each(input_ids=ids).logits for each in found.values()]
+        all_experts = dense(input_ids=ids).logits
+        for one, other in itertools.combinations(logits, 2):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(logits[0], all_experts, rtol=1e-2, atol=1e-3)
+        model.set_selection(k=1.0)
+        torch.testing.assert_close(model(input_ids=ids).logits, all_experts, rtol=1e-4, atol=1e-5)
+    own = {name for name, param in found["cpu"].named_parameters() if param is not model.get_parameter(name)}
+    assert own == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(2)}
+    with torch.no_grad():
+        found["cpu"].moe_sites()[1].down.weight.mul_(1.01)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model.set_selection(k=0.34, allocation="uniform")
+    with pytest.raises(RuntimeError, match=r"model.layers.1.mlp: 'cpu' is 1.0% off"):
+        whole.check({"cpu": found["cpu"]}, model, batch)
+
+
+@pytest.fixture
+def moe(tmp_path):
+    """A tiny checkpoint with a tokenizer, and texts."""
     model = tiny_model("llama-without-biases", "AutoModelForCausalLM")
     convert(model, 2)
     model.save_pretrained(tmp_path / "moe")
@@ -78,7 +242,21 @@ def test_end_to_end(new_tokens, tmp_path, monkeypatch, capsys):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2").save_pretrained(tmp_path / "moe")
     (tmp_path / "texts.txt").write_text("\n".join(f"w{n} w{n + 1} w{n + 2}" for n in range(5, 15)))
-    given = [str(tmp_path / "moe"), "--texts", str(tmp_path / "texts.txt"), "--rounds", "3", "--batch", "2"]
+    return tmp_path / "moe"
+
+
+def test_a_whole_checkpoint_on_the_command_line(moe, tmp_path, capsys):
+    given = ["--rounds", "2", "--implementations", "cpu", "--json", str(tmp_path / "out.json")]
+    main(["bench", str(moe), "--generate", "4", "3", *given])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["implementation"] for row in rows] == ["dense", "cpu"] and "| 4 | cpu |" in capsys.readouterr().out
+    main(["bench", str(moe), "--batches", "2", "5", *given])
+    assert {row["tokens"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]} == {10}
+
+
+@pytest.mark.parametrize("new_tokens", [0, 3])
+def test_end_to_end(new_tokens, moe, tmp_path, monkeypatch, capsys):
+    given = [str(moe), "--texts", str(tmp_path / "texts.txt"), "--rounds", "3", "--batch", "2"]
     flags = ["--new_tokens", str(new_tokens), "--csv", str(tmp_path / "out.csv"), "--facts"]
     monkeypatch.setattr(sys, "argv", ["end_to_end", *given, *flags])
     end_to_end.main()
@@ -89,7 +267,7 @@ def test_end_to_end(new_tokens, tmp_path, monkeypatch, capsys):
     assert {(row["tokens"], row["new_tokens"], row["rounds"], row["share"]) for row in rows} == {
         ("6", str(new_tokens), "3", "0.333")
     }
-    card = str(model_card(tmp_path / "moe"))
+    card = str(model_card(moe))
     assert "## Speed" in card and "| implementation | times_dense |" in card and "| cpu | " in card
 
 

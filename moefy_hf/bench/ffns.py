@@ -23,7 +23,13 @@ COLD_BYTES = 1_000_000_000  # of weights to rotate over
 TOKENS = (1, 2, 4, 8, 128, 512)
 
 Method = Callable[[Layer, torch.Tensor], torch.Tensor]
-METHODS: dict[str, Method] = {"masked": masked, "torch": indexed, "cpu": compiled}
+METHODS: dict[str, Method] = {
+    "dense": dense,
+    "dense prepacked": prepacked,
+    "masked": masked,
+    "torch": indexed,
+    "cpu": compiled,
+}
 
 
 def bench_ffns(
@@ -91,17 +97,13 @@ def measure(
     progress: bool,
 ) -> list[dict[str, Any]]:
     """The rows of one number of tokens."""
-    methods: dict[str, Method] = {"dense": dense}
-    if layers[0].packed:
-        methods["dense prepacked"] = prepacked
-    for name in settings.implementations:
-        if name != "torch" or count <= FEW_TOKENS:  # beyond, that implementation is the masked one
-            methods[name] = METHODS[name]
+    names = ["dense", *(["dense prepacked"] if layers[0].packed else [])]
+    names += [name for name in settings.implementations if name != "torch" or count <= FEW_TOKENS]  # masked beyond
+    methods = {name: METHODS[name] for name in names}
     d, dtype = layers[0].site.sizes[0], DTYPES[settings.dtype]
     generator = torch.Generator().manual_seed(count)
     x = check(methods, layers[0], count, generator, TOLERANCE[settings.dtype])
     work = {name: least_work(layers[0], x, name.startswith("dense"), skip_zeros) for name in methods}
-    names = list(methods)
 
     def prepare(turn: int) -> dict[str, Callable[[], Any]]:
         x = torch.randn(count, d, generator=generator).to(dtype)  # which selects other experts

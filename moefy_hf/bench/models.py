@@ -1,6 +1,7 @@
 """Whole models: dense and routed in turns, generating or in batches."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -39,7 +40,8 @@ def bench_model(
         raise ValueError(f"batch, length and new tokens must be positive, got {batch}, {length}, {new_tokens}")
     with torch.no_grad(), threads_set(settings.threads):
         if settings.preset:
-            check_length(shape_of(preset_config(settings.source)), length, new_tokens)
+            config = preset_config(settings.source, settings.moefication().section())
+            check_length(shape_of(config), length, new_tokens)
         dense, model = preset_models(settings) if settings.preset else checkpoint_models(settings)
         check_length(model, length, new_tokens)
         generator = torch.Generator().manual_seed(0)
@@ -140,8 +142,10 @@ def compare(
 
 
 def check(models: dict[str, PreTrainedModel], masked: PreTrainedModel, batch: Batch) -> None:
-    """Before anything is timed: every FFN of every implementation gives what the masked one does on the same inputs, at
-    half of the tokens at least; at others, rounding may choose another expert."""
+    """Before anything is timed: every FFN of every implementation gives what the masked one does on the same inputs.
+
+    For the median token: rounding may choose another expert at a few.
+    """
     inputs: list[torch.Tensor] = []
     sites = masked.moe_sites()
     hooks = [site.first.register_forward_pre_hook(lambda linear, args: inputs.append(args[0])) for site in sites]
@@ -149,15 +153,13 @@ def check(models: dict[str, PreTrainedModel], masked: PreTrainedModel, batch: Ba
         probe(masked, batch)
         for hook in hooks:
             hook.remove()
-        for name, model in models.items():
-            for site, routed, x in zip(sites, model.moe_sites(), inputs, strict=True) if name != "dense" else ():
-                for few in (x.flatten(0, -2)[:FEW_TOKENS], x.flatten(0, -2)[:CHECKED]):
-                    expected, found = through_modules(site, few), through_modules(routed, few)
-                    error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()
-                    if not error <= TOLERANCE[str(x.dtype).removeprefix("torch.")]:
-                        raise RuntimeError(
-                            f"{site.name}: {name!r} and masked differ by {error:.1%}: nothing was timed"
-                        )
+        for name, count in itertools.product(models.keys() - {"dense", "masked"}, (FEW_TOKENS, CHECKED)):
+            for site, other, x in zip(sites, models[name].moe_sites(), inputs, strict=True):
+                x = x.flatten(0, -2)[:count]
+                expected, found = through_modules(site, x), through_modules(other, x)
+                error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()
+                if not error <= TOLERANCE[str(x.dtype).removeprefix("torch.")]:
+                    raise RuntimeError(f"{site.name}: {name!r} is {error:.1%} off the masked FFN: nothing was timed")
 
 
 def probe(model: PreTrainedModel, batch: Batch) -> None:

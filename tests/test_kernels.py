@@ -1,0 +1,76 @@
+"""`moefy kernels`: what can run here, and the compiled file."""
+
+import json
+from pathlib import Path
+
+import pytest
+from moefy_ffn import build
+
+from moefy_hf.cli import main
+from moefy_hf.execution import IMPLEMENTATIONS
+from moefy_hf.kernels import REASONS
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOEFY_KERNELS", str(tmp_path))
+    build.library.cache_clear()
+    yield tmp_path
+    build.library.cache_clear()
+
+
+def info(capsys) -> dict:
+    main(["kernels", "info", "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_implementation_is_reported():
+    assert set(REASONS) == {"masked", *IMPLEMENTATIONS}
+
+
+def test_info_compiles_nothing_and_build_does(cache, capsys, monkeypatch):
+    found = info(capsys)
+    assert found["implementations"]["cpu"] == {"runs": True, "reason": None} and found["bytes"] is None
+    assert found["cache"] == str(cache) and Path(found["file"]).parent == cache and not list(cache.iterdir())
+    assert found["compiler"] == build.compiler() and found["flags"] == list(build.FLAGS) and found["version"]
+    main(["kernels", "info"])
+    assert "| cpu | yes |" in capsys.readouterr().out
+    made = []
+    monkeypatch.setattr(build, "compile_", lambda path: (path.write_bytes(b"ELF"), made.append(path)))
+    monkeypatch.setattr(build, "library", lambda: None)
+    for arguments, times, said in (
+        ([], 1, "compiled in"),
+        ([], 1, "compiled already"),
+        (["--force"], 2, "compiled in"),
+    ):
+        main(["kernels", "build", *arguments])
+        assert len(made) == times and said in capsys.readouterr().out
+    assert info(capsys)["bytes"] == 3 and made == [Path(found["file"])] * 2
+
+
+def test_build_leaves_a_kernel_that_loads(cache, capsys):
+    main(["kernels", "build", "--json"])
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["compiled_now"] and found["bytes"] == Path(found["file"]).stat().st_size > 0
+    assert "compiling ffn.cpp" in captured.err
+    assert info(capsys)["bytes"] == found["bytes"]
+
+
+def test_without_a_compiler(cache, capsys, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    found = info(capsys)
+    assert (
+        not found["implementations"]["cpu"]["runs"] and "no C++ compiler" in found["implementations"]["cpu"]["reason"]
+    )
+    assert found["implementations"]["torch"]["runs"] and found["file"] is None
+    main(["kernels", "info"])
+    assert "| cpu | there is no C++ compiler" in capsys.readouterr().out
+    monkeypatch.setenv("CXX", "/bin/false")
+    for message in ("/bin/false failed", "/no/such/compiler"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["kernels", "build"])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and message in error and "Traceback" not in error
+        monkeypatch.setenv("CXX", "/no/such/compiler")
