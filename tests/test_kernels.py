@@ -36,15 +36,13 @@ def test_info_compiles_nothing_and_build_does(cache, capsys, monkeypatch):
     main(["kernels", "info"])
     assert "| cpu | yes |" in capsys.readouterr().out
     made = []
-    monkeypatch.setattr(build, "compile_", lambda path: (path.write_bytes(b"ELF"), made.append(path)))
-    monkeypatch.setattr(build, "library", lambda: None)
-    for arguments, times, said in (
-        ([], 1, "compiled in"),
-        ([], 1, "compiled already"),
-        (["--force"], 2, "compiled in"),
-    ):
-        main(["kernels", "build", *arguments])
-        assert len(made) == times and said in capsys.readouterr().out
+    calls = (([], 1, "compiled in"), ([], 1, "compiled already"), (["--force"], 2, "compiled in"))
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "compile_", lambda path: (path.write_bytes(b"ELF"), made.append(path)))
+        patched.setattr(build, "library", lambda: None)
+        for arguments, times, said in calls:
+            main(["kernels", "build", *arguments])
+            assert len(made) == times and said in capsys.readouterr().out
     assert info(capsys)["bytes"] == 3 and made == [Path(found["file"])] * 2
 
 
