@@ -17,6 +17,7 @@ from ..architectures import load_checkpoint
 from ..execution import ACTIVATIONS, SparseFfn, misfit
 from ..modeling.ffn_sites import FfnSite, FfnWeights
 from ..modeling.moefied import is_moefied
+from ..modeling.routed_activation import outlet_to
 from .presets import preset_config, shape_of
 from .settings import DTYPES, Settings
 
@@ -125,7 +126,9 @@ def copy_of(site: FfnSite, shared: Iterable[torch.Tensor] = ()) -> FfnSite:
             parent.add_module(each, parent._modules.get(each) or nn.Module())
             parent = parent.get_submodule(each)
         parent.add_module(name, copy.deepcopy(site.owner.get_submodule(path), memo))  # one memo: hooks find the copies
-    return FfnSite(site.name, owner, site.spec)
+    copied = FfnSite(site.name, owner, site.spec)
+    outlet_to(copied.act, copied)(owner, ())  # which an owner's first call does
+    return copied
 
 
 def can_prepack(dtype: torch.dtype) -> bool:
