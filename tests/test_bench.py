@@ -136,6 +136,19 @@ def test_a_checkpoint_has_its_own_ffns(little, tmp_path, router, monkeypatch):
     assert one["settings"]["selection"] == "TopK(k=3)"
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "opt", "phi3", "modernbert", "t5", "t5-gated"])
+def test_every_form_of_ffn(little, monkeypatch, tmp_path, name):
+    """Their outputs are checked, or nothing would be timed."""
+    monkeypatch.setattr(ffns, "COLD_BYTES", 0)
+    model = tiny_model(
+        name, {"t5": "AutoModelForSeq2SeqLM", "t5-gated": "AutoModelForSeq2SeqLM"}.get(name, "AutoModel")
+    )
+    convert(model, 2)
+    model.save_pretrained(tmp_path / "moe")
+    found = bench_ffns(Settings(checkpoint=str(tmp_path / "moe"), rounds=1), (2, 40), progress=False)
+    assert len(found["rows"]) == (9 if layers.can_prepack(torch.float32) else 7)
+
+
 def test_turns():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}

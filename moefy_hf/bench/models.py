@@ -154,7 +154,8 @@ def check(models: dict[str, PreTrainedModel], masked: PreTrainedModel, batch: Ba
         for hook in hooks:
             hook.remove()
         for model in models.values():
-            probe(model, batch)  # the first call of a model prepares what later ones use
+            if model is not masked:
+                probe(model, batch)  # the first call of a model prepares what later ones use
         for name, count in itertools.product(models.keys() - {"dense", "masked"}, (FEW_TOKENS, CHECKED)):
             for site, other, x in zip(sites, models[name].moe_sites(), inputs, strict=True):
                 x = x.flatten(0, -2)[:count]
