@@ -274,10 +274,16 @@ def test_bad_input_is_one_line_and_code_2(dense, tmp_path, arguments, message, c
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["sweep", "--help"]])
-def test_help_teaches(arguments, capsys):
+HELP = [
+    ([], "moefy bench --preset"),
+    (["convert"], "--texts"),
+    (["sweep"], "--texts"),
+    (["bench"], "--generate PROMPT NEW"),
+]
+
+
+@pytest.mark.parametrize(("words", "taught"), [*HELP, (["kernels"], "info|build"), (["kernels", "build"], "--force")])
+def test_help_teaches(words, taught, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert not stopped.value.code
-    out = capsys.readouterr().out
-    assert "moefy convert" in out or "--texts" in out
+        main([*words, "--help"])
+    assert not stopped.value.code and taught in capsys.readouterr().out
