@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from .bench import PRESETS
+from .bench.command import run_bench
 from .bench.ffns import TOKENS
 from .bench.settings import DTYPES as BENCH_DTYPES
 from .bench.settings import EXPERT_SIZE, NAMES, SHARE
-from .commands import card, convert, export_model, inspect, profile_model, push, run_bench, show_inspected, sweep
+from .commands import card, convert, export_model, inspect, profile_model, push, show_inspected, sweep
 from .controls import BASELINES, CONTROLS
 from .export_targets import TARGETS
 from .kernels import kernels_build, kernels_info, show_build, show_info

@@ -1,11 +1,8 @@
 """What the `moefy` command's words do: each takes the parsed arguments and returns what `--json` prints."""
 
 import contextlib
-import json
-import os
 from argparse import Namespace
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,6 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrain
 from transformers.utils import logging
 
 from .architectures import checkpoint_class, load_checkpoint
-from .bench import Settings, bench_ffns, bench_model
-from .bench import table as bench_table
-from .bench.ffns import TOKENS
-from .bench.report import save_csv
 from .cards import is_rendered, moefied_config, write_card
 from .cett import cett_curves, ppl_activation
 from .configuration import MoeficationConfig
@@ -29,11 +22,10 @@ from .evaluation import evaluate
 from .export_targets import TARGETS
 from .exporting import export
 from .facts import add_facts
-from .folders import write_whole, written_whole
+from .folders import check_files, written_whole
 from .hub import add_license, push_to_hub
 from .modeling.ffn_sites import find_sites
 from .modeling.moefied import is_moefied
-from .plots import PICTURES, plot_bench
 from .prediction import Prediction, predict_quality
 from .profile_table import described, profile_table
 from .profiling import profile
@@ -238,61 +230,6 @@ def export_model(args: Namespace) -> dict[str, Any]:
     except (ValueError, OSError):  # a checkpoint without one is exported without one
         tokenizer = None
     return {"output_dir": str(export(model, args.output_dir, args.to, tokenizer=tokenizer))}
-
-
-def run_bench(args: Namespace) -> dict[str, Any]:
-    """`--generate` and `--batches` time whole models, else FFNs are."""
-    check_files(args.json_file, args.csv_file, plot=args.plot_file)
-    whole = args.generate or args.batches
-    ffns_only = {"tokens": args.tokens, "weights": args.weights, "nonzero": args.nonzero, "plot": args.plot_file}
-    for name, value in ffns_only.items() if whole else ():
-        if value is not None:
-            raise ValueError(f"--{name} is for FFNs alone: leave out --generate and --batches")
-    if args.generate and args.generate[1] < 1:
-        raise ValueError(f"--generate at least one token, not {args.generate[1]}")
-    settings = Settings(
-        preset=args.preset or (None if args.checkpoint else "t5-base"),
-        checkpoint=args.checkpoint,
-        share=args.share,
-        expert_size=args.expert_size,
-        dtype=args.dtype,
-        threads=args.threads,
-        rounds=args.rounds,
-        seconds=args.seconds or (300 if whole else 20),
-        implementations=tuple(args.implementations),
-    )
-    if args.generate:
-        found = bench_model(settings, length=args.generate[0], new_tokens=args.generate[1])
-    elif args.batches:
-        found = bench_model(settings, batch=args.batches[0], length=args.batches[1])
-    else:
-        tokens, cold = tuple(args.tokens or TOKENS), args.weights != "warm"
-        found = bench_ffns(settings, tokens, cold=cold, nonzero=args.nonzero)
-    if args.json_file:
-        write_whole(Path(args.json_file), json.dumps(found, indent=1))
-    if args.csv_file:
-        save_csv(found, args.csv_file)
-    if args.plot_file:
-        plot_bench(found, args.plot_file)
-    return found | {"table": bench_table(found)}
-
-
-def check_files(*paths: str | None, plot: str | None) -> None:
-    """Before the work whose figures they get.
-
-    Raises:
-        ValueError: one that cannot be written, or a picture without matplotlib.
-    """
-    for path in filter(None, (*paths, plot)):
-        folder = Path(path).absolute().parent
-        if not folder.is_dir():
-            raise ValueError(f"there is no folder for {path}")
-        if Path(path).is_dir() or not os.access(path if Path(path).exists() else folder, os.W_OK):
-            raise ValueError(f"{path} cannot be written")
-    if plot and find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install 'moefy-hf[plots]'")
-    if plot and Path(plot).suffix not in PICTURES:
-        raise ValueError(f"--plot draws {', '.join(PICTURES)}, got {plot}")
 
 
 def load_model(args: Namespace) -> PreTrainedModel:

@@ -1,9 +1,13 @@
 """Folders and files that are there whole or not at all."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+
+from .plots import PICTURES
 
 
 @contextlib.contextmanager
@@ -27,3 +31,21 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.rename(path)
+
+
+def check_files(*paths: str | None, plot: str | None) -> None:
+    """Before the work whose figures they get.
+
+    Raises:
+        ValueError: one that cannot be written, or a picture without matplotlib.
+    """
+    for path in filter(None, (*paths, plot)):
+        folder = Path(path).absolute().parent
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder for {path}")
+        if Path(path).is_dir() or not os.access(path if Path(path).exists() else folder, os.W_OK):
+            raise ValueError(f"{path} cannot be written")
+    if plot and find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'moefy-hf[plots]'")
+    if plot and Path(plot).suffix not in PICTURES:
+        raise ValueError(f"--plot draws {', '.join(PICTURES)}, got {plot}")

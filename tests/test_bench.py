@@ -202,7 +202,7 @@ def test_without_a_compiler_or_matplotlib(monkeypatch, capsys, tmp_path):
         raise module.BuildError("there is no C++ compiler")
 
     monkeypatch.setattr(module, "library", no_library)
-    monkeypatch.setattr("moefy_hf.commands.find_spec", lambda name: None)
+    monkeypatch.setattr("moefy_hf.folders.find_spec", lambda name: None)
     cases = {"no C++ compiler": [], "--plot needs matplotlib": ["--plot", str(tmp_path / "a.png")]}
     for message, arguments in cases.items():
         with pytest.raises(SystemExit) as stopped:

@@ -1,0 +1,50 @@
+"""What `moefy bench` does: takes the parsed arguments and returns the figures, with their table."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from ..folders import check_files, write_whole
+from ..plots import plot_bench
+from .ffns import TOKENS, bench_ffns
+from .models import bench_model
+from .report import save_csv, table
+from .settings import Settings
+
+
+def run_bench(args: Namespace) -> dict[str, Any]:
+    """`--generate` and `--batches` time whole models, else FFNs are."""
+    check_files(args.json_file, args.csv_file, plot=args.plot_file)
+    whole = args.generate or args.batches
+    ffns_only = {"tokens": args.tokens, "weights": args.weights, "nonzero": args.nonzero, "plot": args.plot_file}
+    for name, value in ffns_only.items() if whole else ():
+        if value is not None:
+            raise ValueError(f"--{name} is for FFNs alone: leave out --generate and --batches")
+    if args.generate and args.generate[1] < 1:
+        raise ValueError(f"--generate at least one token, not {args.generate[1]}")
+    settings = Settings(
+        preset=args.preset or (None if args.checkpoint else "t5-base"),
+        checkpoint=args.checkpoint,
+        share=args.share,
+        expert_size=args.expert_size,
+        dtype=args.dtype,
+        threads=args.threads,
+        rounds=args.rounds,
+        seconds=args.seconds or (300 if whole else 20),
+        implementations=tuple(args.implementations),
+    )
+    if args.generate:
+        found = bench_model(settings, length=args.generate[0], new_tokens=args.generate[1])
+    elif args.batches:
+        found = bench_model(settings, batch=args.batches[0], length=args.batches[1])
+    else:
+        tokens, cold = tuple(args.tokens or TOKENS), args.weights != "warm"
+        found = bench_ffns(settings, tokens, cold=cold, nonzero=args.nonzero)
+    if args.json_file:
+        write_whole(Path(args.json_file), json.dumps(found, indent=1))
+    if args.csv_file:
+        save_csv(found, args.csv_file)
+    if args.plot_file:
+        plot_bench(found, args.plot_file)
+    return found | {"table": table(found)}
