@@ -2,9 +2,13 @@
 
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from moefy_ffn import ACTIVATIONS, BuildError, build
+
+from .execution import TRITON_EXTRA
 
 
 def no_reason() -> None:
@@ -19,8 +23,19 @@ def missing_compiler() -> str | None:
     return None
 
 
+def missing_gpu() -> str | None:
+    if find_spec("triton") is None:
+        return f"there is no Triton: {TRITON_EXTRA}"
+    return None if torch.cuda.is_available() else "there is no GPU"
+
+
 # name in set_moe_implementation -> () -> why it cannot run here, or None
-REASONS: dict[str, Callable[[], str | None]] = {"masked": no_reason, "torch": no_reason, "cpu": missing_compiler}
+REASONS: dict[str, Callable[[], str | None]] = {
+    "masked": no_reason,
+    "torch": no_reason,
+    "cpu": missing_compiler,
+    "triton": missing_gpu,
+}
 
 
 def kernels_info() -> dict[str, Any]:

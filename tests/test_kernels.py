@@ -55,6 +55,16 @@ def test_build_leaves_a_kernel_that_loads(cache, capsys):
     assert info(capsys)["bytes"] == found["bytes"]
 
 
+def test_triton_wants_itself_and_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr("moefy_hf.kernels.torch.cuda.is_available", lambda: False)
+    for installed, reason in (
+        (None, "there is no Triton: pip install 'moefy-hf[triton]'"),
+        ("here", "there is no GPU"),
+    ):
+        monkeypatch.setattr("moefy_hf.kernels.find_spec", lambda name, installed=installed: installed)
+        assert info(capsys)["implementations"]["triton"] == {"runs": False, "reason": reason}
+
+
 def test_without_a_compiler(cache, capsys, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(build.shutil, "which", lambda name: None)

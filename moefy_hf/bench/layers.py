@@ -98,22 +98,27 @@ def layer_of(site: FfnSite) -> Layer:
     Raises:
         ValueError: the sparse implementations cannot run it.
     """
-    reason = misfit(site)
+    reason = misfit(site, "cpu")
     if reason is not None:
         raise ValueError(f"no sparse implementation can run {site.name}: {reason}")
-    changed = {id(linear.weight) for linear in SparseFfn(site, "cpu", False).transposed()}
+    changed = {id(linear.weight) for linear in sparse(site, "cpu").transposed()}
     shared = [param for param in site.owner.parameters() if id(param) not in changed]
     compiled = copy_of(site, shared)
     indexed = copy_of(compiled, compiled.owner.parameters())
-    SparseFfn(indexed, "torch", False).install_()
-    sparse = SparseFfn(compiled, "cpu", False)
-    sparse.install_()
+    sparse(indexed, "torch").install_()
+    ffn = sparse(compiled, "cpu")
+    ffn.install_()
     weights, packed = site.weights(), list[tuple[torch.Tensor, torch.Tensor | None]]()
     if can_prepack(weights.up.dtype):
         matrices = [(weights.gate, weights.gate_bias), (weights.up, weights.up_bias), (weights.down, site.down.bias)]
         pack = torch.ops.mkldnn._reorder_linear_weight
         packed = [(pack(matrix.contiguous()), bias) for matrix, bias in matrices if matrix is not None]
-    return Layer(site, weights, indexed, compiled, sparse.kernel(), packed)
+    return Layer(site, weights, indexed, compiled, ffn.kernel(), packed)
+
+
+def sparse(site: FfnSite, name: str) -> SparseFfn:
+    """Not installed yet; without dropout, which only training has."""
+    return SparseFfn(site, name, auto=False, dropout=None)
 
 
 def copy_of(site: FfnSite, shared: Iterable[torch.Tensor] = ()) -> FfnSite:

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from ..architectures import checkpoint_class
 from ..conversion import moefy_
-from ..execution import FEW_TOKENS, SparseFfn
-from .layers import load_moefied, through_modules
+from ..execution import FEW_TOKENS
+from .layers import load_moefied, sparse, through_modules
 from .presets import preset_config, shape_of
 from .settings import CHECKED, DTYPES, TOLERANCE, Settings
 from .timing import against, hardware, quartiles, take_turns, threads_set
@@ -104,7 +104,7 @@ def variants(model: PreTrainedModel, names: Iterable[str]) -> dict[str, PreTrain
     """The model in each implementation, on the same weights but for those that the sparse ones keep transposed."""
     own: dict[int, Any] = {id(param): param for param in model.parameters()}
     for site in model.moe_sites():
-        for linear in SparseFfn(site, "cpu", False).transposed():
+        for linear in sparse(site, "cpu").transposed():
             own[id(linear.weight)] = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
     found = {}
     for name in names:

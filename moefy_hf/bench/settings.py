@@ -8,10 +8,9 @@ from moefy_ffn import BuildError
 from moefy_ffn.build import library
 
 from ..configuration import MoeficationConfig
-from ..execution import IMPLEMENTATIONS
 from .presets import PRESETS
 
-NAMES = ("masked", *IMPLEMENTATIONS)  # what dense is compared with
+NAMES = ("masked", "torch", "cpu")  # implementations that run on the CPU, which dense is compared with
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # of an output's length, per token
 CHECKED = 32  # tokens of a call, at most
