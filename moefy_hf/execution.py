@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .limits import INNER_DROPOUT, LIMITS, device_of
+from .limits import INNER_DROPOUT, LIMITS, device_of, largest_share
 from .modeling.ffn_sites import FfnSite
 from .modeling.routed_activation import RoutedActivation
 
@@ -31,6 +31,7 @@ ACTIVATIONS = {  # class of the activation module -> the kernel's name
     "SiLUActivation": "silu",
     "SiLU": "silu",
     "ReLUSquaredActivation": "relu_squared",
+    "QuickGELUActivation": "quick_gelu",
 }
 MATRIX_ROUTERS = {  # routers whose scores are W x -> where W is; the kernel multiplies and selects itself
     "LinearRouter": "weight",
@@ -40,22 +41,23 @@ MATRIX_ROUTERS = {  # routers whose scores are W x -> where W is; the kernel mul
     "SigmoidRouter": "weight",
     "SimilarityRouter": "centres",
 }
-LARGEST_SHARE = 0.5  # of the experts: 1.2 to 2 times as fast as dense; at 0.75 it is 0.9 to 1.6 times (AVX2, 1 thread)
 TRITON_EXTRA = "pip install 'moefy-hf[triton]'"
 FEW_TOKENS = 4  # that indexing rows with torch pays for
 
 
 def run_kernel(ffn: "SparseFfn", x: torch.Tensor) -> torch.Tensor:
     """x (..., d) -> (..., d), by the C++ kernel."""
-    kernel, act = ffn.kernel(), ffn.site.act
-    return kernel(x, None if kernel.routed else act.selection(act.router(x))[0].int())[0]
+    kernel = ffn.kernel()
+    if kernel.routed:
+        return kernel(x)[0]
+    keep = ffn.keep(x)  # (..., E)
+    return kernel(x, torch.arange(keep.shape[-1], dtype=torch.int32).where(keep, -1))[0]
 
 
 def run_torch(ffn: "SparseFfn", x: torch.Tensor) -> torch.Tensor:
     """x (..., d) -> (..., d), by indexing the selected experts' rows, token by token."""
     weights, down_bias, act = ffn.site.weights(), ffn.site.down.bias, ffn.site.act
-    tokens = x.reshape(-1, x.shape[-1])
-    experts, _ = act.selection(act.router(tokens))  # (T, K)
+    tokens, keep = x.reshape(-1, x.shape[-1]), ffn.keep(x).flatten(0, -2)  # (T, d), (T, E)
 
     def rows(matrix: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """(f, ...) -> (K * m, ...)"""
@@ -65,15 +67,18 @@ def run_torch(ffn: "SparseFfn", x: torch.Tensor) -> torch.Tensor:
         return F.linear(token, rows(weight, chosen), None if bias is None else rows(bias, chosen))
 
     outputs = []
-    for token, chosen in zip(tokens, experts, strict=True):
+    for token, kept in zip(tokens, keep, strict=True):
+        chosen = kept.nonzero().squeeze(-1)  # (K,)
         hidden = linear(token, weights.up, weights.up_bias, chosen)
         if weights.gate is None:
             hidden = weights.act(hidden)
         else:
             hidden = weights.act(linear(token, weights.gate, weights.gate_bias, chosen)) * hidden
         outputs.append(hidden @ rows(weights.down.t(), chosen))
-    y = torch.stack(outputs).view_as(x)
-    return y if down_bias is None else y + down_bias
+    y = torch.stack(outputs)
+    if act.compensation is not None:
+        y = y + (~keep).to(y.dtype) @ ffn.means()
+    return (y if down_bias is None else y + down_bias).view_as(x)
 
 
 def experts_of(act: RoutedActivation, x: torch.Tensor) -> torch.Tensor:
@@ -141,9 +146,9 @@ class SparseFfn:
     def kernel(self) -> MoeFfn:
         """On the weights as they lie now: parameters may have been replaced since the last call, or the budget."""
         site, act = self.site, self.site.act
-        weight = getattr(act.router, MATRIX_ROUTERS.get(type(act.router).__name__, ""), None)
+        weight = None if act.selection.dynamic else self.matrix()
         parameters = (*site.up.parameters(), *site.down.parameters(), *(site.gate.parameters() if site.gate else ()))
-        state = (act.selection.k, type(act.router), *(p.data_ptr() for p in parameters))
+        state = (act.selection, type(act.router), *(p.data_ptr() for p in parameters), *self.versions())
         state = state if weight is None else (*state, weight.data_ptr())
         prepared = self.prepared  # read once: another thread may replace it
         if prepared is None or prepared[0] != state:
@@ -151,17 +156,54 @@ class SparseFfn:
             kernel = MoeFfn(
                 weights.up,
                 weights.down.t(),
-                k=act.selection.k,
+                k=None if weight is None else act.k,
                 expert_size=act.expert_size,
                 activation=ACTIVATIONS[type(weights.act).__name__],
                 router=weight,
+                shared=act.shared,
                 gate=weights.gate,
                 up_bias=weights.up_bias,
                 gate_bias=weights.gate_bias,
                 down_bias=site.down.bias,
+                means=None if act.compensation is None else self.means(),
             )
             self.prepared = prepared = (state, kernel)
         return prepared[1]
+
+    def matrix(self) -> torch.Tensor | None:
+        """(E - S, d): the router, where it is one that the kernel multiplies by itself."""
+        router = self.site.act.router
+        weight = getattr(router, MATRIX_ROUTERS.get(type(router).__name__, ""), None)
+        fits = weight is not None and weight.dtype in (torch.float32, self.site.up.weight.dtype)
+        return weight if fits else None
+
+    def versions(self) -> tuple[int, ...]:
+        """Of the tensors that a kernel holds a product of: it is stale where they change."""
+        act, down = self.site.act, self.site.down
+        if act.compensation is None:
+            return ()
+        held = [each for each in (act.compensation, *down.parameters()) if not each.is_inference()]
+        return (act.compensation.data_ptr(), *(each._version for each in held))
+
+    @torch.no_grad()
+    def means(self) -> torch.Tensor:
+        """(E, d): what an expert that does not run adds to the output."""
+        act, down = self.site.act, self.site.weights().down  # (d, f)
+        products = (act.compensation.double() * down).unflatten(-1, (act.num_experts, -1))
+        return products.sum(-1).t().to(down.dtype).contiguous()
+
+    def share(self, x: torch.Tensor) -> float:
+        """Of the experts, that these tokens compute."""
+        act = self.site.act
+        if act.selection.dynamic and x.device.type == "cpu":  # elsewhere the host would wait
+            return float(self.keep(x).float().mean())
+        return (act.k or 0) / act.num_experts  # unknown: sparse
+
+    def keep(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., E) bool: which experts run; the router scores a call's tokens once."""
+        if self.calls.keep is None:
+            self.calls.keep = self.site.act.keep(x)
+        return self.calls.keep
 
     def transposed(self) -> list[nn.Module]:
         """The Linears whose weight has neurons along its second dimension."""
@@ -170,9 +212,16 @@ class SparseFfn:
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
         first = self.site.first
-        if self.reason(x) is not None:
+        try:
+            reason = self.reason(x)
+            if reason is None:
+                y = IMPLEMENTATIONS[self.name](self, x)
+        finally:
+            self.calls.keep = None
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                (logger.info_once if self.auto else logger.warning_once)(f"FFNs run masked: {reason}")
             return type(first).forward(first, x)
-        y = IMPLEMENTATIONS[self.name](self, x)
         self.calls.sparse = True
         return torch.cat([y, torch.ones_like(y)], -1) if self.site.spec.parts == 2 else y
 
@@ -183,7 +232,7 @@ class SparseFfn:
         act = self.site.act
         if not self.calls.sparse:
             return type(act).forward(act, h)
-        act.observed.x = None
+        act.observed.x = act.observed.kept = None
         return h
 
     def down(self, h: torch.Tensor) -> torch.Tensor:
@@ -214,19 +263,24 @@ class SparseFfn:
             return "autocast wants another dtype"
         if self.drops_neurons():
             return "dropout of its neurons is wanted"
-        if act._forward_hooks or act._forward_pre_hooks or site.down._forward_hooks or site.down._forward_pre_hooks:
+        if act.compensation is not None and not limits.compensation:
+            return "experts that do not run contribute their mean"
+        before = [key for key in site.down._forward_pre_hooks if act.outlet is None or key != act.outlet.id]
+        if act._forward_hooks or act._forward_pre_hooks or site.down._forward_hooks or before:
             return "something observes its neurons"
         if self.name == "torch" and x.numel() > FEW_TOKENS * x.shape[-1]:
             return "many tokens"
-        if self.auto and act.k is not None and act.k > LARGEST_SHARE * act.num_experts:
-            return "most experts are selected"
+        if self.auto and self.share(x) > largest_share(x):
+            return "dense is as fast for so many experts and tokens"
         return None
 
 
 class _Calls(threading.local):
-    """Whether the call under way is sparse; one per thread, so that threads may share a model."""
+    """Whether the call under way is sparse, and which experts run for its tokens; one per thread, so that threads may
+    share a model."""
 
     sparse = False
+    keep: torch.Tensor | None = None
 
     def __deepcopy__(self, memo):
         return _Calls()

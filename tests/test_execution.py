@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import NAMES, convert, distance, run, tiny_inputs, tiny_model
 
-from moefy_hf import evaluate, execution, profile
+from moefy_hf import MoeficationConfig, evaluate, execution, moefy_, profile
 from moefy_hf.execution import IMPLEMENTATIONS, SparseFfn
 
 SIGMOID = "bert-sigmoid"  # an activation that no kernel has
@@ -38,7 +38,7 @@ def calls(monkeypatch) -> list[tuple]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != SIGMOID and name != "clip"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != SIGMOID])
 def test_every_architecture_gives_the_same(name, monkeypatch):
     model, inputs = moefied(name), tiny_inputs(name)
     masked, before = run(model, inputs), {key: value.clone() for key, value in model.state_dict().items()}
@@ -78,6 +78,62 @@ def test_routers_and_budgets(router, budget):
     sparse = run(model, inputs)
     model.set_moe_implementation("masked")
     assert distance(run(model, inputs), sparse) < 1e-5
+
+
+SELECTIONS = {"threshold": {"tau": 0.3}, "top_p": {"p": 0.5}, "level": {"level": 2.0}, "top_k": {"k": 3}}
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "torch"])
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_selections_shared_experts_and_compensation(name, selection, shared, compensated, implementation, monkeypatch):
+    model = tiny_model(name)
+    config = MoeficationConfig(
+        expert_size=8, splitter="random", router="random", selection={"type": "top_k", "k": 3}, shared_experts=shared
+    )
+    moefy_(model, config, text_batches(2))
+    model.requires_grad_(False).set_selection(type=selection, **SELECTIONS[selection])
+    for site in model.moe_sites() if compensated else ():
+        site.act.compensate_(torch.randn(site.sizes[1]))
+    inputs = {"input_ids": tiny_inputs(name)["input_ids"][:1, :4]}
+    masked, found = run(model, inputs), calls(monkeypatch)
+    model.set_moe_implementation(implementation)
+    assert distance(run(model, inputs), masked) < 1e-5 and len(found) == 2
+    for site in model.moe_sites():  # means follow
+        site.down.weight.mul_(2)
+    after = run(model, inputs)
+    model.set_moe_implementation("masked")
+    assert distance(run(model, inputs), after) < 1e-5 < distance(masked, after)
+
+
+@pytest.mark.parametrize("router_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "phi3"])
+def test_bfloat16(name, router_dtype):
+    """As near to the float32 model as the masked bfloat16 model is."""
+    model, inputs = moefied(name), tiny_inputs(name)
+    exact = run(model, inputs)
+    model.bfloat16()
+    for site in model.moe_sites():
+        site.act.router.to(router_dtype)
+    masked = run(model, inputs)
+    model.set_moe_implementation("cpu")
+    sparse = run(model, inputs)
+    assert {each.dtype for each in sparse} == {torch.bfloat16}
+    error, allowed = (
+        torch.cat([(a - b).flatten() for a, b in zip(found, exact, strict=True)]).norm() for found in (sparse, masked)
+    )
+    assert 0 < error < 1.2 * allowed
+
+
+def test_why_calls_are_masked_is_said_once(caplog):
+    model, inputs = moefied("llama"), tiny_inputs("llama")
+    model.set_moe_implementation("cpu")
+    execution.logger.warning_once.cache_clear()
+    for _ in range(2):
+        in_autocast(model, inputs)
+    assert [each.message for each in caplog.records] == ["FFNs run masked: autocast wants another dtype"]
 
 
 def test_changed_weights_are_seen():
@@ -142,9 +198,16 @@ def test_auto_takes_what_there_is(monkeypatch):
     masked = run(model, inputs)
     model.set_moe_implementation()
     assert distance(run(model, inputs), masked) < 1e-5 and len(found) == 2
-    model.set_selection(k=4)  # of 6: dense is as fast
-    run(model, inputs)
+    model.set_selection(k=5)  # of 6
+    many = {name: each.repeat(2, 1) for name, each in inputs.items()}
+    run(model, many)  # 28 tokens: dense is as fast
     assert len(found) == 2
+    model.set_selection(type="threshold", tau=0.9)  # nearly all experts
+    run(model, many)
+    assert len(found) == 2
+    model.set_selection(type="threshold", tau=0.05)
+    run(model, many)
+    assert len(found) == 4
 
     def fails():
         raise BuildError("no compiler")
@@ -163,8 +226,12 @@ def test_what_does_not_fit():
     masked = run(model, inputs)
     model.set_moe_implementation("auto")
     assert all(torch.equal(a, b) for a, b in zip(run(model, inputs), masked, strict=True))
-    with pytest.raises(ValueError, match="bfloat16: only float32 can"):
-        moefied("llama").bfloat16().set_moe_implementation("cpu")
+    with pytest.raises(ValueError, match="float16: only float32 or bfloat16 can"):
+        moefied("llama").half().set_moe_implementation("cpu")
+    mixed = moefied("llama").bfloat16()
+    mixed.moe_sites()[0].down.float()  # as T5 keeps it
+    with pytest.raises(ValueError, match="gate_proj is torch.bfloat16, down_proj torch.float32: only one dtype can"):
+        mixed.set_moe_implementation("cpu")
     with pytest.raises(
         ValueError, match="unknown implementation 'cuda'; choose from auto, masked, torch, cpu, triton"
     ):

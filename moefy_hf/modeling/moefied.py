@@ -215,11 +215,11 @@ class MoefiedMixin:
 
         Args:
             name: "masked" computes every neuron and zeroes those not selected, the form that trains, and what a model
-                begins with; "cpu" computes the selected experts alone (C++, float32, compiled on first use), "torch"
-                does so without a compiler, for a few tokens; "triton" on GPUs (the extra of that name), in float32 or
-                half precision, also where gradients or autocast are wanted; "auto" takes the best of these that can
-                run here, and is masked where it would not be faster. Other calls that need gradients or autocast, and
-                all that need a compiled graph or dropout of an FFN's neurons, are masked.
+                begins with; "cpu" computes the selected experts alone (C++, float32 or bfloat16, compiled on first
+                use), "torch" does so without a compiler, for a few tokens; "triton" on GPUs (the extra of that name),
+                in float32 or half precision, also where gradients or autocast are wanted; "auto" takes the best of
+                these that can run here, and is masked where it would not be faster. Other calls that need gradients or
+                autocast, and all that need a compiled graph or dropout of an FFN's neurons, are masked.
 
         Raises:
             ValueError: an unknown name, or an FFN that cannot run so: adapted, quantised, offloaded, of another dtype

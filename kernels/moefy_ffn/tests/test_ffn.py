@@ -14,14 +14,18 @@ REFERENCE = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "relu_squared": lambda x: F.relu(x).square(),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest output; bfloat16 rounds to 4e-3 of a number
 
 
-def made(tokens: int, d: int, experts: int, m: int, gated: bool, biased: bool, seed: int = 0) -> dict:
+def made(
+    tokens: int, d: int, experts: int, m: int, gated: bool, biased: bool, seed: int = 0, dtype=torch.float32
+) -> dict:
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
 
     f = experts * m
     found = {"x": noise(tokens, d) * d**0.5, "up": noise(f, d), "down": noise(f, d), "router": noise(experts, d)}
@@ -32,50 +36,137 @@ def made(tokens: int, d: int, experts: int, m: int, gated: bool, biased: bool, s
     }
 
 
-def reference(x, up, down, router, gate, up_bias, gate_bias, down_bias, k, m, activation) -> torch.Tensor:
+def kept(experts: torch.Tensor, count: int) -> torch.Tensor:
+    """(T, K) with -1 in unused slots -> (T, E) bool"""
+    return F.one_hot(experts.long() + 1, count + 1).sum(1)[:, 1:].bool()
+
+
+def reference(x, up, down, router, gate, up_bias, gate_bias, down_bias, keep, activation, means=None) -> torch.Tensor:
     """Dense, then masked, in float64."""
-    x, up, down, router, gate, up_bias, gate_bias, down_bias = (
-        None if t is None else t.double() for t in (x, up, down, router, gate, up_bias, gate_bias, down_bias)
+    x, up, down, router, gate, up_bias, gate_bias, down_bias, means = (
+        None if t is None else t.double() for t in (x, up, down, router, gate, up_bias, gate_bias, down_bias, means)
     )
-    keep = torch.zeros(len(x), len(router), dtype=torch.bool).scatter(-1, (x @ router.T).topk(k, -1).indices, True)
     act = REFERENCE[activation]
     hidden = F.linear(x, up, up_bias)
     hidden = act(hidden) if gate is None else act(F.linear(x, gate, gate_bias)) * hidden
-    y = hidden.masked_fill(~keep.repeat_interleave(m, -1), 0) @ down
+    y = hidden.masked_fill(~keep.repeat_interleave(len(up) // keep.shape[-1], -1), 0) @ down
+    y = y if means is None else y + (~keep).double() @ means
     return y if down_bias is None else y + down_bias
 
 
-def check(inputs: dict, k: int, m: int, activation: str, **settings) -> None:
-    expected = reference(**inputs, k=k, m=m, activation=activation)
-    y, experts = moe_ffn(**inputs, k=k, expert_size=m, activation=activation, **settings)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5 * max(float(expected.abs().max()), 1e-30))
-    assert experts.shape == (len(y), k) and (experts.diff() > 0).all()
+def check(inputs: dict, k: int, m: int, activation: str, shared: int = 0, **settings) -> None:
+    """By the router: the experts are the best by its scores, and the output is theirs."""
+    y, experts = moe_ffn(**inputs, k=k, expert_size=m, activation=activation, shared=shared, **settings)
+    assert experts.shape == (len(y), k) and (experts.diff() > 0).all() and (experts >= 0).all()
+    scores = inputs["x"].double() @ inputs["router"].double().T
+    best = torch.cat([torch.full((len(y), shared), torch.inf), scores], -1)
+    worst_kept = best.gather(-1, experts.long()).amin(-1)
+    keep = kept(experts, best.shape[-1])
+    assert (best.masked_fill(keep, -torch.inf).amax(-1) <= worst_kept + 1e-5).all()
+    close(y, reference(**inputs, keep=keep, activation=activation, means=settings.get("means")))
+
+
+def close(y: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = TOLERANCE[y.dtype]
+    largest = max(float(expected.abs().max()), 1e-30)
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance * largest)
 
 
 @pytest.mark.parametrize(("gated", "biased"), itertools.product([False, True], repeat=2))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_form_of_ffn(activation, gated, biased):
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_form_of_ffn(dtype, activation, gated, biased):
     for tokens in (1, 7):
-        check(made(tokens, 40, 6, 8, gated, biased), 2, 8, activation)
+        check(made(tokens, 40, 6, 8, gated, biased, dtype=dtype), 2, 8, activation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_far_from_zero(activation):
+    """One neuron, one input: the activation itself, to float32 precision."""
+    sizes = torch.logspace(-30, 38, 137)
+    x = torch.cat([torch.linspace(-100, 100, 4001), sizes, -sizes]).unsqueeze(-1)
+    one = torch.ones(1, 1)
+    y, _ = moe_ffn(
+        x, one, one, experts=torch.zeros(len(x), 1, dtype=torch.int32), expert_size=1, activation=activation
+    )
+    torch.testing.assert_close(y, REFERENCE[activation](x.double()).float(), rtol=2e-6, atol=4e-7)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 6, 129, 600])
-def test_numbers_of_tokens_and_threads(tokens, threads):
-    check(made(tokens, 72, 24, 4, gated=True, biased=True), 5, 4, "silu", threads=threads)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 6, 13, 129, 2048])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_numbers_of_tokens_and_threads(dtype, tokens, threads):
+    check(made(tokens, 72, 24, 4, gated=True, biased=True, dtype=dtype), 5, 4, "silu", threads=threads)
 
 
 @pytest.mark.parametrize("d", [1, 7, 16, 65, 300])
-@pytest.mark.parametrize("m", [1, 4, 13, 512])
-def test_widths_that_are_no_multiples_of_a_vector(d, m):
+@pytest.mark.parametrize("m", [1, 4, 8, 13, 128, 512])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_widths_that_are_no_multiples_of_a_vector(dtype, d, m):
     for tokens in (1, 5):
-        check(made(tokens, d, 4, m, gated=False, biased=True), 2, m, "gelu")
+        check(made(tokens, d, 4, m, gated=False, biased=True, dtype=dtype), 2, m, "gelu")
 
 
-@pytest.mark.parametrize("k", [1, 11, 12])
-def test_budgets(k):
+@pytest.mark.parametrize("shared", [0, 1, 3])
+@pytest.mark.parametrize("k", [3, 11, 12])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_budgets_and_shared_experts(dtype, k, shared):
     for tokens in (1, 50):
-        check(made(tokens, 32, 12, 4, gated=False, biased=False), k, 4, "relu")
+        inputs = made(tokens, 32, 12, 4, gated=False, biased=False, dtype=dtype)
+        inputs["router"] = inputs["router"][shared:].contiguous()
+        check(inputs, k, 4, "relu", shared=shared)
+
+
+def test_a_float32_router_of_a_bfloat16_ffn():
+    for tokens in (1, 600):  # so many that some of them choose others by the rounded router
+        inputs = made(tokens, 40, 12, 4, gated=True, biased=True, dtype=torch.bfloat16)
+        check(inputs | {"router": made(1, 40, 12, 4, False, False, seed=1)["router"]}, 3, 4, "silu")
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [1, 2, 70, 300])
+def test_unused_slots_and_means(tokens, dtype, compensated):
+    """Each token has its own number of experts, one has none; in any order."""
+    inputs = made(tokens, 40, 12, 8, gated=True, biased=True, dtype=dtype)
+    del inputs["router"]
+    generator = torch.Generator().manual_seed(1)
+    experts = torch.stack([torch.randperm(12, generator=generator) for _ in range(tokens)]).int()
+    experts = experts.where(torch.rand(tokens, 12, generator=generator) < 0.3, -1)
+    experts[0] = -1
+    means = torch.randn(12, 40, generator=generator).to(dtype) if compensated else None
+    y, same = moe_ffn(**inputs, expert_size=8, activation="silu", experts=experts, means=means)
+    assert same is experts
+    close(y, reference(**inputs, router=None, keep=kept(experts, 12), activation="silu", means=means))
+    if not compensated:
+        assert torch.equal(y[0], inputs["down_bias"])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("m", [8, 100])
+def test_means_with_a_router(m, dtype):
+    for tokens in (1, 50):
+        inputs = made(tokens, 40, 12, m, gated=False, biased=True, dtype=dtype)
+        check(inputs, 5, m, "relu", means=torch.randn(12, 40).to(dtype))
+
+
+def test_bfloat16_outputs_are_rounded_to_the_nearest():
+    """One neuron: a product of two bfloat16 numbers, which float32 holds exactly."""
+    generator = torch.Generator().manual_seed(0)
+    x, down = torch.zeros(50, 70).bfloat16(), torch.randn(1, 70, generator=generator).bfloat16()
+    x[:, 0] = torch.rand(50, generator=generator)
+    given = torch.zeros(50, 1, dtype=torch.int32)
+    y, _ = moe_ffn(x, torch.ones_like(down), down, expert_size=1, activation="relu", experts=given)
+    assert torch.equal(y, (x[:, :1].float() * down.float()).bfloat16())
+
+
+def test_equal_and_nan_scores():
+    """Of equal scores the first experts run, and nan counts as the best."""
+    inputs = made(2, 32, 6, 4, gated=False, biased=False)
+    inputs["router"] = torch.zeros(6, 32)
+    assert moe_ffn(**inputs, k=4, expert_size=4, activation="relu")[1].tolist() == [[0, 1, 2, 3]] * 2
+    inputs["router"][4] = float("nan")
+    assert moe_ffn(**inputs, k=2, expert_size=4, activation="relu")[1].tolist() == [[0, 4]] * 2
 
 
 def test_all_tokens_on_one_expert_and_given_experts():
@@ -96,12 +187,18 @@ def test_all_tokens_on_one_expert_and_given_experts():
     assert y.isfinite().all()
 
 
-def test_nan_and_inf_pass_through():
-    inputs = made(9, 32, 6, 4, gated=False, biased=False)
-    inputs["x"][2, 3], inputs["x"][4, 1] = float("nan"), float("inf")
-    y, _ = moe_ffn(**inputs, k=2, expert_size=4, activation="relu")
-    finite = y.isfinite().all(-1)
-    assert finite.tolist() == [i not in (2, 4) for i in range(9)] and y[2].isnan().all()
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_nan_and_inf_as_in_the_masked_ffn(dtype, activation, tokens):
+    for value in (float("nan"), float("inf"), -float("inf")):
+        inputs = made(tokens, 32, 6, 4, gated=False, biased=False, dtype=dtype)
+        inputs["x"][0, 3] = value
+        experts = torch.tensor([[1, 4]] * tokens, dtype=torch.int32)
+        router = inputs.pop("router")
+        y, _ = moe_ffn(**inputs, expert_size=4, activation=activation, experts=experts)
+        expected = reference(**inputs, router=router, keep=kept(experts, 6), activation=activation)
+        assert torch.equal(y[0].isfinite(), expected[0].isfinite()) and y[1:].isfinite().all()
 
 
 def test_shapes_layouts_and_no_tokens():
@@ -141,7 +238,18 @@ BAD = [
     ({"activation": "tanh"}, "unknown activation 'tanh'; choose from relu, gelu"),
     ({"k": 7}, "k=7 of experts of 4 neurons does not fit 24"),
     ({"expert_size": 5}, "experts of 5 neurons"),
-    ({"up": torch.zeros(24, 32).double()}, "up must be a contiguous torch.float32"),
+    ({"shared": 3}, "does not fit 24 neurons and 3 shared experts"),
+    ({"k": None}, "k=None"),
+    ({"up": torch.zeros(24, 32).double()}, "up must be torch.float32 or torch.bfloat16, got torch.float64"),
+    ({"down": torch.zeros(24, 32).bfloat16()}, "down must be a contiguous torch.float32 .* got a torch.bfloat16"),
+    ({"router": torch.zeros(6, 32).bfloat16()}, "router must be a contiguous torch.float32"),
+    ({"means": torch.zeros(5, 32)}, r"means must be .* shape \(6, 32\)"),
+    ({"x": torch.zeros(2, 32).bfloat16()}, "x must be a contiguous torch.float32"),
+    (
+        {"router": None, "experts": torch.tensor([[0, 6]] * 2, dtype=torch.int32)},
+        r"experts must lie in \[-1, 6\), got 0",
+    ),
+    ({"router": None, "experts": torch.tensor([[0, -2]] * 2, dtype=torch.int32)}, r"got -2 to 0"),
     ({"down": torch.zeros(32, 24).t()}, "down must be .* got a not contiguous"),
     ({"router": torch.zeros(5, 32)}, r"router must be .* shape \(6, 32\)"),
     ({"router": None}, "give a router or experts"),

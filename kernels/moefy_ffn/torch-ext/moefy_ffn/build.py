@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("ffn.cpp")
+HEADERS = sorted(SOURCE.parent.glob("*.h"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
 
 
@@ -37,9 +38,9 @@ def cache_directory() -> Path:
 
 
 def key() -> str:
-    """What the compiled file depends on: the source, the compiler and its flags, and this processor."""
+    """What the compiled file depends on: the sources, the compiler and its flags, and this processor."""
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
-    parts = (SOURCE.read_text(), version, *FLAGS, processor())
+    parts = (*(path.read_text() for path in (SOURCE, *HEADERS)), version, *FLAGS, processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

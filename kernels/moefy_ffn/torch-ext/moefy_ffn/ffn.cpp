@@ -1,238 +1,300 @@
-// One routed FFN on a CPU, float32: score the experts, select k per token, and compute those only.
+// One routed FFN on a CPU: score the experts, select k per token, and compute those only. float32 or bfloat16 numbers;
+// sums are float32.
 //
 // Weights are read where the model keeps them, a row of d numbers per neuron: expert e is the rows [e*m, (e+1)*m) of
-// up, gate and down. A block of tokens goes through five steps, each shared out over the threads:
+// up, gate and down. A block of tokens goes through these steps, each shared out over the threads:
 //
-//   scores (T, E) -> k experts per token -> pairs (token, expert), sorted by expert
+//   scores (T, E - S) -> k experts per token, S of them always -> pairs (token, expert), sorted by expert
 //   -> hidden (pairs, m) = act(gate x) * up x, an expert at a time -> y (T, d) += hidden * down, a slice of columns each
 //
 // Few tokens are bound by the memory that the selected rows come from, many by the arithmetic.
 
 #include <omp.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <vector>
+#include "activations.h"
+#include "products.h"
 
 extern "C" {
 
-enum Activation { RELU, GELU, GELU_TANH, SILU, RELU_SQUARED };
-
 struct Ffn {
-  const float *router;     // (E, d), or null: the experts are given
-  const float *up, *gate;  // (f, d); gate is null in an ungated FFN
-  const float *down;       // (f, d)
-  const float *up_bias, *gate_bias, *down_bias;  // (f), (f), (d), or null
-  int64_t d, num_experts, expert_size, k;
-  int32_t activation;
+  const void *router;      // (E - S, d), or null: the experts are given
+  const void *up, *gate;   // (f, d); gate is null in an ungated FFN
+  const void *down;        // (f, d)
+  const void *up_bias, *gate_bias, *base;  // (f), (f), (d), or null
+  const void *means;       // (E, d), or null: what an expert that runs takes away from `base`
+  int64_t d, num_experts, expert_size, shared;
+  int32_t activation, is_bfloat16, router_is_bfloat16;
 };
 }
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int LANES = 16;
-#else
-constexpr int LANES = 8;
-#endif
-constexpr int64_t BLOCK = 256;  // tokens at once: their inputs, outputs and hidden neurons stay in the cache
+constexpr int64_t BLOCK = 256;  // tokens at once: their inputs and outputs stay in the cache
 constexpr int64_t SLICE = 64;   // columns of y are shared out in multiples of this
-typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+constexpr int64_t STREAM = 8;   // rows of down that one token reads at once
 
-inline vec load(const float *p) { return *reinterpret_cast<const vec *>(p); }
-inline void store(float *p, vec v) { *reinterpret_cast<vec *>(p) = v; }
-
-// out[t * stride + r] = x[t] . w[r] for T tokens and R consecutive rows of w
-template <int T, int R>
-inline void dots(const float *const *x, const float *w, int64_t d, float *out, int64_t stride) {
-  vec sums[T][R] = {};
-  int64_t i = 0;
-  for (; i + LANES <= d; i += LANES) {
-    vec rows[R];
-    for (int r = 0; r < R; ++r) rows[r] = load(w + r * d + i);
-    for (int t = 0; t < T; ++t) {
-      const vec token = load(x[t] + i);
-      for (int r = 0; r < R; ++r) sums[t][r] += token * rows[r];
-    }
+// The k best of n scores, as torch.topk: nan is larger than any number, of equals the first; in increasing order
+void select(const float *scores, int64_t n, int64_t k, int32_t first, int32_t *out, std::vector<uint32_t> &keys) {
+  keys.resize(n);
+  for (int64_t e = 0; e < n; ++e) {  // ordered as the scores are
+    uint32_t b;
+    memcpy(&b, scores + e, 4);
+    keys[e] = scores[e] != scores[e] ? ~0u : b & 0x80000000u ? ~b : b | 0x80000000u;
   }
-  for (int t = 0; t < T; ++t)
-    for (int r = 0; r < R; ++r) {
-      float sum = 0;
-      for (int lane = 0; lane < LANES; ++lane) sum += sums[t][r][lane];
-      for (int64_t rest = i; rest < d; ++rest) sum += x[t][rest] * w[r * d + rest];
-      out[t * stride + r] = sum;
-    }
-}
-
-template <int T>
-inline void dots_of(const float *const *x, const float *w, int64_t rows, int64_t d, float *out, int64_t stride) {
-  constexpr int R = T == 1 ? 4 : 3;  // T * R sums, R rows and a token fit the registers
-  int64_t r = 0;
-  for (; r + R <= rows; r += R) dots<T, R>(x, w + r * d, d, out + r, stride);
-  for (; r < rows; ++r) dots<T, 1>(x, w + r * d, d, out + r, stride);
-}
-
-// out (tokens, rows; a row of `stride` per token) = x w^T
-void multiply(const float *const *x, int64_t tokens, const float *w, int64_t rows, int64_t d, float *out,
-              int64_t stride) {
-  int64_t t = 0;
-  for (; t + 4 <= tokens; t += 4) dots_of<4>(x + t, w, rows, d, out + t * stride, stride);
-  if (t + 2 <= tokens) dots_of<2>(x + t, w, rows, d, out + t * stride, stride), t += 2;
-  if (t < tokens) dots_of<1>(x + t, w, rows, d, out + t * stride, stride);
-}
-
-inline float activate(float a, int32_t kind) {
-  switch (kind) {
-    case RELU: return a < 0 ? 0 : a;  // nan stays nan
-    case RELU_SQUARED: return a < 0 ? 0 : a * a;
-    case GELU: return 0.5f * a * (1 + std::erf(a * 0.70710678118654752f));
-    case GELU_TANH: return 0.5f * a * (1 + std::tanh(0.79788456080286536f * (a + 0.044715f * a * a * a)));
-    default: return a / (1 + std::exp(-a));
+  uint32_t least = 0;  // the key of the k-th best, from its highest bit on
+  for (int bit = 31; bit >= 0; --bit) {
+    const uint32_t tried = least | 1u << bit;
+    int32_t reached = 0;
+    for (const uint32_t key : keys) reached += key >= tried;
+    if (reached >= k) least = tried;
+    if (reached == k) break;
   }
-}
-
-// y[t] += sum over r of h[r * T + t] * rows[r], for T tokens and R rows: rows are read once, in one stream each
-template <int T, int R>
-inline void add_rows(float *const *y, const float *const *rows, const float *h, int64_t columns) {
-  int64_t i = 0;
-  for (; i + LANES <= columns; i += LANES) {
-    vec read[R];
-    for (int r = 0; r < R; ++r) read[r] = load(rows[r] + i);
-    for (int t = 0; t < T; ++t) {
-      vec sum = load(y[t] + i);
-      for (int r = 0; r < R; ++r) sum += h[r * T + t] * read[r];
-      store(y[t] + i, sum);
-    }
-  }
-  for (; i < columns; ++i)
-    for (int t = 0; t < T; ++t)
-      for (int r = 0; r < R; ++r) y[t][i] += h[r * T + t] * rows[r][i];
-}
-
-// y[t] += h[t] * down for T tokens of one expert; rows whose neuron is exactly zero for all of them are not read
-template <int T>
-inline void add_expert(float *const *y, const float *h, int64_t m, const float *down, int64_t d, int64_t columns) {
-  constexpr int R = 4;
-  const float *rows[R];
-  float factors[R * T];
-  int held = 0;
-  for (int64_t r = 0; r < m; ++r) {
-    bool active = false;
-    for (int t = 0; t < T; ++t) active |= (factors[held * T + t] = h[t * m + r]) != 0;
-    if (!active) continue;
-    rows[held++] = down + r * d;
-    if (held == R) add_rows<T, R>(y, rows, factors, columns), held = 0;
-  }
-  for (int r = 0; r < held; ++r) add_rows<T, 1>(y, rows + r, factors + r * T, columns);
-}
-
-// The k best of E scores, as torch.topk: nan is larger than any number; in the order of the experts
-void select(const float *scores, int64_t experts, int64_t k, int32_t *out, std::vector<int32_t> &order) {
-  order.resize(experts);
-  for (int64_t e = 0; e < experts; ++e) order[e] = e;
-  const auto better = [&](int32_t a, int32_t b) {
-    const float x = scores[a], y = scores[b];
-    if (std::isnan(x) || std::isnan(y)) return std::isnan(x) && (!std::isnan(y) || a < b);
-    return x > y || (x == y && a < b);
-  };
-  if (k < experts) std::nth_element(order.begin(), order.begin() + k, order.end(), better);
-  std::copy(order.begin(), order.begin() + k, out);
-  std::sort(out, out + k);
+  for (const uint32_t key : keys) k -= key > least;
+  for (int64_t e = 0; e < n; ++e)
+    if (keys[e] > least || (keys[e] == least && k-- > 0)) *out++ = first + e;
 }
 
 struct Pairs {  // of one block, sorted by expert
   std::vector<int64_t> starts;  // (E + 1) where each expert's begin
-  std::vector<int32_t> tokens;
+  std::vector<int32_t> tokens, used;  // used: the experts that have any
 
   void sort(const int32_t *index, int64_t count, int64_t k, int64_t experts) {
     starts.assign(experts + 1, 0);
-    tokens.resize(count * k);
-    for (int64_t i = 0; i < count * k; ++i) ++starts[index[i] + 1];
-    for (int64_t e = 0; e < experts; ++e) starts[e + 1] += starts[e];
+    used.clear();
+    for (int64_t i = 0; i < count * k; ++i)
+      if (index[i] >= 0) ++starts[index[i] + 1];
+    for (int64_t e = 0; e < experts; ++e) {
+      if (starts[e + 1]) used.push_back(e);
+      starts[e + 1] += starts[e];
+    }
+    tokens.resize(starts[experts]);
     std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-    for (int64_t i = 0; i < count * k; ++i) tokens[next[index[i]]++] = i / k;
+    for (int64_t i = 0; i < count * k; ++i)
+      if (index[i] >= 0) tokens[next[index[i]]++] = i / k;
   }
 };
 
-void hidden_of(const Ffn &f, const float *x, const Pairs &pairs, int64_t e, float *hidden) {
-  const int64_t first = pairs.starts[e], count = pairs.starts[e + 1] - first, m = f.expert_size, from = e * m;
-  if (count == 0) return;
-  thread_local std::vector<const float *> inputs;
-  thread_local std::vector<float> gates;
-  inputs.resize(count);
-  for (int64_t i = 0; i < count; ++i) inputs[i] = x + pairs.tokens[first + i] * f.d;
-  float *h = hidden + first * m;
-  multiply(inputs.data(), count, f.up + from * f.d, m, f.d, h, m);
-  if (f.gate) {
-    gates.resize(count * m);
-    multiply(inputs.data(), count, f.gate + from * f.d, m, f.d, gates.data(), m);
-  }
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t r = 0; r < m; ++r) {
-      const float a = h[i * m + r] + (f.up_bias ? f.up_bias[from + r] : 0);
-      const float g = f.gate ? gates[i * m + r] + (f.gate_bias ? f.gate_bias[from + r] : 0) : 0;
-      h[i * m + r] = f.gate ? activate(g, f.activation) * a : activate(a, f.activation);
-    }
-}
+// One FFN over blocks of tokens, its numbers of type P
+template <class P>
+struct Blocks {
+  typedef typename P::Number Number;
+  typedef typename P::Token Token;
 
-void outputs_of(const Ffn &f, const Pairs &pairs, const float *hidden, float *y, int64_t begin, int64_t end) {
-  const int64_t m = f.expert_size, columns = end - begin;
-  for (int64_t e = 0; e < f.num_experts; ++e) {
-    const float *down = f.down + e * m * f.d + begin;
-    int64_t i = pairs.starts[e];
-    const int64_t last = pairs.starts[e + 1];
-    const auto place = [&](int64_t pair) { return y + pairs.tokens[pair] * f.d + begin; };
-    for (; i + 4 <= last; i += 4) {
-      float *const rows[] = {place(i), place(i + 1), place(i + 2), place(i + 3)};
-      add_expert<4>(rows, hidden + i * m, m, down, f.d, columns);
+  const Ffn &f;
+  const int64_t k;
+  const int64_t d = f.d, m = f.expert_size, padded = (d + 2 * LANES - 1) / (2 * LANES) * (2 * LANES) + LANES;
+  const Number *up = (const Number *)f.up, *gate = (const Number *)f.gate, *down = (const Number *)f.down;
+  const Number *means = (const Number *)f.means, *base = (const Number *)f.base;
+  std::vector<Token> x;  // (block, padded) staged: other strides than powers of two, zero beyond d
+  std::vector<float> wide;  // (block, padded) x for a float32 router of a bfloat16 FFN, else empty
+  std::vector<float> y, scores, hidden;
+  Pairs pairs;
+
+  // Where the pairs' rows of x and y are, for one expert
+  template <class Row>
+  void places(std::vector<Row> &rows, Row first, int32_t expert) const {
+    rows.clear();
+    for (int64_t i = pairs.starts[expert]; i < pairs.starts[expert + 1]; ++i)
+      rows.push_back(first + pairs.tokens[i] * padded);
+  }
+
+  void product(const std::vector<const Token *> &inputs, const Number *w, const Number *bias, int64_t from,
+               std::vector<float> &out, const Number *next) const {
+    const int64_t count = inputs.size();
+    out.resize(count * m + LANES);
+    multiply<P>(inputs.data(), count, w + from * d, m, d, out.data(), m, next);
+    if (bias)
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t r = 0; r < m; ++r) out[i * m + r] += number(bias[from + r]);
+  }
+
+  void hidden_of(int64_t position) {
+    const int32_t e = pairs.used[position];
+    const int64_t from = e * m;
+    const Number *next = position + 1 < int64_t(pairs.used.size()) ? up + pairs.used[position + 1] * m * d : nullptr;
+    thread_local std::vector<const Token *> inputs;
+    thread_local std::vector<float> a, g;
+    places<const Token *>(inputs, x.data(), e);
+    product(inputs, up, (const Number *)f.up_bias, from, a, gate ? gate + from * d : next);
+    if (gate) product(inputs, gate, (const Number *)f.gate_bias, from, g, next);
+    activate(a.data(), gate ? g.data() : nullptr, inputs.size() * m, f.activation,
+             hidden.data() + pairs.starts[e] * m);
+  }
+
+  // Rows of down with their factors for T tokens, without those whose neuron is exactly zero for all of them
+  template <int T>
+  struct Sum {
+    std::vector<const Number *> rows;
+    std::vector<float> values;  // (rows, T)
+    std::vector<typename P::Factor> factors;
+
+    void clear() { rows.clear(), values.clear(), factors.clear(); }
+    void expert(const float *h, int64_t m, const Number *down, int64_t first, int64_t last, int64_t d) {
+      for (int64_t r = first; r < last; ++r) {
+        bool active = false;
+        for (int t = 0; t < T; ++t) active |= h[t * m + r] != 0;
+        if (!active) continue;
+        rows.push_back(down + r * d);
+        for (int t = 0; t < T; ++t) values.push_back(h[t * m + r]);
+      }
     }
-    if (i + 2 <= last) {
-      float *const rows[] = {place(i), place(i + 1)};
-      add_expert<2>(rows, hidden + i * m, m, down, f.d, columns), i += 2;
+    void less(const Number *mean) { rows.push_back(mean), values.insert(values.end(), T, -1.0f); }
+    int64_t steps() {  // whole ones, with their factors
+      while (rows.size() % P::STEP) rows.push_back(rows.back()), values.insert(values.end(), T, 0.0f);
+      const int64_t count = rows.size() / P::STEP;
+      factors.resize(count * T);
+      for (int64_t s = 0; s < count; ++s)
+        for (int t = 0; t < T; ++t) {
+          float each[P::STEP];
+          for (int i = 0; i < P::STEP; ++i) each[i] = values[(s * P::STEP + i) * T + t];
+          factors[s * T + t] = P::factor(each);
+        }
+      return count;
     }
-    if (i < last) {
-      float *const rows[] = {place(i)};
-      add_expert<1>(rows, hidden + i * m, m, down, f.d, columns);
+  };
+
+  // The rows of down in [first, last) of an expert whose neuron is not zero for all of its tokens
+  void active_rows(size_t position, int64_t first, int64_t last, std::vector<const Number *> &rows) const {
+    rows.clear();
+    if (position == pairs.used.size()) return;
+    const int64_t e = pairs.used[position], begin = pairs.starts[e], end = pairs.starts[e + 1];
+    for (int64_t r = first; r < last; ++r)
+      for (int64_t i = begin; i < end; ++i)
+        if (hidden[i * m + r] != 0) {
+          rows.push_back(down + (e * m + r) * d);
+          break;
+        }
+  }
+
+  // y (block, padded) += hidden * down in columns [begin, end)
+  void outputs_of(int64_t begin, int64_t end) {
+    thread_local std::vector<float *> outputs;
+    std::vector<const Number *> ahead;
+    for (size_t position = 0; position < pairs.used.size(); ++position) {
+      const int32_t e = pairs.used[position];
+      const float *h = hidden.data() + pairs.starts[e] * m;
+      places<float *>(outputs, y.data(), e);
+      const int64_t chunk = chunk_of(outputs.size());
+      for (int64_t first = 0; first < m; first += chunk) {
+        const int64_t last = std::min(first + chunk, m);
+        const Number *rows = down + e * m * d;
+        if (last < m) active_rows(position, last, std::min(last + chunk, m), ahead);
+        else active_rows(position + 1, 0, std::min(chunk, m), ahead);
+        in_groups(outputs.size(), [&](int64_t from, int64_t to, int64_t group, int64_t groups) {
+          const int64_t share = ahead.size() * group / groups, rest = ahead.size() * (group + 1) / groups - share;
+          with_tokens(to - from, [&](auto size) {
+            thread_local Sum<size> sum;
+            sum.clear();
+            sum.expert(h + from * m, m, rows, first, last, d);
+            if (means && last == m) sum.less(means + e * d);
+            const int64_t steps = sum.steps();
+            add_rows<P, size>(outputs.data() + from, sum.rows.data(), steps, sum.factors.data(), begin, end,
+                              ahead.data() + share, rest);
+          });
+        });
+      }
     }
   }
+
+  // The same for a block of one token: all its experts' rows are known, and read as STREAM streams
+  void output_of(int64_t begin, int64_t end) {
+    thread_local Sum<1> sum;
+    sum.clear();
+    for (const int32_t e : pairs.used) {
+      sum.expert(hidden.data() + pairs.starts[e] * m, m, down + e * m * d, 0, m, d);
+      if (means) sum.less(means + e * d);
+    }
+    float *const out[] = {y.data()};
+    const int64_t rows = sum.steps() * P::STEP;
+    for (int64_t r = 0; r < rows; r += STREAM) {
+      const int64_t count = std::min(STREAM, rows - r), after = r + count;
+      add_rows<P, 1>(out, sum.rows.data() + r, count / P::STEP, sum.factors.data() + r / P::STEP, begin, end,
+                     sum.rows.data() + after, std::min(STREAM, rows - after));
+    }
+  }
+
+  void put(int64_t t, int64_t begin, int64_t end, Number *out) const {
+    constexpr int64_t PIECE = P::WIDTH * LANES;
+    for (int64_t i = begin; i < end; i += PIECE) {
+      Number piece[PIECE] = {}, bias[PIECE] = {};
+      const int64_t columns = std::min(PIECE, end - i);
+      vec sums[P::WIDTH], more[P::WIDTH] = {};
+      for (int w = 0; w < P::WIDTH; ++w) sums[w] = load<vec>(y.data() + t * padded + i + w * LANES);
+      if (base) {
+        std::copy(base + i, base + i + columns, bias);
+        P::widen(bias, more);
+        for (int w = 0; w < P::WIDTH; ++w) sums[w] += more[w];
+      }
+      P::put(piece, sums);
+      std::copy(piece, piece + columns, out + i);
+    }
+  }
+
+  // Scores of experts [first, last), by a router of numbers of type R
+  template <class R>
+  void score(const std::vector<typename R::Token> &staged, int64_t count, int64_t first, int64_t last) {
+    std::vector<const typename R::Token *> inputs;
+    for (int64_t t = 0; t < count; ++t) inputs.push_back(staged.data() + t * padded);
+    multiply<R>(inputs.data(), count, (const typename R::Number *)f.router + first * d, last - first, d,
+                scores.data() + first, f.num_experts - f.shared, nullptr);
+  }
+
+  // One thread's share of a block of tokens: in (count, d), index (count, k), out (count, d)
+  void run(const Number *in, int32_t *index, Number *out, int64_t count, int64_t worker, int64_t workers) {
+    const int64_t routed = f.num_experts - f.shared, slices = (d + SLICE - 1) / SLICE;
+    const int64_t begin = worker * slices / workers * SLICE, end = std::min((worker + 1) * slices / workers * SLICE, d);
+    std::vector<uint32_t> keys;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < count; ++t) {
+      P::stage(in + t * d, d, x.data() + t * padded);
+      std::fill_n(y.data() + t * padded, padded, 0.0f);
+      for (int64_t i = 0; i < d && !wide.empty(); ++i) wide[t * padded + i] = number(in[t * d + i]);
+    }
+    if (f.router) {
+      const int64_t first = worker * routed / workers, last = (worker + 1) * routed / workers;
+      if (wide.empty()) score<P>(x, count, first, last);
+      else score<Float32>(wide, count, first, last);
+#pragma omp barrier
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < count; ++t) {
+        for (int64_t e = 0; e < f.shared; ++e) index[t * k + e] = e;
+        select(scores.data() + t * routed, routed, k - f.shared, f.shared, index + t * k + f.shared, keys);
+      }
+    }
+#pragma omp single
+    {
+      pairs.sort(index, count, k, f.num_experts);
+      hidden.resize(pairs.tokens.size() * m);
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < int64_t(pairs.used.size()); ++i) hidden_of(i);
+    if (count == 1) output_of(begin, end);
+    else outputs_of(begin, end);
+    for (int64_t t = 0; t < count; ++t) put(t, begin, end, out + t * d);
+#pragma omp barrier
+  }
+};
+
+template <class P>
+void run(const Ffn &f, const void *x, int32_t *index, int64_t k, void *y, int64_t tokens, int32_t threads) {
+  typedef typename P::Number Number;
+  Blocks<P> blocks{f, k};
+  const int64_t block = std::min(tokens, BLOCK);
+  blocks.x.resize(block * blocks.padded);
+  blocks.y.resize(block * blocks.padded);
+  if (f.router) blocks.scores.resize(block * (f.num_experts - f.shared));
+  if (f.router && f.router_is_bfloat16 != f.is_bfloat16) blocks.wide.resize(block * blocks.padded);
+#pragma omp parallel num_threads(threads)
+  for (int64_t start = 0; start < tokens; start += block)
+    blocks.run((const Number *)x + start * f.d, index + start * k, (Number *)y + start * f.d,
+               std::min(block, tokens - start), omp_get_thread_num(), omp_get_num_threads());
 }
 
 }  // namespace
 
-// x, y (tokens, d); index (tokens, k): the experts, written where there is a router, else read.
-extern "C" void moefy_ffn(const Ffn *ffn, const float *x, int32_t *index, float *y, int64_t tokens, int32_t threads) {
-  const Ffn &f = *ffn;
-  const int64_t block = std::min(tokens, BLOCK), slices = (f.d + SLICE - 1) / SLICE;
-  std::vector<float> scores(f.router ? block * f.num_experts : 0), hidden(block * f.k * f.expert_size);
-  Pairs pairs;
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<const float *> inputs(block);
-    std::vector<int32_t> order;
-    const int64_t workers = omp_get_num_threads(), worker = omp_get_thread_num();
-    const int64_t begin = worker * slices / workers * SLICE, end = std::min((worker + 1) * slices / workers * SLICE, f.d);
-    for (int64_t start = 0; start < tokens; start += block) {
-      const int64_t count = std::min(block, tokens - start);
-      const float *in = x + start * f.d;
-      float *out = y + start * f.d;
-      if (f.router) {
-        const int64_t first = worker * f.num_experts / workers, last = (worker + 1) * f.num_experts / workers;
-        for (int64_t t = 0; t < count; ++t) inputs[t] = in + t * f.d;
-        multiply(inputs.data(), count, f.router + first * f.d, last - first, f.d, scores.data() + first, f.num_experts);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < count; ++t)
-          select(scores.data() + t * f.num_experts, f.num_experts, f.k, index + (start + t) * f.k, order);
-      }
-#pragma omp single
-      pairs.sort(index + start * f.k, count, f.k, f.num_experts);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t e = 0; e < f.num_experts; ++e) hidden_of(f, in, pairs, e, hidden.data());
-      for (int64_t t = 0; t < count; ++t)
-        for (int64_t i = begin; i < end; ++i) out[t * f.d + i] = f.down_bias ? f.down_bias[i] : 0;
-      outputs_of(f, pairs, hidden.data(), out, begin, end);
-#pragma omp barrier
-    }
-  }
+// x, y (tokens, d); index (tokens, k): the experts, written where there is a router, else read: -1 is no expert.
+extern "C" void moefy_ffn(const Ffn *ffn, const void *x, int32_t *index, int64_t k, void *y, int64_t tokens,
+                          int32_t threads) {
+  if (ffn->is_bfloat16) run<Bfloat16>(*ffn, x, index, k, y, tokens, threads);
+  else run<Float32>(*ffn, x, index, k, y, tokens, threads);
 }

@@ -21,6 +21,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "relu_squared": lambda x: F.relu(x).square(),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_TOKENS = 8  # up to here a pair at a time; a guess, as are the sizes of blocks

@@ -24,6 +24,8 @@ def activate(a, ACTIVATION: tl.constexpr):
         a = a * tl.sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a))
     elif ACTIVATION == "silu":
         a = a * tl.sigmoid(a)
+    elif ACTIVATION == "quick_gelu":
+        a = a * tl.sigmoid(1.702 * a)
     return a
 
 
