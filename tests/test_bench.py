@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from batches import text_batches
 from tiny import DECODER, ENCODER, T5, convert, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -136,17 +137,30 @@ def test_a_checkpoint_has_its_own_ffns(little, tmp_path, router, monkeypatch):
     assert one["settings"]["selection"] == "TopK(k=3)"
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "opt", "phi3", "modernbert", "t5", "t5-gated"])
-def test_every_form_of_ffn(little, monkeypatch, tmp_path, name):
+FORMS = ["bert", "gpt2", "opt", "phi3", "modernbert", "t5", "t5-gated"]
+SETTINGS = {
+    "top_k": {},
+    "shared and compensated": {"shared_experts": 1, "compensation": True},
+    "threshold": {"selection": {"type": "threshold", "tau": 0.5}},
+}
+
+
+@pytest.mark.parametrize("dtype", module.DTYPES)
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_ffn(little, monkeypatch, tmp_path, name, settings, dtype):
     """Their outputs are checked, or nothing would be timed."""
     monkeypatch.setattr(ffns, "COLD_BYTES", 0)
-    model = tiny_model(
-        name, {"t5": "AutoModelForSeq2SeqLM", "t5-gated": "AutoModelForSeq2SeqLM"}.get(name, "AutoModel")
-    )
-    convert(model, 2)
+    model = tiny_model(name, "AutoModelForSeq2SeqLM" if name.startswith("t5") else "AutoModel")
+    batches = text_batches(6, labels="seq2seq" if name.startswith("t5") else None)
+    selection = {"type": "top_k", "k": 2, "allocation": "uniform"}
+    config = MoeficationConfig(expert_size=8, **({"selection": selection} | SETTINGS[settings]))
+    moefy_(model, config, batches, progress=False)
     model.save_pretrained(tmp_path / "moe")
-    found = bench_ffns(Settings(checkpoint=str(tmp_path / "moe"), rounds=1), (2, 40), progress=False)
-    assert len(found["rows"]) == (9 if layers.can_prepack(torch.float32) else 7)
+    given = Settings(checkpoint=str(tmp_path / "moe"), rounds=1, dtype=dtype)
+    found = bench_ffns(given, (2, 40), progress=False)
+    assert len(found["rows"]) == (9 if layers.can_prepack(module.DTYPES[dtype]) else 7)
+    bench_model(given, batch=2, length=4, progress=False)
 
 
 def test_turns():

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moefy_ffn import ACTIVATIONS, moe_ffn
-from test_ffn import made, reference
+from test_ffn import TOLERANCE, kept, made, reference
 
 LAYOUTS = {  # of x (tokens, d) -> the same numbers, laid out otherwise
     "contiguous": lambda x: x,
@@ -23,16 +23,21 @@ SEARCH = bool(os.environ.get("HYPOTHESIS_SEARCH"))
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict:
-    experts, m = draw(st.integers(1, 20)), draw(st.integers(1, 40))
+    experts = draw(st.integers(1, 20))
+    shared = draw(st.integers(0, min(3, experts - 1)))
     return {
         "tokens": draw(st.one_of(st.integers(1, 12), st.sampled_from([31, 255, 256, 257, 300]))),
         "d": draw(st.integers(1, 130)),
         "experts": experts,
-        "m": m,
-        "k": draw(st.integers(1, experts)),
+        "m": draw(st.integers(1, 40)),
+        "shared": shared,
+        "k": draw(st.integers(max(1, shared), experts)),
         "activation": draw(st.sampled_from(ACTIVATIONS)),
         "gated": draw(st.booleans()),
         "biases": draw(st.sets(st.sampled_from(["up_bias", "gate_bias", "down_bias"]))),
+        "means": draw(st.booleans()),
+        "given": draw(st.booleans()),
+        "dtype": draw(st.sampled_from(list(TOLERANCE))),
         "layout": draw(st.sampled_from(sorted(LAYOUTS))),
         "threads": draw(st.integers(1, 3)),
         "seed": draw(st.integers(0, 2**16)),
@@ -42,23 +47,36 @@ def cases(draw: st.DrawFn) -> dict:
 @settings(deadline=None, derandomize=not SEARCH, max_examples=20_000 if SEARCH else 300, database=None)
 @given(cases())
 def test_any_ffn_is_the_masked_one(case: dict):
-    inputs = made(case["tokens"], case["d"], case["experts"], case["m"], case["gated"], True, case["seed"])
+    tokens, d, experts, m, seed = (case[name] for name in ("tokens", "d", "experts", "m", "seed"))
+    inputs = made(tokens, d, experts, m, case["gated"], True, seed, case["dtype"])
     inputs |= {name: None for name in ("up_bias", "gate_bias", "down_bias") if name not in case["biases"]}
     inputs["x"] = LAYOUTS[case["layout"]](inputs["x"])
-    k, m, activation = case["k"], case["m"], case["activation"]
-    certain = decided(inputs["x"], inputs["router"], k)
-    expected = reference(**inputs, k=k, m=m, activation=activation)[certain]
-    y, experts = moe_ffn(**inputs, k=k, expert_size=m, activation=activation, threads=case["threads"])
-    scale = float(expected.abs().max()) if certain.any() else 1.0
-    torch.testing.assert_close(y[certain].double(), expected, rtol=1e-5, atol=1e-5 * max(scale, 1e-30))
-    assert experts.shape == (case["tokens"], k) and ((0 <= experts) & (experts < case["experts"])).all()
-    assert (experts.diff() > 0).all()  # each once, in their order
+    router = inputs.pop("router")[case["shared"] :].contiguous()
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(experts, d, generator=generator).to(case["dtype"]) if case["means"] else None
+    called = inputs | {"activation": case["activation"], "means": means}
+    how = {"expert_size": m, "threads": case["threads"]}
+    if case["given"]:
+        slots = torch.stack([torch.randperm(experts, generator=generator)[: case["k"]] for _ in range(tokens)]).int()
+        slots = slots.where(torch.rand(slots.shape, generator=generator) < 0.7, -1)
+        y, _ = moe_ffn(**called, **how, experts=slots)
+    else:
+        y, slots = moe_ffn(**called, **how, k=case["k"], router=router, shared=case["shared"])
+        assert slots.shape == (tokens, case["k"]) and (slots.diff() > 0).all() and (slots >= 0).all()
+        scores = torch.cat(
+            [torch.full((tokens, case["shared"]), torch.inf), inputs["x"].double() @ router.double().T], -1
+        )
+        others = scores.masked_fill(kept(slots, experts), -torch.inf)
+        assert (others.amax(-1) <= scores.gather(-1, slots.long()).amin(-1) + 1e-5).all()
+    called |= {"router": None, "keep": kept(slots, experts)}
+    error = (y.double() - reference(**called)).abs()
+    assert (error <= TOLERANCE[case["dtype"]] * (0.05 + sum_of_sizes(**called))).all()
 
 
-def decided(x: torch.Tensor, router: torch.Tensor, k: int) -> torch.Tensor:
-    """(T,) bool: tokens whose k-th and next score are further apart than float32 rounds."""
-    scores = (x.double() @ router.double().T).sort(-1, descending=True).values
-    if k == scores.shape[1]:
-        return torch.ones(len(x), dtype=torch.bool)
-    size = x.double().norm(dim=-1) * router.double().norm(dim=-1).max()
-    return scores[:, k - 1] - scores[:, k] > 1e-6 * size
+def sum_of_sizes(
+    down: torch.Tensor, down_bias: torch.Tensor | None, means: torch.Tensor | None, **inputs
+) -> torch.Tensor:
+    """(T, d): the sum of the absolute values of what an output is the sum of, which its rounding goes by."""
+    neurons = reference(down=torch.eye(len(down)), down_bias=None, **inputs)  # (T, f)
+    extra = (tensor.double().abs() for tensor in (down_bias, means) if tensor is not None)
+    return neurons.abs() @ down.double().abs() + sum(each.reshape(-1, down.shape[1]).sum(0) for each in extra)
