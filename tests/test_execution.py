@@ -314,3 +314,17 @@ def test_without_triton_a_clear_error_and_auto_masks(monkeypatch):
     assert execution.best_for("cuda") == "masked"
     monkeypatch.undo()
     assert execution.best_for("cpu") == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("bert", "output.dense"), ("llama", "down_proj"), ("llama", "up_proj"), ("llama", "gate_proj")],
+)
+def test_an_adapter_added_later_is_computed_masked(name, target):
+    convert(model := tiny_model(name), k=2)
+    inputs = tiny_inputs(name)
+    model.set_moe_implementation("cpu")
+    adapted = get_peft_model(model, LoraConfig(target_modules=[target], init_lora_weights=False)).eval()
+    found = run(adapted, inputs)
+    model.set_moe_implementation("masked")
+    assert distance(found, run(adapted, inputs)) == 0
