@@ -102,4 +102,5 @@ def split_off(texts: list[str]) -> tuple[list[str], list[str]]:
 
 def classes_of(config: PreTrainedConfig) -> dict[str, int]:
     """How a file may call each class: by its id, or the name that a model's config has for it."""
-    return {str(i): i for i in config.id2label} | {name: i for i, name in config.id2label.items()}
+    names = {int(i): str(name) for i, name in (config.id2label or {}).items()}
+    return {str(i): i for i in names} | {name: i for i, name in names.items()}

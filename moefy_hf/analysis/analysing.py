@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..folders import write_whole
+from ..tables import markdown
 from ..modeling.moefied import is_moefied
 from . import statistics
 from .measuring import VIEWS, LayerSums, Survey, measure, survey
@@ -34,8 +35,28 @@ class Analysis:
     def to_dict(self) -> dict[str, Any]:
         return {"facts": self.facts, "specialisation": self.specialisation, "layers": self.layers}
 
+    def summary(self) -> dict[str, Any]:
+        """For a checkpoint's facts: all but the single experts, and which of them respond to which class in the layer
+        whose use classes explain best."""
+        short: dict[str, Any] = {"facts": self.facts, "specialisation": self.specialisation}
+        if "class_times" in self.layers[0]:
+            explained = [np.nanmean(np.array(layer["variance_explained"], float)) for layer in self.layers]
+            best = int(np.argmax(explained))
+            layer = self.layers[best]
+            times = np.where(np.array(layer["class_found"]) > 0, layer["class_times"], 1.0)
+            seen, names = np.flatnonzero((times > 1).any(1)), list(self.facts["texts_of_class"])
+            if len(seen):
+                order = np.lexsort((-times[seen].max(0), times[seen].argmax(0)))
+                short["strongest"] = {
+                    "layer": best,
+                    "classes": [names[i] for i in seen],
+                    "experts": order.tolist(),
+                    "times": times[seen][:, order].tolist(),
+                }
+        return short
+
     def save(self, path: str | Path) -> None:
-        write_whole(Path(path), json.dumps(self.to_dict(), indent=1))
+        write_whole(Path(path), json.dumps(self.to_dict()))
 
     @classmethod
     def load(cls, path: str | Path) -> "Analysis":
@@ -44,16 +65,6 @@ class Analysis:
     def table(self) -> str:
         """How specialised the experts are, as a Markdown table."""
         return markdown(self.specialisation)
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Rows of equal keys as a Markdown table."""
-
-    def cell(value: Any) -> str:
-        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value}"
-
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(map(cell, row.values())) + " |" for row in rows)])
 
 
 def analyze(
@@ -82,13 +93,13 @@ def analyze(
         raise ValueError(f"the rate of false discoveries must lie between 0 and 1, got {rate}")
     if all(site.act.selection.keeps_all(site.act.num_experts) for site in model.moe_sites()):
         raise ValueError("every layer computes all its experts: choose a budget first, model.set_selection(k=0.2)")
-    found = survey(stream, model.config.vocab_size, len(model.config.id2label) if stream.labelled else 1)
+    found = survey(stream, model.config.vocab_size, len(label_names(model)) if stream.labelled else 1)
     words = found.ids.argsort(descending=True, stable=True)[: min(WORDS, int((found.ids > 0).sum()))]
     start = time.perf_counter()
     layers = measure(model, tokenizer, stream, found, words, seed=seed, progress=progress)
     seconds = time.perf_counter() - start
     names = {
-        "class": [model.config.id2label[i] for i in sorted(model.config.id2label)],
+        "class": [label_names(model)[i] for i in sorted(label_names(model))],
         "token": [bare(piece) for piece in tokenizer.convert_ids_to_tokens(words.tolist())],
         "kind": list(KINDS),
     }
@@ -98,8 +109,12 @@ def analyze(
     return Analysis(facts(model, stream, found, seconds, rate), specialisation(layers, tests), described)
 
 
+def label_names(model: PreTrainedModel) -> dict[int, str]:
+    return {int(i): str(name) for i, name in (model.config.id2label or {}).items()}
+
+
 def facts(model: PreTrainedModel, stream: TextStream, found: Survey, seconds: float, rate: float) -> dict[str, Any]:
-    used = {name: int(found.classes[i]) for i, name in model.config.id2label.items()} if stream.labelled else {}
+    used = {name: int(found.classes[i]) for i, name in label_names(model).items()} if stream.labelled else {}
     return {
         "model": model._get_name(),
         "data": Path(stream.path).name,
@@ -119,7 +134,7 @@ def facts(model: PreTrainedModel, stream: TextStream, found: Survey, seconds: fl
 def tested(layers: list[LayerSums], view: str, rate: float) -> dict[str, dict[str, np.ndarray]]:
     """For classes, shuffled classes, tokens and kinds: `times` as often, p-values `p`, and what is `found`, each
     (L, things, E). False discoveries are bounded over all layers together."""
-    results = {}
+    results: dict[str, dict[str, np.ndarray]] = {}
     for name in ("class", "shuffled", "token", "kind"):
         sums = [layer.views[view] for layer in layers]
         if name in sums[0].classes:
@@ -135,8 +150,14 @@ def tested(layers: list[LayerSums], view: str, rate: float) -> dict[str, dict[st
             )
             for i in (0, 1)
         )
+        times, p = (np.stack([padded(pair[i], width) for pair in each]) for i in (0, 1))
         results[name] = {"times": times, "p": p, "found": statistics.false_discoveries(p, rate)}
     return results
+
+
+def padded(values: np.ndarray, width: int) -> np.ndarray:
+    """(things, E) -> (things, width), nan where there is no expert."""
+    return np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=np.nan)
 
 
 def specialisation(layers: list[LayerSums], tests: dict[str, dict]) -> list[dict[str, Any]]:
@@ -200,7 +221,9 @@ def describe(
     if "class" in use.classes:
         sums = use.classes["class"]
         explained = statistics.explained_variance(*sums.arguments())
-        found["class_use"] = np.round((sums.totals / sums.counts[:, None].clamp_min(1)).numpy(), 4).tolist()
+        times, real = tests["class"]["times"][position], tests["class"]["found"][position]
+        found["class_times"] = np.round(np.nan_to_num(times[:, : len(load)]), 3).tolist()
+        found["class_found"] = real[:, : len(load)].astype(int).tolist()
         found["variance_explained"] = [None if np.isnan(each) else round(float(each), 4) for each in explained]
     norms = layer.neurons.norms.numpy() / layer.neurons.tokens
     found["experts"] = [
@@ -237,8 +260,7 @@ def examples(layer: LayerSums, expert: int, tokenizer: PreTrainedTokenizerBase) 
     kept = layer.examples
     texts = []
     for place in kept.value[expert].argsort(descending=True).tolist():
-        ids = kept.ids[expert, place]
-        ids = ids[ids >= 0].tolist()
+        ids = [each for each in kept.ids[expert, place].tolist() if each >= 0]
         if ids:
             fired = kept.fired[expert, place].tolist()
             pieces = tokenizer.convert_ids_to_tokens(ids)

@@ -175,3 +175,22 @@ def flat(rows: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     """Ids, text and place in it of a padded batch's tokens, (T,) each."""
     text, place = rows["attention_mask"].nonzero(as_tuple=True)
     return rows["input_ids"][text, place], text, place
+
+
+@torch.no_grad()
+def measure_load(model: PreTrainedModel, stream: TextStream) -> list[list[float]]:
+    """For each routed FFN, how many tokens its router sends to each expert as the model runs."""
+    sites = model.moe_sites()
+    loads = [torch.zeros(site.act.num_experts, dtype=torch.float64) for site in sites]
+
+    def seen(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
+        keep = sites[position].act.keep(x)
+        loads[position] += len(x) if keep is None else keep.sum(0).double().cpu()
+
+    with observed(model, sites, seen) as run:
+        for rows in stream:
+            rows.pop("labels")
+            run(rows)
+    if not loads[0].sum():
+        raise ValueError(f"{stream.path} holds no text")
+    return [load.tolist() for load in loads]

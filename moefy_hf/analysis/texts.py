@@ -65,6 +65,8 @@ class TextStream:
                     raise ValueError(
                         f"{self.path}, row {number}: label {label!r} is none of {', '.join(self.classes)}"
                     )
+                    known = ", ".join(self.classes)
+                    raise ValueError(f"{self.path}, row {number}: label {label!r} is none of {known}")
                 if text:
                     yield text, self.classes[label]
 

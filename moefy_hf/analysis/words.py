@@ -27,7 +27,7 @@ def token_kinds(tokenizer: PreTrainedTokenizerBase, size: int) -> torch.Tensor:
     """(V,) index into `KINDS` of every token. Stop words are English ones; an uncased vocabulary has no capitals. In a
     text's first word the mark of a new word may be missing: it counts as a piece then."""
     known = min(size, len(tokenizer))
-    pieces = [piece or "" for piece in tokenizer.convert_ids_to_tokens(range(known))]
+    pieces = [piece or "" for piece in tokenizer.convert_ids_to_tokens(list(range(known)))]
     marked = any(piece.startswith(STARTS) and len(piece) > 1 for piece in pieces)
     special = set(tokenizer.all_special_ids)
     kinds = torch.full((size,), KINDS.index("special"))
