@@ -20,9 +20,9 @@ from .commands import length, load_model, load_tokenizer, processors
 from .facts import add_facts, read_facts
 from .folders import write_whole, written_whole
 from .hub import add_license
-from .tables import markdown
 from .modeling.moefied import is_moefied
 from .quality import is_causal
+from .tables import markdown
 from .text_files import TextBatches, read_labelled, read_lines
 
 CARRIED = ("base_model", "license", "calibration")  # facts that hold for what is left after pruning

@@ -17,6 +17,7 @@ from .prediction import Prediction
 from .tables import markdown
 from .plots import plot_experts
 from .router_fitting import RouterFit
+from .tables import markdown
 
 logger = logging.get_logger("moefy_hf")
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..tables import markdown
 from ..modeling.moefied import is_moefied
 from ..quality import is_causal, predictions
+from ..tables import markdown
 
 Batches = Iterable[Mapping[str, Any]]
 Experts = dict[int, list[int]]

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..folders import write_whole
-from ..tables import markdown
 from ..modeling.moefied import is_moefied
+from ..tables import markdown
 from . import statistics
 from .measuring import VIEWS, LayerSums, Survey, measure, survey
 from .texts import TextStream

@@ -31,7 +31,7 @@ def class_excess(totals: np.ndarray, counts: np.ndarray, moments: np.ndarray) ->
 
     Returns:
         how many times as often as in all texts (C, E), and one-sided p-values (C, E): nan where a class has fewer
-        than `FEWEST_TEXTS` texts, or all texts are alike.
+        than `FEWEST_TEXTS` texts, hardly more texts use the expert, or all texts are alike.
     """
     texts, n = counts.sum(), counts[:, None].astype(float)
     mean = moments[0] / texts
@@ -42,6 +42,7 @@ def class_excess(totals: np.ndarray, counts: np.ndarray, moments: np.ndarray) ->
     skewed = spread * (texts - 2 * n) / max(texts - 2, 1)
     p = upper_tail(totals - n * mean, spread * variance, skewed * third)
     p[counts < FEWEST_TEXTS] = np.nan
+    p[:, moments[0] ** 2 < FEWEST_TEXTS * moments[1]] = np.nan  # its use is that of a few texts
     with np.errstate(divide="ignore", invalid="ignore"):
         return totals / n / mean, p
 
