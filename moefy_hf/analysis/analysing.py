@@ -174,11 +174,25 @@ def specialisation(layers: list[LayerSums], tests: dict[str, dict]) -> list[dict
                     statistics.explained_variance(*layer.views[view].classes[name].arguments()) for layer in layers
                 ]
                 row[f"variance that {title} explain"] = float(np.nanmean(np.concatenate(explained)))
+            for name, title in (("class", "classes"), ("shuffled", "shuffled classes")):
+                row[f"profile over {title} that neurons of an expert share"] = shared_profile(layers, view, name)
             strongest = np.where(tests[view]["class"]["found"], tests[view]["class"]["times"], 1.0).max(1)
             real = np.isfinite(tests[view]["class"]["p"]).any(1)
             row["strongest class, times as often"] = float(strongest[real].mean()) if real.any() else None
         rows.append(row)
     return rows
+
+
+def shared_profile(layers: list[LayerSums], view: str, name: str) -> float:
+    """Mean over layers of `statistics.shared_function`: of the model's own experts, or of random ones."""
+    found = []
+    for layer in layers:
+        expert = torch.arange(layer.site.sizes[1]) // layer.site.act.expert_size
+        if view == "random":
+            expert = torch.empty_like(expert).scatter(0, layer.order, expert)
+        counts = layer.views[view].classes[name].counts.numpy()
+        found.append(statistics.shared_function(layer.neurons.classes[name].numpy(), counts, expert.numpy()))
+    return float(np.mean(found))
 
 
 def experts_of(layers: list[LayerSums]) -> int:

@@ -94,7 +94,7 @@ class LayerSums:
         down = site.weights().down.detach()
         self.grams = {"split": grams(down, experts), "random": grams(down[:, self.order], experts)}
         self.views = {view: UseSums(experts, slots, classes) for view in VIEWS}
-        self.neurons, self.examples = NeuronSums(neurons, experts), Examples(experts, length)
+        self.neurons, self.examples = NeuronSums(neurons, experts, classes), Examples(experts, length)
         self.cross: torch.Tensor | None = None  # (E of the layer before, E) tokens that use both
 
     def update_(self, x: torch.Tensor, neurons: torch.Tensor, batch: TextBatch) -> torch.Tensor:
@@ -115,7 +115,7 @@ class LayerSums:
         on_cpu = {view: each.cpu().float() for view, each in used.items()}
         for view, each in on_cpu.items():
             self.views[view].update_(each, batch)
-        self.neurons.update_(neurons.cpu(), norms["split"].cpu())
+        self.neurons.update_(neurons.cpu(), norms["split"].cpu(), batch)
         self.examples.update_(on_cpu["routed"], norms["split"].cpu(), batch)
         return on_cpu["routed"]
 

@@ -46,7 +46,8 @@ def prune(model: PreTrainedModel, experts: Mapping[int, Iterable[int]]) -> PreTr
     pruned: PreTrainedModel = type(model)(config)
     pruned.to(dtype=model.dtype)  # type: ignore[call-arg]
     pruned.load_state_dict(state)
-    pruned.generation_config = copy.deepcopy(model.generation_config)
+    if model.can_generate():
+        pruned.generation_config = copy.deepcopy(model.generation_config)
     pruned.to(device=model.device)  # type: ignore[call-arg]
     return pruned.train(model.training)
 

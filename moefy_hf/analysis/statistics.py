@@ -91,6 +91,31 @@ def explained_variance(totals: np.ndarray, counts: np.ndarray, moments: np.ndarr
         return np.where(whole > 1e-9 * texts, (between - (classes - 1) * within) / whole, np.nan)
 
 
+def shared_function(totals: np.ndarray, counts: np.ndarray, expert: np.ndarray) -> float:
+    """How alike, over classes, the neurons of one expert are: the share of the variance of neurons' class profiles
+    that lies between experts, adjusted: 1 where all neurons of an expert have one profile, 0 on average for random
+    experts.
+
+    Args:
+        totals: (C, f) summed activation, over the texts of each class; counts (C,).
+        expert: (f,) of each neuron.
+    """
+    seen = counts > 0
+    n = counts[seen, None] / counts.sum()
+    means = totals[seen] / counts[seen, None]
+    profiles = np.sqrt(n) * (means - (n * means).sum(0))  # (C, f)
+    length = np.linalg.norm(profiles, axis=0)
+    alive = length > 1e-12
+    profiles, expert = profiles[:, alive] / length[alive], expert[alive]
+    sizes = np.bincount(expert).astype(float)
+    centres = np.stack([np.bincount(expert, row, len(sizes)) for row in profiles])[:, sizes > 0] / sizes[sizes > 0]
+    mean = profiles.mean(1, keepdims=True)
+    whole = ((profiles - mean) ** 2).sum()
+    between = (sizes[sizes > 0] * (centres - mean) ** 2).sum() / max(whole, 1e-30)
+    chance = ((sizes > 0).sum() - 1) / max(len(expert) - 1, 1)
+    return float((between - chance) / (1 - chance))
+
+
 def entropy(load: np.ndarray) -> float:
     """(E,) -> entropy of the load relative to an even one, in [0, 1]."""
     share = load / max(load.sum(), 1e-12)

@@ -50,7 +50,7 @@ class TextBatch:
     labels: dict[str, torch.Tensor]
 
     def shares(self, keep: torch.Tensor) -> torch.Tensor:
-        """(T, E) -> (B, E): share of each text's tokens that use each expert."""
+        """(T, E) -> (B, E): mean over each text's tokens, that is the share of them that use each expert."""
         sums = torch.zeros(len(self.lengths), keep.shape[1]).index_add_(0, self.text, keep)
         return sums / self.lengths[:, None].clamp_min(1)
 
@@ -129,19 +129,24 @@ class UseSums:
 
 
 class NeuronSums:
-    """How often neurons fire, and how large what experts add gets."""
+    """How often neurons fire, how much in the texts of each class, and how large what experts add gets."""
 
-    def __init__(self, neurons: int, experts: int):
+    def __init__(self, neurons: int, experts: int, classes: dict[str, int]):
         self.tokens = 0
         self.active = torch.zeros(neurons, dtype=torch.float64)
+        self.classes = {name: torch.zeros(size, neurons, dtype=torch.float64) for name, size in classes.items()}
         self.largest, self.norms = torch.zeros(experts), torch.zeros(experts, dtype=torch.float64)
 
-    def update_(self, neurons: torch.Tensor, norms: torch.Tensor) -> None:
+    def update_(self, neurons: torch.Tensor, norms: torch.Tensor, batch: TextBatch) -> None:
         """neurons (T, f), norms (T, E)"""
         self.tokens += len(neurons)
         self.active += (neurons > 0).sum(0)
         self.largest = torch.maximum(self.largest, norms.amax(0))
         self.norms += norms.sum(0)
+        if self.classes:
+            means = batch.shares(neurons).double()  # (B, f)
+            for name, labels in batch.labels.items():
+                self.classes[name].index_add_(0, labels, means)
 
 
 class Examples:

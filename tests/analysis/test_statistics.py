@@ -12,6 +12,7 @@ from moefy_hf.analysis.statistics import (
     entropy,
     explained_variance,
     false_discoveries,
+    shared_function,
     token_excess,
     upper_tail,
 )
@@ -19,11 +20,11 @@ from moefy_hf.analysis.statistics import (
 CLASSES = np.repeat(np.arange(8), [400, 250, 150, 80, 50, 40, 20, 10])  # as uneven as real topics
 
 
-def shares(generator, texts=len(CLASSES), experts=48):
+def shares(generator, experts=48):
     """(N, E): shares of use of texts of various lengths; loads from rare to always, and texts that differ."""
     loads = np.geomspace(0.002, 0.95, experts)
-    lengths = generator.integers(4, 60, texts)
-    own = generator.beta(loads * 2, (1 - loads) * 2, (texts, experts))  # a text's tokens go together
+    lengths = generator.integers(4, 60, len(CLASSES))
+    own = generator.beta(loads * 2, (1 - loads) * 2, (len(CLASSES), experts))  # a text's tokens go together
     return generator.binomial(lengths[:, None], own) / lengths[:, None]
 
 
@@ -166,6 +167,16 @@ def test_variance_that_classes_explain():
     values = np.stack([CLASSES == 2, CLASSES % 2, np.ones(len(CLASSES))], 1).astype(float)
     explained = explained_variance(*sums(values, CLASSES))
     assert explained[:2] == pytest.approx(1) and np.isnan(explained[2])
+
+
+def test_neurons_of_an_expert_that_share_a_profile():
+    generator, experts, counts = np.random.default_rng(10), np.arange(96) // 8, np.array([40, 30, 20, 10, 0])
+    profiles = generator.normal(size=(5, 12))[:, experts]
+    assert shared_function(profiles * counts[:, None], counts, experts) == pytest.approx(1)
+    noisy = (profiles + generator.normal(size=profiles.shape)) * counts[:, None]
+    assert 0.2 < shared_function(noisy, counts, experts) < 0.8
+    by_chance = [shared_function(noisy, counts, generator.permutation(experts)) for _ in range(50)]
+    assert abs(np.mean(by_chance)) < 0.02
 
 
 def test_entropy_of_loads():
