@@ -91,7 +91,7 @@ def analyze(
         raise ValueError("an encoder-decoder sees two texts at once; analyze takes models of one")
     if not 0 < rate < 1:
         raise ValueError(f"the rate of false discoveries must lie between 0 and 1, got {rate}")
-    if all(site.act.selection.keeps_all(site.act.num_experts) for site in model.moe_sites()):
+    if all(site.act.computes_all for site in model.moe_sites()):
         raise ValueError("every layer computes all its experts: choose a budget first, model.set_selection(k=0.2)")
     found = survey(stream, model.config.vocab_size, len(label_names(model)) if stream.labelled else 1)
     words = found.ids.argsort(descending=True, stable=True)[: min(WORDS, int((found.ids > 0).sum()))]

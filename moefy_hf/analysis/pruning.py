@@ -92,9 +92,12 @@ def smaller_config(model: PreTrainedModel, experts: int) -> Any:
     section = config.moefication
     if section["num_experts"] is not None:
         section["num_experts"] = experts
-    section.pop("sensitivity", None)
+    for measured in ("sensitivity", "reach"):  # of the experts that were there
+        section.pop(measured, None)
+    if section["selection"]["type"] != "top_k" and "k" in section["selection"]:
+        raise ValueError("a budget that was measured with all experts cannot be kept: set the selection's own setting")
     if section["selection"]["type"] == "top_k":
-        ks = [min(site.act.selection.k, experts) for site in model.moe_sites()]
+        ks = [min(site.act.selection.k + site.act.shared, experts) for site in model.moe_sites()]
         same = len(set(ks)) == 1
         section["selection"] = {**section["selection"], "k": ks[0] if same else ks, "allocation": "uniform"}
     with torch.device("meta"):

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .routed_activation import outlet_to
+
 
 class scale_experts:
     """Forward-pre-hook of `down`: neurons (..., f) times a factor (E,) per expert; a factor of 0 also removes inf and
@@ -45,6 +47,10 @@ def scaled(sites: list, factors: Mapping[int, Mapping[int, float]]) -> Iterator[
                 raise ValueError(f"layer {layer}, expert {expert}: the factor must be a number, got {factor!r}")
             scale[expert] = factor
         hooks.append((sites[layer].down, scale_experts(scale, routed.expert_size)))
+    for layer in factors:  # means of neurons that do not run are filled in first, also in the very first call
+        for hook in sites[layer].owner._forward_pre_hooks.values():
+            if isinstance(hook, outlet_to):
+                hook(sites[layer].owner, ())
     handles = [down.register_forward_pre_hook(hook) for down, hook in hooks]
     try:
         yield

@@ -41,6 +41,19 @@ def test_disabled_experts_add_nothing_not_even_inf():
         assert distance(expected, run(model, inputs)) == 0
 
 
+def test_means_of_neurons_that_do_not_run_are_removed_too():
+    """Also in the very first call of a model, before anything was filled in."""
+    model, inputs = tiny_model("bert"), tiny_inputs("bert")
+    convert(model, k=1)
+    for site in model.moe_sites():
+        site.act.compensate_(torch.randn(48, generator=torch.Generator().manual_seed(0)))
+    with model.disable_experts({0: range(6), 1: range(6)}):
+        found = run(model, inputs)
+    for site in model.moe_sites():
+        site.down.weight.data.zero_()
+    assert distance(found, run(model, inputs)) < 1e-6
+
+
 def test_contexts_nest_and_end_with_an_error():
     model, inputs = tiny_model("llama"), tiny_inputs("llama")
     convert(model, k=0.5)
