@@ -13,9 +13,8 @@ from .conversion import ConversionReport
 from .evaluation import Sweep
 from .facts import is_hub_id, read_facts
 from .folders import write_whole
-from .prediction import Prediction
-from .tables import markdown
 from .plots import plot_experts
+from .prediction import Prediction
 from .router_fitting import RouterFit
 from .tables import markdown
 

@@ -67,22 +67,13 @@ def plot_bench(found: dict[str, Any], path: str | Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-def new_figure() -> tuple[Any, Any]:
-
-
 def plot_experts(found: dict[str, Any], path: str | Path) -> None:
     """A checkpoint's `analysis` facts: how specialised experts are, beside a random split of the same neurons; and
     which experts of one layer respond to which class."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'moefy-hf[plots]'") from error
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    return figure, figure.subplots()
     rows, strongest = found["specialisation"], found.get("strongest")
     columns = [name for name in rows[0] if name.startswith(("experts with", "variance"))]
-    figure = Figure(figsize=(6.4 if strongest is None else 11, 4.6), layout="constrained")
-    panels = figure.subplots(1, 1 if strongest is None else 2, squeeze=False)[0]
+    figure, panels = new_figure(11, 2) if strongest is not None else new_figure()
+    panels = panels if strongest is not None else [panels]
     for number, row in enumerate(rows):
         places = [place + 0.27 * (number - 1) for place in range(len(columns))]
         panels[0].barh(places, [row[name] for name in columns], 0.25, label=row["experts by"], color=VIEWS[number])
@@ -97,3 +88,13 @@ def plot_experts(found: dict[str, Any], path: str | Path) -> None:
         panels[1].set_xlabel(f"experts of layer {strongest['layer']}, sorted")
         figure.colorbar(image, label="times as often as in all texts; 1 where it could be chance")
     figure.savefig(path, dpi=110)
+
+
+def new_figure(width: float = 6.4, panels: int = 1) -> tuple[Any, Any]:
+    """A figure, and its axes: one, or a sequence of several side by side."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'moefy-hf[plots]'") from error
+    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    return figure, figure.subplots(1, panels)

@@ -144,12 +144,6 @@ def tested(layers: list[LayerSums], view: str, rate: float) -> dict[str, dict[st
         else:
             continue
         width = max(times.shape[1] for times, _ in each)  # layers may have different numbers of experts
-        times, p = (
-            np.stack(
-                [np.pad(pair[i], ((0, 0), (0, width - pair[i].shape[1])), constant_values=np.nan) for pair in each]
-            )
-            for i in (0, 1)
-        )
         times, p = (np.stack([padded(pair[i], width) for pair in each]) for i in (0, 1))
         results[name] = {"times": times, "p": p, "found": statistics.false_discoveries(p, rate)}
     return results

@@ -62,9 +62,6 @@ class TextStream:
             for number, row in enumerate(csv.DictReader(file), start=1):
                 text, label = (row["text"] or "").strip(), (row["label"] or "").strip()
                 if label not in self.classes:
-                    raise ValueError(
-                        f"{self.path}, row {number}: label {label!r} is none of {', '.join(self.classes)}"
-                    )
                     known = ", ".join(self.classes)
                     raise ValueError(f"{self.path}, row {number}: label {label!r} is none of {known}")
                 if text:
