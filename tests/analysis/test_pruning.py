@@ -68,6 +68,24 @@ def test_budgets_stay_counts(tmp_path):
     assert prune(model, gone(model)).config.moefication["selection"]["k"] == 3
 
 
+def test_shared_experts_stay():
+    model, inputs = tiny_model("bert"), tiny_inputs("bert")
+    convert(model, k=1.0, shared_experts=1)
+    for site in model.moe_sites():
+        site.act.compensate_(torch.arange(48.0))
+    model.config.moefication["compensation"] = True
+    experts = {0: [1, 4], 1: [2, 5]}
+    with model.disable_experts(experts):
+        expected = run(model, inputs)
+    pruned = prune(model, experts).eval()
+    assert distance(expected, run(pruned, inputs)) < 1e-5
+    act = pruned.moe_sites()[0].act
+    assert act.shared == 1 and act.router.num_experts == 3
+    assert act.compensation[8:24].tolist() == [*range(16, 32)]  # experts 2 and 3 of before
+    with pytest.raises(ValueError, match="no expert 0 to prune: choose from 1 to 5"):
+        prune(model, {0: [0, 1], 1: [2, 5]})
+
+
 def test_it_loads_everywhere(tmp_path):
     model, inputs = tiny_model("bert", "AutoModelForSequenceClassification"), tiny_inputs("bert")
     convert(model, k=2, num_experts=6)

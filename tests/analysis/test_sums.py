@@ -5,7 +5,7 @@ import torch
 
 from moefy_hf.analysis.measuring import Shuffled, expert_norms, grams, largest
 from moefy_hf.analysis.sums import EXAMPLES, ClassSums, Examples, Groups, SlotSums, TextBatch, UseSums
-from moefy_hf.modeling.routers import output_norm
+from moefy_hf.modeling.router_base import output_norm
 
 SLOTS, CLASSES, EXPERTS, LENGTH = 5, 3, 4, 9
 
