@@ -70,7 +70,11 @@ def test_budgets_stay_counts(tmp_path):
 
 def test_shared_experts_stay():
     model, inputs = tiny_model("bert"), tiny_inputs("bert")
-    convert(model, k=1.0, shared_experts=1)
+    everything = {"type": "top_k", "k": 1.0}
+    config = MoeficationConfig(
+        expert_size=8, splitter="random", router="random", shared_experts=1, selection=everything
+    )
+    moefy_(model, config, text_batches(2))
     for site in model.moe_sites():
         site.act.compensate_(torch.arange(48.0))
     model.config.moefication["compensation"] = True
