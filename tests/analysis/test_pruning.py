@@ -85,6 +85,7 @@ def test_shared_experts_stay():
     assert distance(expected, run(pruned, inputs)) < 1e-5
     act = pruned.moe_sites()[0].act
     assert act.shared == 1 and act.router.num_experts == 3
+    assert torch.equal(act.router.weight, model.moe_sites()[0].act.router.weight[[1, 2, 4]])  # experts 2, 3 and 5
     assert act.compensation[8:24].tolist() == [*range(16, 32)]  # experts 2 and 3 of before
     with pytest.raises(ValueError, match="no expert 0 to prune: choose from 1 to 5"):
         prune(model, {0: [0, 1], 1: [2, 5]})
