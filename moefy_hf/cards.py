@@ -13,12 +13,15 @@ from .conversion import ConversionReport
 from .evaluation import Sweep
 from .facts import is_hub_id, read_facts
 from .folders import write_whole
+from .plots import plot_experts
 from .prediction import Prediction
 from .router_fitting import RouterFit
+from .tables import markdown
 
 logger = logging.get_logger("moefy_hf")
 
 PLOT = "quality_against_compute.png"
+EXPERTS_PLOT = "experts.png"
 TASKS = {
     "AutoModel": "feature-extraction",
     "AutoModelForAudioClassification": "audio-classification",
@@ -70,6 +73,8 @@ def model_card(folder: str | Path, repo_id: str | None = None, revision: str | N
         evaluation=data_of(facts.get("evaluation")),
         plot=PLOT if (folder / PLOT).exists() else None,
         conversion=report and report.table(),
+        analysis=facts.get("analysis") and analysis_table(facts["analysis"]),
+        experts_plot=EXPERTS_PLOT if (folder / EXPERTS_PLOT).exists() else None,
         speed=facts.get("speed") and speed_table(facts["speed"]),
         calibration=data_of(facts.get("calibration")),
         license=facts.get("license"),
@@ -93,11 +98,13 @@ def write_card(
     if path.exists() and not overwrite and not is_rendered(path.read_text(encoding="utf-8")):
         raise FileExistsError(f"{path} exists, and somebody has written in it: move it away, or overwrite it")
     facts = read_facts(folder)
-    if "sweep" in facts:
-        try:
+    try:
+        if "sweep" in facts:
             Sweep(facts["sweep"]["rows"], facts["sweep"]["facts"]).plot(folder / PLOT)
-        except ImportError as error:
-            logger.warning_once(f"the card has no plot: {error}")
+        if "analysis" in facts:
+            plot_experts(facts["analysis"], folder / EXPERTS_PLOT)
+    except ImportError as error:
+        logger.warning_once(f"the card has no plot: {error}")
     write_whole(path, sealed(str(model_card(folder, repo_id, revision))))
     return path
 
@@ -198,6 +205,9 @@ def summary(section: dict[str, Any], report: ConversionReport | None, facts: dic
         rows.append(("calibration", f"{report.calibration_tokens:,} tokens" + (f" of {data}" if data else "")))
     if "prediction" in facts:
         rows.append(("right after conversion", prediction_of(facts["prediction"]).line()))
+    if "pruning" in facts:
+        pruned = facts["pruning"]
+        rows.append(("pruned", f"{pruned['pruned']} of {pruned['experts']} experts of every layer: {pruned['by']}"))
     for name, value in facts.get("training", {}).items():
         rows.append((f"training: {name}", f"{value}"))
     if "versions" in facts:
@@ -213,6 +223,12 @@ def budget(selection: dict[str, Any]) -> str:
     return f"{share}, " + (
         "more where a layer needs them" if allocation == "sensitivity" else "the same in each layer"
     )
+
+
+def analysis_table(found: dict[str, Any]) -> str:
+    """How specialised the experts are, under what that was measured on."""
+    measured = found["facts"]
+    return f"Measured on {measured['texts']:,} texts of {measured['data']}.\n\n{markdown(found['specialisation'])}"
 
 
 def speed_table(speed: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from .analysis_commands import add_analysis
 from .bench import PRESETS
 from .bench.command import run_bench
 from .bench.ffns import TOKENS
@@ -30,6 +31,9 @@ EXAMPLES = """examples:
   moefy convert my-model my-moe --splitter parameter_clustering --router similarity --allocation uniform
   moefy sweep smol-moe --texts held_out.txt --shares 0.5 0.75 --controls oracle wina --calibration_texts train.txt
   moefy sweep my-classifier-moe --csv test.csv --plot quality.png
+  moefy analyze my-classifier-moe --data test.csv --output report
+  moefy ablate my-classifier-moe --csv validation.csv --topic sports --together 2 4 8 --test test.csv
+  moefy prune my-classifier-moe my-smaller-moe --count 12 --data train.csv
   moefy card smol-moe --repo_id me/smol-moe
   moefy push smol-moe me/smol-moe --private
   moefy bench --preset t5-base --threads 1 --tokens 1 128 512 --json bench.json
@@ -110,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
     export_.add_argument("output_dir", help="directory that gets the checkpoint; must not exist, or be empty")
     export_.add_argument("--to", help=f"{', '.join(TARGETS)} or dense; by default what the model's attention fits")
     export_.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
+    add_analysis(command, share_or_count, table)
     add_bench(commands)
     add_kernels(commands)
     return top

@@ -20,6 +20,8 @@ PARTS = {
     "training": "{setting: value} of training after conversion",
     "evaluation": "{'data': name, 'split': name}: what the sweep was measured on",
     "sweep": "a Sweep: quality against compute",
+    "analysis": "what `moefy analyze` found, in short: {'facts': ..., 'specialisation': ..., 'strongest': ...}",
+    "pruning": "{'pruned': experts taken out of each layer, 'experts': that each had, 'by': how they were chosen}",
     "speed": "{'hardware': what, 'rows': [{column: figure}, ...]}: measured against dense",
 }
 

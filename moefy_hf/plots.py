@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".pdf", ".svg")
 COLOURS = {"own": "#1f6feb", "oracle": "#2da44e", "oracle_mass": "#8250df", "random": "#bf3989"}
 COLOURS |= {"cats": "#9a6700", "teal": "#1b7c83", "wina": "#bc4c00"}
+VIEWS = ("#1f6feb", "#2da44e", "#8c959f")  # routed, split, random
 
 
 def plot_sweep(sweep: "Sweep", path: str | Path) -> None:
@@ -66,10 +67,34 @@ def plot_bench(found: dict[str, Any], path: str | Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-def new_figure() -> tuple[Any, Any]:
+def plot_experts(found: dict[str, Any], path: str | Path) -> None:
+    """A checkpoint's `analysis` facts: how specialised experts are, beside a random split of the same neurons; and
+    which experts of one layer respond to which class."""
+    rows, strongest = found["specialisation"], found.get("strongest")
+    columns = [name for name in rows[0] if name.startswith(("experts with", "variance"))]
+    figure, panels = new_figure(11, 2) if strongest is not None else new_figure()
+    panels = panels if strongest is not None else [panels]
+    for number, row in enumerate(rows):
+        places = [place + 0.27 * (number - 1) for place in range(len(columns))]
+        panels[0].barh(places, [row[name] for name in columns], 0.25, label=row["experts by"], color=VIEWS[number])
+    panels[0].set_yticks(range(len(columns)), [name.replace(" that ", "\nthat ") for name in columns])
+    panels[0].invert_yaxis()
+    panels[0].legend(title="experts by", fontsize=8)
+    panels[0].xaxis.set_major_formatter("{x:.0%}")
+    panels[0].grid(alpha=0.25, axis="x")
+    if strongest is not None:
+        image = panels[1].imshow(strongest["times"], aspect="auto", cmap="viridis", vmin=1)
+        panels[1].set_yticks(range(len(strongest["classes"])), strongest["classes"], fontsize=7)
+        panels[1].set_xlabel(f"experts of layer {strongest['layer']}, sorted")
+        figure.colorbar(image, label="times as often as in all texts; 1 where it could be chance")
+    figure.savefig(path, dpi=110)
+
+
+def new_figure(width: float = 6.4, panels: int = 1) -> tuple[Any, Any]:
+    """A figure, and its axes: one, or a sequence of several side by side."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'moefy-hf[plots]'") from error
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    return figure, figure.subplots()
+    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    return figure, figure.subplots(1, panels)

@@ -83,7 +83,7 @@ def read_labelled(path: str, config: PreTrainedConfig) -> tuple[list[str], list[
         found = [((row["text"] or "").strip(), (row["label"] or "").strip()) for row in rows]
     if not found:
         raise ValueError(f"{path} holds no rows")
-    classes = {str(i): i for i in config.id2label} | {name: i for i, name in config.id2label.items()}
+    classes = classes_of(config)
     for line, (text, label) in enumerate(found, start=1):
         if not text:
             raise ValueError(f"{path}: row {line} has no text")
@@ -98,3 +98,9 @@ def split_off(texts: list[str]) -> tuple[list[str], list[str]]:
         return texts, []
     step = max(20, len(texts) // 64)
     return [text for i, text in enumerate(texts) if i % step], texts[::step]
+
+
+def classes_of(config: PreTrainedConfig) -> dict[str, int]:
+    """How a file may call each class: by its id, or the name that a model's config has for it."""
+    names = {int(i): str(name) for i, name in (config.id2label or {}).items()}
+    return {str(i): i for i in names} | {name: i for i, name in names.items()}

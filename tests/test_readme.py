@@ -18,6 +18,8 @@ FACTS = [path for path, facts in KNOWN.items() if "rows" in facts]
 PROSE = [path for path, facts in KNOWN.items() if "perplexities" in facts]
 EXPORTS = [path for path, facts in KNOWN.items() if "logits" in facts]
 
+ANALYSES = [path for path, facts in KNOWN.items() if "specialisation" in facts]
+
 
 @pytest.fixture(scope="module")
 def results():
@@ -76,8 +78,28 @@ def test_the_readme_shows_perplexities(path, results):
     assert prose_facts.tables(KNOWN[path]) in results and KNOWN[path]["command"] in results
 
 
+@pytest.mark.parametrize("path", ANALYSES, ids=lambda path: path.stem)
+def test_experts_are_as_they_were_analysed(path):
+    facts, text = KNOWN[path], " ".join((ROOT / "README.md").read_text().split())
+    routed, split, random = facts["specialisation"]
+    shared = "profile over {} that neurons of an expert share"
+    assert f"share {split[shared.format('classes')]:.0%}".replace("%", " %") in text
+    assert f"({split[shared.format('shuffled classes')]:.0%}".replace("%", " %") in text
+    explained = [f"{row['variance that classes explain']:.0%}".replace("%", " %") for row in (random, split)]
+    assert f"explain {explained[0]} of the variance of their use, {explained[1]} with" in text
+    assert random["experts with a class"] == 1 and abs(random[shared.format("classes")]) < 0.005
+    last, rows = facts["layers"][-1]["topics"], {row["experts off"]: row for row in facts["removal"]["together"]}
+    times = [round(last[name][0][1]) for name in ("crude", "interest", "sugar")]
+    assert times == [26, 26, 21] and facts["analysis"]["texts"] == 5878
+    assert f"falls from {100 * rows[0]['crude']:.1f} to" in text
+    for row, name in ((rows[16], "crude"), (rows[16], "all others"), (rows[32], "crude")):
+        assert f"{row[name]:.1%}".replace("%", " %") in text
+    by_chance = rows[16]
+    assert f"{100 * by_chance['random: crude']:.1f} and {100 * by_chance['random: all others']:.1f} %" in text
+
+
 def test_every_fact_is_shown():
-    assert FACTS and EXPORTS and len(FACTS) + len(PROSE) + len(EXPORTS) == len(KNOWN)
+    assert FACTS and EXPORTS and len(FACTS) + len(PROSE) + len(EXPORTS) + len(ANALYSES) == len(KNOWN)
 
 
 @pytest.mark.parametrize("path", ["README.md", "recipes/serving/README.md"])

@@ -3,6 +3,8 @@
 import copy
 import importlib
 import sys
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from transformers.models.auto import modeling_auto
 
 from .allocation import changed, resolve_selection
 from .ffn_sites import FfnSite, find_sites
+from .interventions import scaled
 from .routed_activation import RoutedActivation, is_routed, outlet_to
 from .router_base import Router
 from .routers import ROUTERS
@@ -209,6 +212,15 @@ class MoefiedMixin:
         section["selection"] = copy.deepcopy(selection)
         for site, each in zip(sites, found, strict=True):
             site.act.selection = each
+
+    def disable_experts(self, experts: Mapping[int, Iterable[int]]) -> AbstractContextManager[None]:
+        """`with model.disable_experts({layer: [expert, ...]}):` what the model does without them; see `scaled`."""
+        return self.boost_experts({layer: dict.fromkeys(each, 0.0) for layer, each in experts.items()})
+
+    def boost_experts(self, factors: Mapping[int, Mapping[int, float]]) -> AbstractContextManager[None]:
+        """`with model.boost_experts({layer: {expert: factor}}):` what these experts add, times a factor; see
+        `scaled`."""
+        return scaled(self.moe_sites(), factors)
 
     def set_moe_implementation(self, name: str = "auto") -> None:
         """How the FFNs run from here on; never saved.
