@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .modeling.ffn_sites import FfnSite, FfnWeights, find_sites
 from .modeling.moefied import selected_sites
+from .quality import is_causal
 
 CHUNK = 4096  # tokens whose activations are in memory at once
 KEPT_TOKENS = 4096  # of the batches that a profile keeps as they are
@@ -141,7 +142,7 @@ def real_tokens(model: PreTrainedModel, site: FfnSite, batch: Mapping[str, Any],
 @contextmanager
 def observed(
     model: PreTrainedModel, sites: list[FfnSite], seen: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
-) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Run batches through the model in evaluation mode and show each FFN to
     `seen(position, x (T, d), neurons (T, f), text (T,))`; `text` numbers the rows of the batch that tokens are of.
 
@@ -164,12 +165,15 @@ def observed(
         real = real_tokens(model, sites[position], current, len(x))
         seen(position, *((x, a, text) if real is None else (x[real], a[real], text[real])))
 
-    def run(batch: Mapping[str, Any]) -> Any:
+    def run(batch: Mapping[str, Any]) -> None:
         nonlocal current
         if not isinstance(batch, Mapping) or not any(torch.is_tensor(value) for value in batch.values()):
             raise TypeError(f"a batch must be a mapping of tensors, ready for the model; got a {type(batch).__name__}")
         current = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-        return model(**current)
+        if is_causal(model):  # nothing here needs what the head predicts, a fifth of a small model's work
+            model.base_model(**{key: value for key, value in current.items() if key != "labels"})
+        else:
+            model(**current)
 
     for position, site in enumerate(sites):
         handles.append(site.first.register_forward_pre_hook(lambda _, args, i=position: on_input(i, args)))

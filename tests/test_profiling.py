@@ -244,17 +244,37 @@ def test_gradients_stay_on_for_readers_of_activations(bert):
             assert torch.is_grad_enabled() and not neurons.requires_grad
 
 
-def test_observed_shows_layers_in_order_and_returns_the_output(bert):
+def test_observed_shows_layers_in_order(bert):
     batch, positions = text_batches(1)[0], []
 
     def seen(position, x, neurons, text):
         positions.append((position, len(x), len(neurons), text.bincount().tolist()))
 
     with observed(bert, find_sites(bert), seen) as run:
-        output = run(batch)
+        run(batch)
     lengths = batch["attention_mask"].sum(1).tolist()
     assert positions == [(i, sum(lengths), sum(lengths), lengths) for i in range(2)]
-    assert torch.equal(output.last_hidden_state, bert(**batch).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bart", "gptj"])
+def test_a_language_models_head_is_not_run(name):
+    """It sees what it sees with its head, labels or not."""
+    model, batches = tiny_model(name, "AutoModelForCausalLM"), text_batches(2, labels="causal")
+    heads = []
+    model.get_output_embeddings().register_forward_hook(lambda *args: heads.append(1))
+    expected = []
+    for site in find_sites(model):
+        site.first.register_forward_pre_hook(lambda _, args: expected.append(args[0]))
+    with torch.no_grad():
+        model(**batches[0])
+    mask, heads[:] = batches[0]["attention_mask"].bool(), []
+    first = expected[: len(find_sites(model))]
+    with profile(model, batches, progress=False) as found:
+        for stats, x in zip(found.sites, first, strict=True):
+            torch.testing.assert_close(
+                stats.inputs[: int(mask.sum())], x.unflatten(0, (-1, 12))[mask] if x.dim() == 2 else x[mask]
+            )
+    assert not heads
 
 
 @pytest.mark.parametrize(
