@@ -10,6 +10,7 @@ from torch import nn
 from moefy_hf import moefied_class
 from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.modeling.routed_activation import RoutedActivation
+from moefy_hf.modeling.routers import ROUTERS
 
 
 def test_twice_is_refused():
@@ -105,7 +106,7 @@ def test_sensitivity_lasts_on_disk(tmp_path):
     [
         (None, "MoefiedBertModel needs a `moefication` section in its config; convert a dense model"),
         ({"format_version": 99}, "format 99, newer than .*upgrade moefy-hf"),
-        ({"router": "oracle"}, "unknown router 'oracle'; choose from linear, prior_approximate, mlp"),
+        ({"router": "oracle"}, f"unknown router 'oracle'; choose from {', '.join(ROUTERS)}"),
     ],
 )
 def test_a_config_that_is_not_ours_is_an_error(change, message):

@@ -141,7 +141,7 @@ DECISIVE = {
     "recovered": TRAINED | {*CONVERSION, "recovery_epochs", "recovery_parameters", "lora_rank", "distillation_weight"},
     "control": TRAINED | {"recovery_epochs", "recovery_parameters", "lora_rank"},
     "scheduled": TRAINED | {*CONVERSION, "schedule", "distillation_weight"},
-    "scheduled.json": TRAINED | {*CONVERSION, "schedule", "distillation_weight", "shares"},
+    "scheduled.json": TRAINED | {*CONVERSION, "schedule", "distillation_weight", "shares", "selections"},
     "generated_dense.json": TRAINED | {"generated_rows", "shares"},
     "coactivation-linear-500.json": EVERYTHING - {"splitter", "router", *RECOVERY},
 }
