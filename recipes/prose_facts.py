@@ -33,6 +33,7 @@ COMMON = (
     "held_out_tokens",
     "max_seq_length",
 )
+BUDGETS = (0.25, 0.5, 0.75, 0.9, 1.0)  # shares of the FFNs' FLOPs that methods are compared at
 METHOD = ("splitter", "router", "expert_size", "num_experts", "shared_experts", "compensation", "calibration_tokens")
 
 
@@ -97,6 +98,10 @@ def average(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def nearest(row: dict[str, Any]) -> float:
+    return min(BUDGETS, key=lambda budget: abs(row["ffn_flops"] - budget))
+
+
 def label(row: dict[str, Any]) -> str:
     """What a line of the table is about."""
     method = row["method"]
@@ -113,9 +118,8 @@ def label(row: dict[str, Any]) -> str:
 
 
 def tables(facts: dict[str, Any]) -> str:
-    """Perplexity relative to dense, and the FFNs' FLOPs, at each share; then each text by itself."""
+    """Perplexity relative to dense, and the FFNs' FLOPs, near each budget; then each text by itself."""
     rows, texts = facts["perplexities"], facts["texts"]
-    shares = sorted({row["k"] for row in rows})
     data = facts["held_out_name"] or facts["held_out_splits"]
     known = ", ".join(f"{text} {perplexity:.2f}" for text, perplexity in texts.items())
     lines = [
@@ -123,11 +127,13 @@ def tables(facts: dict[str, Any]) -> str:
         "",
     ]
     lines += ["Perplexity relative to dense (FFN FLOPs relative to dense, routers included):", ""]
-    lines += ["| method | " + " | ".join(f"{share:.0%}" for share in shares) + " |", "|---" * (1 + len(shares)) + "|"]
+    lines += ["| method | " + " | ".join(f"{budget:.0%}" for budget in BUDGETS) + " |"]
+    lines.append("|---" * (1 + len(BUDGETS)) + "|")
     for name in dict.fromkeys(map(label, rows)):
         cells = []
-        for share in shares:
-            row = next((row for row in rows if label(row) == name and row["k"] == share), None)
+        for budget in BUDGETS:
+            ours = [row for row in rows if label(row) == name and nearest(row) == budget]
+            row = min(ours, key=lambda row: abs(row["ffn_flops"] - budget), default=None)
             spread = f" ± {row['relative_quality_sd']:.3f}" if row and "relative_quality_sd" in row else ""
             cells.append(f"{row['relative_quality']:.3f}{spread} ({row['ffn_flops']:.0%})" if row else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

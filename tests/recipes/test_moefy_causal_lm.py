@@ -97,7 +97,7 @@ def test_a_pretrained_model(recipe, texts, tmp_path, capsys):
     assert half["texts"]["whales"] == moefied["perplexity"]["whales at 0.5"] / dense["perplexity"]["whales"]
     assert half["relative_quality"] == sweep.rows[1]["relative_quality"] and half["seeds"] == [0]
     cell = f"{half['relative_quality']:.3f} ({half['ffn_flops']:.0%})"
-    line = f"| output_aware of 8 neurons, linear | {cell} | 1.000 (100%) |"
+    line = f"| output_aware of 8 neurons, linear |  | {cell} |  |  | 1.000 (100%) |"
     assert line in prose_facts.tables(shown) and "| *wina*, of the dense model | " in prose_facts.tables(shown)
     facts = read_facts(run / "moefied")
     assert facts["calibration"] == {"data": "speeches and plays", "split": "train"}
