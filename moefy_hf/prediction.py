@@ -1,6 +1,7 @@
 """What a conversion costs in quality, before its result is written: measured on calibration data that nothing was
 fitted on, against the dense model and experts drawn at random."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -11,10 +12,10 @@ from transformers import PreTrainedModel
 
 from .controls import routed_by, selecting
 from .modeling.moefied import is_moefied
-from .quality import Quality, predictions
+from .quality import Quality, is_causal, predictions
 
 TOKENS = 2048  # positions that are compared
-WARNING, DEGENERATE = 0.1, 1.0  # growth of the loss
+WARNING, DEGENERATE = 0.1, 1.0  # growth of the loss, or of the perplexity
 AGREEMENT = 0.9  # without labels: less is warned of
 FINE = 8  # neurons of the finest experts that are recommended
 LARGER = (0.3, 0.5, 0.7, 0.9)  # shares that are tried where the asked one is bad
@@ -29,6 +30,7 @@ class Prediction:
         uniform_kl: the same of a model that guesses uniformly.
         agreement: how often its best guess is the dense model's.
         loss, dense_loss: where there are labels.
+        language: whether the loss is that of a language model, which perplexity says more of.
         enough: the smallest larger share of the experts that was tried and found good; None if none was.
         options: what to try, where quality is bad.
     """
@@ -40,17 +42,24 @@ class Prediction:
     agreement: float
     loss: float | None = None
     dense_loss: float | None = None
+    language: bool = False
     enough: float | None = None
     options: list[str] = field(default_factory=list)
 
     @property
     def growth(self) -> float | None:
-        """Of the loss, relative to dense."""
-        return None if self.loss is None or not self.dense_loss else self.loss / self.dense_loss - 1
+        """Of the loss, or a language model's perplexity, relative to dense."""
+        if self.loss is None or not self.dense_loss:
+            return None
+        return (math.exp(self.loss - self.dense_loss) if self.language else self.loss / self.dense_loss) - 1
+
+    @property
+    def measure(self) -> str:
+        return "perplexity" if self.language else "loss"
 
     @property
     def bad(self) -> bool:
-        """The loss grows by more than 10 %; or, without labels, fewer than 90 % of the best guesses agree."""
+        """The loss or perplexity grows by more than 10 %; or, without labels, fewer than 90 % of the best guesses agree."""
         return self.agreement < AGREEMENT if self.growth is None else self.growth > WARNING
 
     @property
@@ -59,7 +68,7 @@ class Prediction:
         if not self.bad:
             return None
         if self.growth is not None and self.growth > DEGENERATE:
-            return f"its loss grows by more than {DEGENERATE:.0%}"
+            return f"its {self.measure} grows by more than {DEGENERATE:.0%}"
         if self.kl >= self.uniform_kl:
             return "it is as far from the dense model as uniform guessing"
         if self.kl >= self.random_kl:
@@ -73,8 +82,9 @@ class Prediction:
         """One line for people."""
         told = f"agreement with dense {self.agreement:.1%}, divergence {self.kl:.3g} nats (random experts"
         told += f" {self.random_kl:.3g}), on {self.positions:,} positions that nothing was fitted on"
-        if self.growth is not None:
-            told = f"loss {self.loss:.3f}, {self.growth:+.1%} on dense, {told}"
+        if self.growth is not None and self.loss is not None:
+            value = math.exp(self.loss) if self.language else self.loss
+            told = f"{self.measure} {value:.4g}, {self.growth:+.1%} on dense, {told}"
         return told
 
     def message(self) -> str:
@@ -123,7 +133,7 @@ def predict_quality(
                     break
         if not dense.count:
             raise ValueError("quality cannot be predicted: no batch, or none with a position that counts, was given")
-        found = predicted(dense, own, chance, uniform)
+        found = predicted(dense, own, chance, uniform, is_causal(model))
         return replace(found, **better(model, kept, progress)) if found.bad else found
     finally:
         model.train(training)
@@ -134,7 +144,7 @@ def dense_predictions(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple
         return predictions(model, batch)
 
 
-def predicted(dense: Quality, own: Quality, chance: Quality, uniform: Quality) -> Prediction:
+def predicted(dense: Quality, own: Quality, chance: Quality, uniform: Quality, language: bool) -> Prediction:
     figures, labels = own.figures(), dense.labelled > 0
     return Prediction(
         positions=own.count,
@@ -144,6 +154,7 @@ def predicted(dense: Quality, own: Quality, chance: Quality, uniform: Quality) -
         agreement=figures["agreement"],
         loss=figures["loss"] if labels else None,
         dense_loss=dense.figures()["loss"] if labels else None,
+        language=language,
     )
 
 
@@ -160,7 +171,7 @@ def better(model: PreTrainedModel, batches: list[Mapping[str, Any]], progress: b
             dense.update_(expected, expected, labels)
             with selecting(model, type="top_k", k=k, allocation=measured):
                 own.update_(predictions(model, batch)[0], expected, labels)
-        if not predicted(dense, own, own, own).bad:
+        if not predicted(dense, own, own, own, is_causal(model)).bad:
             enough = k
             break
     options = [f"a larger k: {enough} is enough" if enough else f"other settings: k={LARGER[-1]} is bad, too"]

@@ -76,6 +76,14 @@ def test_speeds_are_as_they_were_measured(path):
     assert speed_line(json.loads(path.read_text())) in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.parametrize("preset", ["t5-base", "opt-1.3b"])
+def test_generation_is_as_fast_as_it_was_measured(preset):
+    found = json.loads((ROOT / "moefy_hf" / "benchmarks" / f"{preset}_generate.json").read_text())
+    ratio = next(row["ratio"] for row in found["rows"] if row["implementation"] == "cpu")
+    name = {"t5-base": "T5-base {} times", "opt-1.3b": "OPT-1.3B {} times"}[preset].format(f"{ratio:.2f}")
+    assert name in " ".join((ROOT / "README.md").read_text().split())
+
+
 @pytest.mark.parametrize("name", ["minilm_batch_32", "minilm_batch_1", "smollm2_generate"])
 def test_whole_models_are_as_they_were_measured(name):
     with open(ROOT / "moefy_hf" / "benchmarks" / f"{name}.csv", newline="") as file:
