@@ -120,7 +120,7 @@ class PartialInputRouter(Router):
 
     trainable = False
     begins_experts = True
-    INPUTS = 0.5
+    INPUTS = 0.4
 
     def __init__(self, hidden_size: int, num_experts: int):
         super().__init__(hidden_size, num_experts)
