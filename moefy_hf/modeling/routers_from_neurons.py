@@ -120,7 +120,7 @@ class PartialInputRouter(Router):
 
     trainable = False
     begins_experts = True
-    INPUTS = 0.4
+    INPUTS = 0.4  # near the best for SwiGLU at half the FLOPs; reading more leaves less for the experts
 
     def __init__(self, hidden_size: int, num_experts: int):
         super().__init__(hidden_size, num_experts)
@@ -133,7 +133,10 @@ class PartialInputRouter(Router):
     def weights(self) -> "FfnWeights":
         if not self.ffn:
             raise RuntimeError("this router runs part of an FFN and was given none: read_from_ comes first")
-        return self.ffn[0]()
+        ffn = self.ffn[0]()
+        if ffn.up.dtype not in (torch.float32, torch.bfloat16, torch.float16):  # integers would be scores of anything
+            raise RuntimeError(f"this router runs part of its FFN, whose weights are {ffn.up.dtype}: quantised?")
+        return ffn
 
     def inputs(self) -> int:
         """How many entries of x are read."""

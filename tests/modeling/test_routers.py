@@ -352,6 +352,18 @@ def test_partial_input_reads_the_weights_as_they_are_now(model):
     assert not list(site.act.router.parameters()) and not any("router" in key for key in dense.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_partial_input_reads_no_integers(dtype):
+    ffn, router = experts(gated=True, bias=False), PartialInputRouter(D, E)
+    ffn = FfnWeights(ffn.up.to(dtype), ffn.down.to(dtype), ffn.act, gate=ffn.gate.to(dtype))
+    router.read_from_(lambda: ffn, 0)
+    if dtype == torch.int8:
+        with pytest.raises(RuntimeError, match="torch.int8"):
+            router(noise(5, D))
+    else:
+        assert router(noise(5, D)).dtype == torch.float32
+
+
 def test_partial_input_lets_no_gradient_through():
     ffn = experts(gated=True)
     ffn.up.requires_grad_()
