@@ -20,7 +20,7 @@ class MoeficationConfig:
             "activation_markers", "output_aware".
         router: what predicts the experts a token needs. Fitted: "linear", "low_rank" (for many small experts),
             "prior_approximate", "sigmoid", "mlp", "norm_regression", "relu_rmsnorm". Made of the experts' weights:
-            "analytic", "mean_gate", "similarity"; and "random".
+            "analytic", "mean_gate", "partial_input", "similarity"; and "random".
         selection: `{"type": "top_k", "k": 0.2}`; k is a share of the experts (float), a count (int), or one of these
             per layer; `"allocation": "sensitivity"` spreads an average k over layers by their measured sensitivity,
             "uniform" gives each layer the same. Without "allocation": by sensitivity where there is calibration data.

@@ -271,6 +271,8 @@ def misfit(site: FfnSite, name: str) -> str | None:
                 return f"{path} is {parameter.dtype}: only {limits.names} can"
             if parameter.dtype != dtype:
                 return f"{path} is {parameter.dtype}, {site.spec.down} {dtype}: only one dtype can"
+    if site.act.router.begins_experts:
+        return f"its {type(site.act.router).__name__} computes part of each neuron, which no kernel goes on from"
     act = site.act.inner
     if type(act).__name__ not in ACTIVATIONS:
         return f"activation {type(act).__name__} is none of {', '.join(ACTIVATIONS)}"

@@ -1,5 +1,6 @@
 """FLOPs per token, dense and routed. A multiply-add counts as two."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from .controls import selecting
 from .modeling.ffn_sites import FfnSite, find_sites
+from .modeling.moefied import is_moefied
 from .modeling.routed_activation import is_routed
 
 
@@ -26,7 +29,10 @@ def routed_flops(site: FfnSite, experts: float) -> float:
     routed = site.act
     if not is_routed(routed) or experts >= routed.num_experts:
         return float(ffn_flops(site))
-    return ffn_flops(site) * experts / routed.num_experts + routed.router.flops()
+    router = routed.router.flops()
+    if routed.router.begins_experts:  # paid twice by none that runs
+        router *= 1 - (experts - routed.shared) / routed.router.num_experts
+    return ffn_flops(site) * experts / routed.num_experts + router
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,11 @@ def model_flops(model: PreTrainedModel, batch: Mapping[str, Any]) -> ModelFlops:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
+        with contextlib.ExitStack() as stack:
+            if is_moefied(model):  # what counts is the dense model, without routers
+                stack.enter_context(selecting(model, type="top_k", k=1.0, allocation="uniform"))
+            stack.enter_context(torch.no_grad())
+            counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=_UNCOUNTED))
             model(**batch)
     finally:
         model.train(training)
@@ -86,9 +96,4 @@ def model_flops(model: PreTrainedModel, batch: Mapping[str, Any]) -> ModelFlops:
             handle.remove()
     most = max(tokens)
     ffn = sum(seen * ffn_flops(site) for seen, site in zip(tokens, sites, strict=True)) / most
-    total = counter.get_total_flops()
-    for seen, site in zip(tokens, sites, strict=True):
-        routed = site.act
-        if is_routed(routed) and not routed.computes_all:
-            total -= seen * routed.router.flops()  # what counts is the dense model
-    return ModelFlops(total / most, ffn, tuple(seen / most for seen in tokens))
+    return ModelFlops(counter.get_total_flops() / most, ffn, tuple(seen / most for seen in tokens))

@@ -103,7 +103,8 @@ def _fit_layer(
     experts, k = router.num_experts, site.act.selection.k
     k = max(1, experts // 5 if k is None else min(round(k), experts // 5))  # the paper's 20 %, or less
     held_out = inputs[fitting:], targets[fitting:]
-    best, best_epoch, best_weights = _captured(router, *held_out, k), 0, copy.deepcopy(router.state_dict())
+    device = site.down.weight.device
+    best, best_epoch, best_weights = _captured(router, device, *held_out, k), 0, copy.deepcopy(router.state_dict())
     if router.trainable and epochs:
         steps = epochs * sum(1 for _ in _batches(inputs[:fitting], targets[:fitting], None))
         optimizer = torch.optim.Adam(router.parameters(), lr=lr)
@@ -112,10 +113,10 @@ def _fit_layer(
         for epoch in range(1, epochs + 1):
             for x, y in _batches(inputs[:fitting], targets[:fitting], generator):
                 optimizer.zero_grad()
-                router.loss(router(x.to(site.down.weight.device)), y.to(site.down.weight.device)).backward()
+                router.loss(router(x.to(device)), y.to(device)).backward()
                 optimizer.step()
                 schedule.step()
-            captured = _captured(router, *held_out, k)
+            captured = _captured(router, device, *held_out, k)
             if captured > best:
                 best, best_epoch, best_weights = captured, epoch, copy.deepcopy(router.state_dict())
         optimizer.zero_grad()  # or the first step of an optimizer over all parameters would still move the router
@@ -150,8 +151,7 @@ def _batches(
 
 
 @torch.no_grad()
-def _captured(router: Router, inputs: torch.Tensor, targets: torch.Tensor, k: int) -> float:
-    device = next(router.parameters()).device
+def _captured(router: Router, device: torch.device, inputs: torch.Tensor, targets: torch.Tensor, k: int) -> float:
     scores = torch.cat([router(x.to(device)).cpu() for x in inputs.split(CHUNK)])
     return _share(scores, targets, k)
 

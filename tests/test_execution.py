@@ -136,6 +136,16 @@ def test_why_calls_are_masked_is_said_once(caplog):
     assert [each.message for each in caplog.records] == ["FFNs run masked: autocast wants another dtype"]
 
 
+def test_a_router_that_begins_experts_stays_masked(monkeypatch):
+    model, inputs = tiny_model("llama"), tiny_inputs("llama")
+    convert(model, 2, router="partial_input", splitter="random")
+    masked, found = run(model, inputs), calls(monkeypatch)
+    with pytest.raises(ValueError, match="PartialInputRouter computes part of each neuron"):
+        model.set_moe_implementation("cpu")
+    model.set_moe_implementation("auto")
+    assert all(torch.equal(a, b) for a, b in zip(run(model, inputs), masked, strict=True)) and not found
+
+
 def test_changed_weights_are_seen():
     model, inputs = moefied("llama"), tiny_inputs("llama")
     model.set_moe_implementation("cpu")

@@ -191,6 +191,7 @@ def test_what_belongs_to_it_comes_along(tmp_path):
         (lambda: moefied("llama"), "qwen3_moe", "llama model cannot become qwen3_moe: llama and mistral to llama4"),
         (lambda: moefied("gpt2"), None, "gpt2 model cannot become a served MoE"),
         (lambda: moefied("llama", router="random"), None, "'random' one: convert with router='linear'"),
+        (lambda: moefied("llama", router="partial_input"), None, "'partial_input' one: convert with router='linear'"),
         (lambda: moefied("llama", k=[1, 2]), None, "1 to 2 experts.*allocation='uniform'"),
         (lambda: moefied("llama").half(), None, "float16.*bfloat16"),
     ],

@@ -41,16 +41,19 @@ def test_routed(name, matrices, router):
     moefy_(model, config)
     site = model.moe_sites()[0]
     site.act.router = ROUTERS[router].of(site.weights(), EXPERTS)
+    site.act.router.read_from_(site.weights, 0)
     rows = {  # of how many numbers the matrices consist
         "mlp": D * EXPERTS + EXPERTS * EXPERTS,
         "low_rank": EXPERTS * (D + EXPERTS),  # a rank of 64 would be more than full
         "norm_regression": 128 * (D + EXPERTS),
         "analytic": (matrices - 1) * D * EXPERTS,
+        "partial_input": (matrices - 1) * 6 * F,  # 40 % of the 16 entries of x
     }
     cost = 2 * rows.get(router, D * EXPERTS)
     dense = 2 * matrices * D * F
     for k in (1, 2, 5):
-        assert routed_flops(site, k) == pytest.approx(dense * k / EXPERTS + cost)
+        twice = cost * k / EXPERTS if router == "partial_input" else 0  # experts that run do that work anyway
+        assert routed_flops(site, k) == pytest.approx(dense * k / EXPERTS + cost - twice)
     assert routed_flops(site, EXPERTS) == dense == ffn_flops(site)  # nothing is routed then
     assert routed_flops(find_sites(tiny_model(name))[0], 3) == dense  # an FFN that is no MoE
 
@@ -101,7 +104,20 @@ def test_fused_attention_is_counted_too():
     assert fused == pytest.approx(eager)
 
 
-@pytest.mark.parametrize("router", ["random", "similarity"])
+def test_a_router_that_begins_experts_beside_shared_ones():
+    """A neuron that is not computed has read 6 of 16 entries of x."""
+    model = tiny_model("llama")
+    selection = {"type": "top_k", "k": 4, "allocation": "uniform"}
+    settings = {"splitter": "random", "router": "partial_input", "selection": selection}
+    moefy_(model, MoeficationConfig(num_experts=EXPERTS, **settings))
+    for site in model.moe_sites():
+        site.act.shared, site.act.router.num_experts = 2, EXPERTS - 2
+        site.act.router.shared = 2
+        assert routed_flops(site, 4) == pytest.approx(6 * D * 32 + 4 * 6 * 16)
+        assert routed_flops(site, 2) == pytest.approx(6 * D * 16 + 4 * 6 * 32)
+
+
+@pytest.mark.parametrize("router", ["random", "similarity", "partial_input"])
 @pytest.mark.parametrize("k", [1, 3, EXPERTS])
 def test_a_moefied_model_is_counted_as_its_dense_self(router, k):
     dense = model_flops(tiny_model("bert"), batch())

@@ -64,6 +64,7 @@ def install_(model: nn.Module) -> None:
     selections = resolved(section["selection"], section, [experts for experts, _ in sizes])
     for site, (num_experts, expert_size), selection in zip(sites, sizes, selections, strict=True):
         router = ROUTERS[section["router"]].of(site.weights(), num_experts - shared)
+        router.read_from_(site.weights, shared)
         router.requires_grad_(False)  # unless their loss is on: an unused trainable parameter stalls DDP
         routed = RoutedActivation(site.act, router, expert_size, selection, shared)
         site.replace_act(routed)

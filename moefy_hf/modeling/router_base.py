@@ -1,5 +1,6 @@
 """What routers have in common: the base class, where they start from, and what they are fitted to."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,9 +38,15 @@ def prior_affinity(neurons: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
 
 
 class Router(nn.Module):
-    """Base class: x (..., d) -> scores (..., E), in the router's own dtype and outside autocast."""
+    """Base class: x (..., d) -> scores (..., E), in the router's own dtype and outside autocast.
+
+    Attributes:
+        begins_experts: whether what the router computes of an expert is part of what the expert computes, so that only
+            experts that do not run cost it anything.
+    """
 
     trainable = True
+    begins_experts = False
     targets = staticmethod(output_norm)  # neurons (T, E, m), down (d, E, m) -> (T, E)
 
     def __init__(self, hidden_size: int, num_experts: int):
@@ -50,6 +57,9 @@ class Router(nn.Module):
     def of(cls, ffn: "FfnWeights", num_experts: int) -> "Router":
         """A router for an FFN of this kind and width; nothing is read from its weights."""
         return cls(ffn.down.shape[0], num_experts)
+
+    def read_from_(self, ffn: "Callable[[], FfnWeights]", shared: int) -> None:
+        """For routers that run part of their FFN: its weights as they are now, S shared experts first."""
 
     def reset_parameters(self) -> None:
         """Initialise as transformers does a new module: tensors that a checkpoint has loaded stay as they are."""

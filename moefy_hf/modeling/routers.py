@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .router_base import Router, activation_mass, expert_centres, prior_affinity
-from .routers_from_neurons import AnalyticRouter, MeanGateRouter, SimilarityRouter
+from .routers_from_neurons import AnalyticRouter, MeanGateRouter, PartialInputRouter, SimilarityRouter
 
 if TYPE_CHECKING:  # ffn_sites needs this file
     from .ffn_sites import FfnWeights
@@ -181,6 +181,7 @@ ROUTERS: dict[str, type[Router]] = {
     "relu_rmsnorm": ReluRmsNormRouter,
     "analytic": AnalyticRouter,
     "mean_gate": MeanGateRouter,
+    "partial_input": PartialInputRouter,
     "similarity": SimilarityRouter,
     "random": RandomRouter,
 }

@@ -1,5 +1,7 @@
 """Routers score what they say, start from their experts, learn their targets, and keep their own precision."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import nn
 from moefy_hf.modeling.ffn_sites import FfnWeights
 from moefy_hf.modeling.router_base import activation_mass, expert_centres, output_norm, prior_affinity
 from moefy_hf.modeling.routers import ROUTERS, LowRankRouter
-from moefy_hf.modeling.routers_from_neurons import AnalyticRouter
+from moefy_hf.modeling.routers_from_neurons import AnalyticRouter, PartialInputRouter
 
 D, E, M = 6, 4, 3
 
@@ -31,6 +33,17 @@ def representatives(x: torch.Tensor, ffn: FfnWeights) -> torch.Tensor:
     return torch.stack([neurons[..., e, nearest[e]].abs() for e in range(E)], -1)
 
 
+def partial_outputs(x: torch.Tensor, ffn: FfnWeights) -> torch.Tensor:
+    """What each expert's neurons give of the 2 largest of 6 entries of x, added as if they were orthogonal."""
+    scores = torch.zeros(len(x), E)
+    for token, row in zip(x, scores, strict=True):
+        least = token.abs().sort().values[-2]
+        neurons = ffn.neurons(torch.where(token.abs() >= least, token, 0))
+        for e in range(E):
+            row[e] = sum((ffn.down[:, n] * neurons[n]).norm() ** 2 for n in range(e * M, (e + 1) * M)) ** 0.5
+    return scores
+
+
 # (x, ffn) -> what a router that was initialised from its experts must compute, up to a positive factor per token
 SCORES = {
     "linear": lambda x, ffn: x @ centres(ffn).T,
@@ -42,6 +55,7 @@ SCORES = {
     "similarity": lambda x, ffn: torch.stack([F.cosine_similarity(x, centre, dim=-1) for centre in centres(ffn)], -1),
     "mean_gate": lambda x, ffn: x @ ffn.keys.view(E, M, D).mean(1).T,
     "analytic": representatives,
+    "partial_input": partial_outputs,
     "norm_regression": None,  # nothing about the experts
     "random": None,
 }
@@ -57,11 +71,16 @@ def experts(gated: bool, bias: bool = True) -> FfnWeights:
     return FfnWeights(noise(E * M, D), noise(D, E * M, seed=4), nn.GELU(), up_bias, *gate)
 
 
-def make(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    router = ROUTERS[name](D, E)
+def router_of(name: str, ffn: FfnWeights) -> nn.Module:
+    router = ROUTERS[name].of(ffn, E)
+    router.read_from_(lambda: ffn, 0)
     router.reset_parameters()
     return router
+
+
+def make(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return router_of(name, experts(gated=True))
 
 
 def test_every_router_is_tested():
@@ -73,8 +92,7 @@ def test_every_router_is_tested():
 @pytest.mark.parametrize("name", ROUTERS)
 def test_initialised_from_the_experts(name, gated, bias):
     ffn, x = experts(gated, bias), noise(50, D, seed=1)
-    router = ROUTERS[name].of(ffn, E)
-    router.reset_parameters()
+    router = router_of(name, ffn)
     before = [weight.clone() for weight in router.parameters()]
     router.init_from_experts_(ffn)
     scores = router(x)
@@ -98,8 +116,7 @@ def test_scores_follow_their_experts(name, gated):
     moved = FfnWeights(ffn.up[order], ffn.down[:, order], ffn.act, ffn.up_bias[order], *gate)
     scores = []
     for each in (ffn, moved):
-        router = ROUTERS[name].of(each, E)
-        router.reset_parameters()
+        router = router_of(name, each)
         router.init_from_experts_(each)
         scores.append(router(x))
     if SCORES[name] is not None:
@@ -165,8 +182,8 @@ def test_prior_affinity_is_that_of_loops():
 @pytest.mark.parametrize("name", ROUTERS)
 def test_every_weight_is_initialised(name):
     """`empty` tensors left as they are would be garbage, or whatever was in memory."""
+    router = make(name)
     torch.manual_seed(0)
-    router = ROUTERS[name](D, E)
     with torch.no_grad():
         for weight in router.parameters():
             weight.fill_(float("nan"))
@@ -212,7 +229,8 @@ def test_weights_are_bare_parameters(name):
     router = make(name)
     assert not list(router.children())
     assert all(type(weight) is nn.Parameter for weight in router.parameters())
-    assert router.flops() == 2 * sum(weight.numel() for weight in router.parameters() if weight.dim() == 2) > 0
+    numbers = sum(weight.numel() for weight in router.parameters() if weight.dim() == 2)
+    assert router.flops() == 2 * (2 * 2 * E * M if name == "partial_input" else numbers) > 0
 
 
 @pytest.mark.parametrize("name", [name for name, router in ROUTERS.items() if router.trainable])
@@ -293,3 +311,62 @@ def test_all_that_a_router_needs_is_saved(name, model, tmp_path):
     x = noise(5, dense.moe_sites()[0].sizes[0])
     for site, again in zip(dense.moe_sites(), loaded.moe_sites(), strict=True):
         assert torch.equal(site.act.router(x), again.act.router(x))
+
+
+@pytest.mark.parametrize("shared", [0, 3])
+def test_partial_input_scores_the_experts_that_are_routed_to(shared):
+    ffn, x = experts(gated=True), noise(20, D, seed=1)
+    alone, beside = PartialInputRouter(D, E), PartialInputRouter(D, E - shared)
+    alone.read_from_(lambda: ffn, 0)
+    beside.read_from_(lambda: ffn, shared)
+    assert torch.equal(beside(x), alone(x)[:, shared:])
+    assert beside.flops() == alone.flops() * (E - shared) / E
+    with pytest.raises(RuntimeError, match="read_from_"):
+        PartialInputRouter(D, E)(x)
+
+
+def test_partial_input_finds_the_largest_of_single_neurons():
+    """Nearly as an oracle does where x has few large entries, and exactly where the others are zero."""
+    ffn, x = experts(gated=True, bias=False), noise(200, D, seed=1)
+    router = PartialInputRouter(D, E * M)
+    router.read_from_(lambda: ffn, 0)
+    x = x * torch.tensor([9.0, 1e-4, 1e-4, 1e-4, 9, 1e-4])
+    exact = ffn.neurons(x).abs() * ffn.down.norm(dim=0)
+    torch.testing.assert_close(router(x), exact, rtol=0.02, atol=0.02 * float(exact.max()))
+    rounded = x * torch.tensor([1.0, 0, 0, 0, 1, 0])
+    torch.testing.assert_close(router(rounded), ffn.neurons(rounded).abs() * ffn.down.norm(dim=0))
+
+
+@pytest.mark.parametrize("model", ["bert", "gpt2", "llama", "phi3"])
+def test_partial_input_reads_the_weights_as_they_are_now(model):
+    dense = tiny_model(model)
+    convert(dense, 2, router="partial_input", splitter="random")
+    copied = copy.deepcopy(dense)
+    site, again = dense.moe_sites()[0], copied.moe_sites()[0]
+    x = noise(20, site.sizes[0])
+    before = site.act.router(x)
+    with torch.no_grad():
+        site.down.weight.data = 2 * site.down.weight  # another tensor, as moving a model makes them
+    torch.testing.assert_close(site.act.router(x), 2 * before)
+    assert torch.equal(again.act.router(x), before)  # a copy reads its own
+    assert not list(site.act.router.parameters()) and not any("router" in key for key in dense.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_partial_input_reads_no_integers(dtype):
+    ffn, router = experts(gated=True, bias=False), PartialInputRouter(D, E)
+    ffn = FfnWeights(ffn.up.to(dtype), ffn.down.to(dtype), ffn.act, gate=ffn.gate.to(dtype))
+    router.read_from_(lambda: ffn, 0)
+    if dtype == torch.int8:
+        with pytest.raises(RuntimeError, match="torch.int8"):
+            router(noise(5, D))
+    else:
+        assert router(noise(5, D)).dtype == torch.float32
+
+
+def test_partial_input_lets_no_gradient_through():
+    ffn = experts(gated=True)
+    ffn.up.requires_grad_()
+    router = PartialInputRouter(D, E)
+    router.read_from_(lambda: ffn, 0)
+    assert not router(noise(5, D)).requires_grad
