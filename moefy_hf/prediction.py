@@ -59,7 +59,7 @@ class Prediction:
 
     @property
     def bad(self) -> bool:
-        """The loss or perplexity grows by more than 10 %; or, without labels, fewer than 90 % of the best guesses agree."""
+        """The loss or perplexity grows by more than 10 %; without labels, fewer than 90 % of best guesses agree."""
         return self.agreement < AGREEMENT if self.growth is None else self.growth > WARNING
 
     @property
