@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from .analysis import TextStream, analyze, compare_partitions, write_report
 from .analysis.ablation import ablate, remove_together
 from .analysis.measuring import measure_load
-from .analysis.pruning import least_used, prune
+from .analysis.pruning import check_prunable, least_used, prune
 from .architectures import load_checkpoint
+from .argument_types import positive, share_or_count
 from .commands import length, load_model, load_tokenizer, processors
 from .facts import add_facts, read_facts
-from .folders import write_whole, written_whole
+from .folders import check_files, write_whole, written_whole
 from .hub import add_license
 from .modeling.moefied import is_moefied
 from .quality import is_causal
@@ -49,13 +50,12 @@ def analyze_model(args: Namespace) -> dict[str, Any]:
     output = Path(args.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file: name a folder for the report")
+    removal = read_ablation(args.removal, "title", "together") if args.removal else None
     model = moefied(args)
     other = load_checkpoint(args.compare, dtype=args.dtype) if args.compare else None
     partitions = compare_partitions(model, other, args.seed) if other is not None else None
     found = analyze(model, load_tokenizer(args), stream_of(args, model), rate=args.rate, seed=args.seed)
-    facts, removal = {}, json.loads(Path(args.removal).read_text()) if args.removal else None
-    if Path(args.model).is_dir():
-        facts = add_facts(args.model, analysis=found.summary())
+    facts = add_facts(args.model, analysis=found.summary()) if Path(args.model).is_dir() else {}
     page = write_report(
         output,
         found,
@@ -66,19 +66,38 @@ def analyze_model(args: Namespace) -> dict[str, Any]:
     return {"report": str(page), "table": f"{found.table()}\n\n{page}", **found.to_dict()}
 
 
+def read_ablation(path: str, *parts: str) -> dict[str, Any]:
+    """What `moefy ablate` wrote.
+
+    Raises:
+        ValueError: no such file, or one without these parts.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is no file that moefy ablate wrote")
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    missing = [name for name in parts if not isinstance(found, dict) or name not in found]
+    if missing:
+        raise ValueError(f"{path} is not what moefy ablate writes: it has no {missing[0]!r}")
+    return found
+
+
 def ablate_model(args: Namespace) -> dict[str, Any]:
     if bool(args.csv) == bool(args.texts):
         raise ValueError("give --csv (a classifier) or --texts (a language model)")
     if args.topic and (args.other or args.texts):
         raise ValueError("--topic splits --csv into a class and the others: leave out --other and --texts")
-    if args.output and not Path(args.output).absolute().parent.is_dir():
-        raise ValueError(f"there is no folder for {args.output}")
+    if args.test and not args.together or args.other_test and not (args.test and args.other):
+        raise ValueError("--test is for --together, and --other_test is that of --other")
+    check_files(args.output, plot=None)
     model = moefied(args)
     tasks = tasks_of(args, model, args.csv or args.texts, args.other)
+    held_out = tasks_of(args, model, args.test, args.other_test) if args.test else tasks
+    experts = sum(site.act.num_experts for site in model.moe_sites())
+    if max(args.together or [1]) > experts:
+        raise ValueError(f"--together {max(args.together)} is more than the {experts} experts that the model has")
     found = ablate(model, tasks["task"], tasks.get("other"), measured=args.measure)
     found["title"] = f"Without what {args.topic!r} needs" if args.topic else "Without what the task needs"
     if args.together:
-        held_out = tasks_of(args, model, args.test, args.other_test) if args.test else tasks
         named = {args.topic or "the task": held_out["task"]}
         named |= {"all others" if args.topic else "the other": held_out["other"]} if "other" in held_out else {}
         found["together"] = remove_together(model, found["ranking"], named, args.together, seed=args.seed)
@@ -105,7 +124,10 @@ def tasks_of(args: Namespace, model: PreTrainedModel, path: str, other: str | No
     if not args.topic:
         found = {"task": batches(texts, labels)}
         return found | ({"other": batches(*read_labelled(other, model.config))} if other else {})
-    topic = {str(name): int(i) for i, name in model.config.id2label.items()}.get(args.topic)
+    names = {str(name): int(i) for i, name in model.config.id2label.items()}
+    if args.topic not in names:
+        raise ValueError(f"unknown class {args.topic!r}; choose from {', '.join(names)}")
+    topic = names[args.topic]
     parts = {name: [i for i, each in enumerate(labels) if (each == topic) == (name == "task")] for name in TASKS}
     if not all(parts.values()):
         raise ValueError(f"{path} must have rows of class {args.topic!r}, and others")
@@ -121,19 +143,23 @@ def prune_model(args: Namespace) -> dict[str, Any]:
         raise ValueError(f"{output_dir} exists: choose another output_dir")
     if bool(args.ranking) == bool(args.data):
         raise ValueError("give --ranking (what moefy ablate wrote) or --data (the experts that it uses least go)")
+    ranking = read_ablation(args.ranking, "ranking")["ranking"] if args.ranking else None
     model = moefied(args)
     sizes = [site.act.num_experts for site in model.moe_sites()]
-    if not 1 <= args.count < min(sizes):
-        raise ValueError(f"--count {args.count} is out of range: choose 1 to {min(sizes) - 1} experts of each layer")
-    if args.ranking:
+    shared = model.config.moefication.get("shared_experts", 0)
+    most = min(sizes) - shared - 1
+    if args.count > most:
+        raise ValueError(f"--count {args.count} is out of range: choose 1 to {most} experts of each layer")
+    check_prunable(model, {layer: range(shared, shared + args.count) for layer in range(len(sizes))})
+    if ranking is not None:
         by = f"the least needed in {Path(args.ranking).name}"
-        places = {tuple(each): -i for i, each in enumerate(json.loads(Path(args.ranking).read_text())["ranking"])}
-        if len(places) != sum(sizes):
-            raise ValueError(f"{args.ranking} ranks {len(places)} experts, the model has {sum(sizes)}")
+        places = {tuple(each): -i for i, each in enumerate(ranking)}
+        if places.keys() != {(layer, e) for layer, size in enumerate(sizes) for e in range(size)}:
+            raise ValueError(f"{args.ranking} ranks other experts than those {sum(sizes)} that the model has")
         loads = [[float(places[layer, e]) for e in range(size)] for layer, size in enumerate(sizes)]
     else:
         by, loads = f"the least used on {Path(args.data).name}", measure_load(model, stream_of(args, model))
-    experts = least_used(loads, args.count, model.config.moefication.get("shared_experts", 0))
+    experts = least_used(loads, args.count, shared)
     pruned = prune(model, experts)
     before, after = model.num_parameters(), pruned.num_parameters()
     known = read_facts(args.model) if Path(args.model).is_dir() else {}
@@ -150,19 +176,20 @@ def prune_model(args: Namespace) -> dict[str, Any]:
     return {"output_dir": str(output_dir), "experts": experts, "before": before, "after": after, "table": table}
 
 
-def add_analysis(command: Callable[..., argparse.ArgumentParser], share_or_count: Callable, show: Callable) -> None:
+def add_analysis(command: Callable[..., argparse.ArgumentParser], show: Callable) -> None:
     """The three commands' settings; `command` makes a parser as the others have."""
     analyze_ = command("analyze", analyze_model, show, "What experts respond to, against chance; a report to open.")
     ablate_ = command("ablate", ablate_model, show, "Rank experts by what a task loses without them.")
     prune_ = command("prune", prune_model, show, "Remove experts: a smaller checkpoint.")
     for each in (analyze_, ablate_, prune_):
-        each.add_argument("--max_length", type=int, default=256, help="tokens of a text (default: 256)")
-        each.add_argument("--seed", type=int, default=0)
+        each.add_argument("--max_length", type=positive, default=256, help="tokens of a text (default: 256)")
         each.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
+    for each in (analyze_, ablate_):
+        each.add_argument("--seed", type=int, default=0)
     data = "csv file with columns text and label, or text file with a text per line"
     for each in (analyze_, prune_):
         each.add_argument("--data", required=each is analyze_, help=data)
-        each.add_argument("--max_tokens", type=int, help="stop after about so many (default: all)")
+        each.add_argument("--max_tokens", type=positive, help="stop after about so many (default: all)")
     analyze_.add_argument("--output", required=True, help="folder for report.html, analysis.json and csv files")
     analyze_.add_argument("--rate", type=float, default=0.05, help="of false discoveries (default: 0.05)")
     analyze_.add_argument("--compare", help="another MoEfied checkpoint of this model: how alike are the partitions?")
@@ -171,12 +198,12 @@ def add_analysis(command: Callable[..., argparse.ArgumentParser], share_or_count
     ablate_.add_argument("--texts", help="the task of a language model: text file")
     ablate_.add_argument("--topic", help="a class of --csv: what it loses, and, as the second task, all others")
     ablate_.add_argument("--other", help="file of the second task, which is to lose little")
-    ablate_.add_argument("--measure", type=int, default=20, help="experts switched off one by one (default: 20)")
-    ablate_.add_argument("--together", type=int, nargs="*", help="also switch the first so many off together")
+    ablate_.add_argument("--measure", type=positive, default=20, help="experts switched off one by one (default: 20)")
+    ablate_.add_argument("--together", type=positive, nargs="+", help="also switch the first so many off together")
     ablate_.add_argument("--test", help="file that is measured on, instead of the one that experts are ranked on")
     ablate_.add_argument("--other_test", help="the same for --other")
-    ablate_.add_argument("--max_texts", type=int, default=500, help="of each file or part (default: 500)")
+    ablate_.add_argument("--max_texts", type=positive, default=500, help="of each file or part (default: 500)")
     ablate_.add_argument("--output", help="JSON file that gets the figures")
     prune_.add_argument("output_dir", help="directory that gets the smaller model; must not exist")
-    prune_.add_argument("--count", type=int, required=True, help="experts to take out of every layer")
+    prune_.add_argument("--count", type=positive, required=True, help="experts to take out of every layer")
     prune_.add_argument("--ranking", help="JSON file of moefy ablate: the least needed go")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .analysis_commands import add_analysis
+from .argument_types import positive, share_or_count
 from .bench import PRESETS
 from .bench.command import run_bench
 from .bench.ffns import TOKENS
@@ -114,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     export_.add_argument("output_dir", help="directory that gets the checkpoint; must not exist, or be empty")
     export_.add_argument("--to", help=f"{', '.join(TARGETS)} or dense; by default what the model's attention fits")
     export_.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
-    add_analysis(command, share_or_count, table)
+    add_analysis(command, table)
     add_bench(commands)
     add_kernels(commands)
     return top
@@ -174,21 +175,16 @@ def add_kernels(commands: Any) -> None:
 
 def add_texts(command: argparse.ArgumentParser, required: bool, tokens: int | None = None) -> None:
     command.add_argument("--texts", required=required, help="text file, one text per line")
-    command.add_argument("--max_length", type=int, default=256, help="tokens of a text (default: 256)")
+    command.add_argument("--max_length", type=positive, default=256, help="tokens of a text (default: 256)")
     command.add_argument("--seed", type=int, default=0)
     if tokens is not None:
-        command.add_argument("--calibration_tokens", type=int, default=tokens, help=f"at most (default: {tokens})")
+        command.add_argument(
+            "--calibration_tokens", type=positive, default=tokens, help=f"at most (default: {tokens})"
+        )
 
 
 def table(found: dict) -> str:
     return found["table"]
-
-
-def share_or_count(text: str) -> int | float:
-    try:
-        return float(text) if "." in text or "e" in text else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"a share like 0.2 or a number of experts, got {text!r}") from None
 
 
 if __name__ == "__main__":

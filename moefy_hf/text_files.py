@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,7 @@ def read_labelled(path: str, config: PreTrainedConfig) -> tuple[list[str], list[
     """
     if not Path(path).is_file():
         raise ValueError(f"{path} is no csv file")
+    csv.field_size_limit(sys.maxsize)  # a text may be long
     with open(path, encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
         missing = {"text", "label"} - set(rows.fieldnames or ())

@@ -204,6 +204,8 @@ def test_labels_of_a_csv_file(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text('text,label\n"a, b",1\nc,2\nd,None\ne,0\n')  # names first; 0 is only an id
     assert read_labelled(str(file), config) == (["a, b", "c", "d", "e"], [0, 1, 2, 0])
+    file.write_text("text,label\n" + "long " * 30_000 + ",2\n")
+    assert read_labelled(str(file), config)[1] == [1]
     bad = {"text,class\na,1\n": "no column label", "text,label\na,9\n": "'9' is none of 1, 2, None"}
     for content, message in bad.items():
         file.write_text(content)
@@ -257,6 +259,9 @@ def test_export(moe, tmp_path, capsys):
         (["sweep", "{dense}", "--texts", "{texts}", "--controls", "x"], "'x'"),
         (["sweep", "{dense}", "--texts", "{texts}", "--controls", "teal"], "give --calibration_texts"),
         (["profile", "{dense}", "--texts", "{texts}", "--ppl", "0"], "--ppl is a growth in percent"),
+        (["profile", "{dense}", "--texts", "{texts}", "--max_length", "0"], "a whole number from 1, got '0'"),
+        (["convert", "{dense}", "{tmp}/out", "--calibration_tokens", "many"], "a whole number from 1, got 'many'"),
+        (["bench", "--preset", "minilm", "--seconds", "0"], "seconds must be positive, got 0"),
         (["card", "{dense}"], "is not MoEfied"),
         (["card", "{tmp}/nothing"], "no config.json"),
         (["push", "{dense}", "me/moe"], "is not MoEfied"),

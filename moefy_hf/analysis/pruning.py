@@ -34,10 +34,8 @@ def prune(model: PreTrainedModel, experts: Mapping[int, Iterable[int]]) -> PreTr
             does not exist or is a shared one; the routers mix experts (`mlp`), or the config does not say how wide
             the FFNs are; nothing is made then.
     """
-    if not is_moefied(model):
-        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
-    sites, kept = model.moe_sites(), kept_experts(model, experts)
-    config = smaller_config(model, len(kept[0]))
+    kept, config = check_prunable(model, experts)
+    sites = model.moe_sites()
     state = model.state_dict()
     for site, each in zip(sites, kept, strict=True):
         neurons = torch.arange(site.sizes[1]).view(site.act.num_experts, -1)[each].flatten()
@@ -50,6 +48,23 @@ def prune(model: PreTrainedModel, experts: Mapping[int, Iterable[int]]) -> PreTr
         pruned.generation_config = copy.deepcopy(model.generation_config)
     pruned.to(device=model.device)  # type: ignore[call-arg]
     return pruned.train(model.training)
+
+
+def check_prunable(model: PreTrainedModel, experts: Mapping[int, Iterable[int]]) -> tuple[list[list[int]], Any]:
+    """The experts that each layer keeps, and the config with narrower FFNs.
+
+    Raises:
+        ValueError: see `prune`.
+    """
+    if not is_moefied(model):
+        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    kept = kept_experts(model, experts)
+    for site in model.moe_sites():
+        for param in site.act.router.parameters():
+            if tuple(param.shape) != (site.act.router.num_experts, site.sizes[0]):
+                kind = type(site.act.router).__name__
+                raise ValueError(f"{site.name}: a {kind} mixes experts; prune a model whose router is linear")
+    return kept, smaller_config(model, len(kept[0]))
 
 
 def kept_experts(model: PreTrainedModel, experts: Mapping[int, Iterable[int]]) -> list[list[int]]:
@@ -121,9 +136,6 @@ def smaller_tensors(site: FfnSite, experts: torch.Tensor, neurons: torch.Tensor)
         yield f"{prefix}{site.spec.act}.{name}", buffer.index_select(0, neurons.to(buffer.device))
     routed = experts[experts >= shared] - shared
     for name, param in act.router.named_parameters():
-        if tuple(param.shape) != (act.router.num_experts, site.sizes[0]):
-            kind = type(act.router).__name__
-            raise ValueError(f"{site.name}: a {kind} mixes experts; prune a model whose router is linear")
         yield f"{prefix}{site.spec.act}.router.{name}", param.detach().index_select(0, routed.to(param.device))
 
 

@@ -31,7 +31,7 @@ def run_bench(args: Namespace) -> dict[str, Any]:
         dtype=args.dtype,
         threads=args.threads,
         rounds=args.rounds,
-        seconds=args.seconds or (300 if whole else 20),
+        seconds=(300 if whole else 20) if args.seconds is None else args.seconds,
         implementations=tuple(args.implementations),
     )
     if args.generate:

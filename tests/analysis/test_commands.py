@@ -10,7 +10,7 @@ from planted import CLASS, number_tokenizer, planted_model, write_texts
 from tiny import distance, run, tiny_inputs
 from transformers import AutoModelForSequenceClassification
 
-from moefy_hf import model_card, write_card
+from moefy_hf import analysis_commands, model_card, write_card
 from moefy_hf.cli import main
 from moefy_hf.facts import read_facts
 
@@ -94,7 +94,14 @@ def test_facts_of_an_analysis(folder):
     "arguments, message",
     [
         (["ablate", "{moe}"], "give --csv"),
-        (["ablate", "{moe}", "--csv", "{csv}", "--topic", "sports"], "must have rows of class 'sports'"),
+        (["ablate", "{moe}", "--csv", "{csv}", "--topic", "sports"], "unknown class 'sports'; choose from LABEL_0"),
+        (["ablate", "{moe}", "--csv", "{csv}", "--test", "{csv}"], "--test is for --together"),
+        (["ablate", "{moe}", "--csv", "{csv}", "--together", "1", "--test", "{new}"], "is no csv file"),
+        (["ablate", "{moe}", "--csv", "{csv}", "--together", "13"], "--together 13 is more than the 12 experts"),
+        (["ablate", "{moe}", "--csv", "{csv}", "--measure", "-2"], "a whole number from 1, got '-2'"),
+        (["analyze", "{moe}", "--data", "{csv}", "--output", "{new}", "--removal", "{other}"], "it has no 'title'"),
+        (["prune", "{moe}", "{new}", "--count", "1", "--ranking", "{other}"], "ranks other experts"),
+        (["prune", "{moe}", "{new}", "--count", "1", "--ranking", "{new}"], "is no file that moefy ablate wrote"),
         (["ablate", "{moe}", "--csv", "{csv}", "--topic", "LABEL_1", "--other", "{csv}"], "leave out --other"),
         (["ablate", "{moe}", "--texts", "{csv}"], "a classifier --csv"),
         (["analyze", "{moe}", "--data", "{csv}", "--output", "{csv}"], "is a file: name a folder"),
@@ -104,8 +111,11 @@ def test_facts_of_an_analysis(folder):
         (["prune", "{moe}", "{moe}", "--count", "2", "--data", "{csv}"], "exists: choose another"),
     ],
 )
-def test_bad_input_is_one_line(folder, arguments, message, capsys):
-    names = {"moe": folder / "moe", "csv": folder / "texts.csv", "new": folder / "new"}
+def test_bad_input_is_one_line(folder, arguments, message, capsys, monkeypatch):
+    names = {"moe": folder / "moe", "csv": folder / "texts.csv", "new": folder / "new", "other": folder / "other.json"}
+    names["other"].write_text(json.dumps({"ranking": [[0, expert] for expert in range(12)]}))  # of another model
+    for name in ("ablate", "analyze", "measure_load"):
+        monkeypatch.setattr(analysis_commands, name, lambda *args, **kwargs: pytest.fail("work was begun"))
     with pytest.raises(SystemExit) as stop:
         main([argument.format(**names) for argument in arguments])
     captured = capsys.readouterr().err.strip().splitlines()
