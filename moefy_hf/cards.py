@@ -13,6 +13,7 @@ from .conversion import ConversionReport
 from .evaluation import Sweep
 from .facts import is_hub_id, read_facts
 from .folders import write_whole
+from .modeling.allocation import setting_name
 from .plots import plot_experts
 from .prediction import Prediction
 from .router_fitting import RouterFit
@@ -22,6 +23,11 @@ logger = logging.get_logger("moefy_hf")
 
 PLOT = "quality_against_compute.png"
 EXPERTS_PLOT = "experts.png"
+SPREAD = {  # of ALLOCATIONS
+    "uniform": "the same in each layer",
+    "sensitivity": "more where a layer needs them",
+    "global": "by one setting for all layers",
+}
 TASKS = {
     "AutoModel": "feature-extraction",
     "AutoModelForAudioClassification": "audio-classification",
@@ -216,13 +222,15 @@ def summary(section: dict[str, Any], report: ConversionReport | None, facts: dic
 
 
 def budget(selection: dict[str, Any]) -> str:
-    k, allocation = selection["k"], selection.get("allocation", "uniform")
+    kind, k = selection["type"], selection.get("k")
+    name = setting_name(kind)
+    if k is None:
+        return f"as many experts as a token needs: `{kind}`, {name} {selection[name]}"
+    on_average = "" if name is None else f" on average, by `{kind}`"
     if isinstance(k, list):
-        return f"{', '.join(map(str, k))} experts, layer by layer"
+        return f"{', '.join(map(str, k))} experts, layer by layer{on_average}"
     share = f"{k:.0%} of the experts" if isinstance(k, float) else f"{k} experts"
-    return f"{share}, " + (
-        "more where a layer needs them" if allocation == "sensitivity" else "the same in each layer"
-    )
+    return f"{share}{on_average}, {SPREAD[selection.get('allocation', 'uniform')]}"
 
 
 def analysis_table(found: dict[str, Any]) -> str:

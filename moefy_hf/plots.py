@@ -11,25 +11,31 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".pdf", ".svg")
 COLOURS = {"own": "#1f6feb", "oracle": "#2da44e", "oracle_mass": "#8250df", "random": "#bf3989"}
 COLOURS |= {"cats": "#9a6700", "teal": "#1b7c83", "wina": "#bc4c00"}
+DYNAMIC = {"threshold": "^", "top_p": "v", "level": "D"}  # selections of as many experts as a token needs
 VIEWS = ("#1f6feb", "#2da44e", "#8c959f")  # routed, split, random
 
 
 def plot_sweep(sweep: "Sweep", path: str | Path) -> None:
-    """Quality against the share of dense FFN FLOPs: a line per router and allocation, the dense model as a rule."""
+    """Quality against the share of dense FFN FLOPs: a line per router, selection and allocation, the dense model as a
+    rule."""
     quality = sweep.facts["quality"]
     figure, axes = new_figure()
     dense, *rows = sweep.rows
     axes.axhline(dense[quality], color="#57606a", linestyle=":", label=f"dense: {dense[quality]:.4g}")
-    for router, allocation in dict.fromkeys((row["router"], row["allocation"]) for row in rows):
-        line = [row for row in rows if (row["router"], row["allocation"]) == (router, allocation)]
+    lines: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((row["router"], row.get("type", "top_k"), row["allocation"]), []).append(row)
+    for (router, kind, allocation), line in lines.items():
         line.sort(key=lambda row: row["ffn_flops"])
         name = sweep.facts.get("router", "router") if router == "own" else router
         name += " (control)" if router in CONTROLS else ""
-        style = "-o" if allocation == "sensitivity" else "--s"
+        name += f", {kind}" if kind in DYNAMIC else ""
+        style, marker = ("-", "o") if allocation == "sensitivity" else ("--", "s")
         axes.plot(
             [row["ffn_flops"] for row in line],
             [row[quality] for row in line],
             style,
+            marker=DYNAMIC.get(kind, marker),
             color=COLOURS[router],
             markersize=4,
             label=f"{name}, {allocation} budgets",

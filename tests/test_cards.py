@@ -8,8 +8,9 @@ from huggingface_hub import ModelCard
 from tiny import convert, tiny_inputs, tiny_model
 
 from moefy_hf import add_facts, evaluate, model_card, write_card
-from moefy_hf.cards import PLOT, TASKS
+from moefy_hf.cards import PLOT, TASKS, budget
 from moefy_hf.facts import FILE, is_hub_id, read_facts
+from moefy_hf.modeling.allocation import check_selection
 
 HEAD = "AutoModelForSequenceClassification"
 
@@ -147,3 +148,25 @@ def test_tasks_are_named_after_heads_of_transformers():
     import transformers
 
     assert all(hasattr(transformers, name) for name in TASKS)
+
+
+@pytest.mark.parametrize(
+    ("selection", "said"),
+    [
+        ({"type": "top_k", "k": 0.2}, "20% of the experts, the same in each layer"),
+        ({"type": "top_k", "k": [3, 4]}, "3, 4 experts, layer by layer"),
+        (
+            {"type": "top_p", "k": 4, "allocation": "sensitivity"},
+            "4 experts on average, by `top_p`, more where a layer needs them",
+        ),
+        (
+            {"type": "threshold", "k": 0.2, "allocation": "global"},
+            "20% of the experts on average, by `threshold`, by one setting for all layers",
+        ),
+        ({"type": "threshold", "tau": 0.9}, "as many experts as a token needs: `threshold`, tau 0.9"),
+        ({"type": "level", "level": [1.5, 2.0]}, "as many experts as a token needs: `level`, level [1.5, 2.0]"),
+    ],
+)
+def test_the_budget_of_every_selection(selection, said):
+    check_selection(selection)
+    assert budget(selection) == said

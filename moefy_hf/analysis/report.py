@@ -86,7 +86,7 @@ def tables_of(
                 ]
     tables = {"specialisation": analysis.specialisation, "layers": layers, "experts": experts, "findings": found}
     if sweep is not None:
-        columns = ("router", "allocation", "experts", "ffn_flops", sweep["facts"]["quality"])
+        columns = ("router", "type", "allocation", "experts", "ffn_flops", sweep["facts"]["quality"])
         tables["sweep"] = [{name: row.get(name) for name in columns} for row in sweep["rows"]]
     return (
         tables | ({"partitions": partitions} if partitions else {}) | ({"removal": removal["rows"]} if removal else {})
