@@ -224,7 +224,7 @@ def summary(section: dict[str, Any], report: ConversionReport | None, facts: dic
 def budget(selection: dict[str, Any]) -> str:
     kind, k = selection["type"], selection.get("k")
     name = setting_name(kind)
-    if k is None:
+    if name is not None and k is None:
         return f"as many experts as a token needs: `{kind}`, {name} {selection[name]}"
     on_average = "" if name is None else f" on average, by `{kind}`"
     if isinstance(k, list):

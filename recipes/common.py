@@ -19,6 +19,9 @@ from transformers import (
 )
 
 from moefy_hf.controls import BASELINES, CONTROLS
+from moefy_hf.modeling.routers import ROUTERS
+from moefy_hf.modeling.selection import SELECTIONS
+from moefy_hf.splitting import SPLITTERS
 
 
 @dataclass
@@ -54,10 +57,8 @@ class MoeficationArguments:
 
     num_experts: int | None = field(default=None, metadata={"help": "experts per FFN; by default from expert_size"})
     expert_size: int = field(default=32, metadata={"help": "neurons per expert"})
-    splitter: str = field(
-        default="parameter_clustering", metadata={"help": "random, parameter_clustering, coactivation"}
-    )
-    router: str = field(default="linear", metadata={"help": "linear, prior_approximate, mlp, similarity, random"})
+    splitter: str = field(default="parameter_clustering", metadata={"help": ", ".join(SPLITTERS)})
+    router: str = field(default="linear", metadata={"help": ", ".join(ROUTERS)})
     shared_experts: int = field(
         default=0, metadata={"help": "experts that run for every token, made of the neurons that most tokens need"}
     )
@@ -82,7 +83,7 @@ class MoeficationArguments:
     )
     selections: list[str] = field(
         default_factory=lambda: ["top_k"],
-        metadata={"help": "types of selection to sweep at the same average share: top_k, threshold, top_p, level"},
+        metadata={"help": f"types of selection to sweep at the same average share: {', '.join(SELECTIONS)}"},
     )
     recovery_epochs: float = field(
         default=0.0, metadata={"help": "fine-tune the converted model for so many epochs, and the dense one beside it"}

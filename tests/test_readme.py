@@ -13,6 +13,10 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import prose_facts  # noqa: E402
 import sweep_tables  # noqa: E402
 
+from moefy_hf.modeling.routers import ROUTERS  # noqa: E402
+from moefy_hf.modeling.selection import SELECTIONS  # noqa: E402
+from moefy_hf.splitting import SPLITTERS  # noqa: E402
+
 KNOWN = {path: json.loads(path.read_text()) for path in sorted((ROOT / "model_cards" / "facts").glob("*.json"))}
 FACTS = [path for path, facts in KNOWN.items() if "rows" in facts]
 PROSE = [path for path, facts in KNOWN.items() if "perplexities" in facts]
@@ -126,3 +130,12 @@ def test_every_fact_is_shown():
 def test_links_lead_somewhere(path):
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / path).read_text())
     assert links and all((ROOT / path).parent.joinpath(link).exists() for link in links)
+
+
+@pytest.mark.parametrize(
+    ("title", "known"),
+    [("splitter | groups", SPLITTERS), ("router | scores", ROUTERS), ("type | a token computes", SELECTIONS)],
+)
+def test_every_method_is_described(title, known):
+    table = (ROOT / "README.md").read_text().partition(f"| {title} ")[2].partition("\n\n")[0]
+    assert re.findall(r"^ *\| `(\w+)` \|", table, re.M) == list(known)
