@@ -173,7 +173,8 @@ def evaluate(
             `moefy_hf.neuron_baselines`).
         selections: types that are swept, those that depend on the token at the same average number of experts
             (`measure_reach` must have been called); by default that of the model. Controls always select "top_k".
-        allocations: "uniform" and/or "sensitivity"; by default that of the model.
+        allocations: of "uniform", "sensitivity" and "global"; by default that of the model. "top_k" is uniform where
+            others are "global".
         calibration: batches, some thousand tokens, that thresholds of these are set on.
         local_tokens: tokens on which each layer's captured mass, output error and chunk share are measured; 0 for
             none.
@@ -204,10 +205,11 @@ def evaluate(
         (control, "top_k") for control in controls if control not in BASELINES
     ]
     settings = [
-        Setting(control, (("type", kind), ("k", share), ("allocation", allocation)))
+        Setting(control, (("type", kind), ("k", share), ("allocation", spread)))
         for allocation in allocations
         for control, kind in routings
-        if not (allocation == "global" and kind == "top_k")  # which has no setting to share
+        for spread in ["uniform" if (kind, allocation) == ("top_k", "global") else allocation]  # no setting
+        if spread == allocation or spread not in allocations
         for share in shares
     ]
     for setting in settings:  # every bad value is found before work begins

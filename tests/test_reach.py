@@ -76,6 +76,17 @@ def test_a_sweep_counts_what_is_computed():
         assert row["experts"] == pytest.approx(sum(row["k_per_layer"]) / 24)
 
 
+@pytest.mark.parametrize("allocations", [None, ["uniform", "global"]])
+def test_controls_stand_beside_one_setting_for_all_layers(allocations):
+    model = moefied()
+    measure_reach(model, BATCHES, ["threshold"], progress=False)
+    model.set_selection(type="threshold", k=0.25, allocation="global")
+    settings = {"controls": ["oracle", "random"], "allocations": allocations, "local_tokens": 0, "progress": False}
+    found = [(row["router"], row["allocation"]) for row in evaluate(model, BATCHES[:1], [0.25], **settings).rows[1:]]
+    own = [("own", "global")] if allocations is None else [("own", "uniform"), ("own", "global")]
+    assert sorted(found) == sorted([*own, ("oracle", "uniform"), ("random", "uniform")])
+
+
 def test_the_tables_travel_with_the_checkpoint(tmp_path):
     model = moefied()
     measure_reach(model, BATCHES, ["threshold"], progress=False)
