@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from batches import text_batches
 from planted import CLASS, number_tokenizer, planted_model, write_texts
-from tiny import distance, run, tiny_inputs
+from tiny import distance, run, tiny_inputs, tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from moefy_hf import analysis_commands, model_card, write_card
+from moefy_hf import MoeficationConfig, analysis_commands, model_card, moefy_, write_card
 from moefy_hf.cli import main
 from moefy_hf.facts import read_facts
 
@@ -120,3 +121,17 @@ def test_bad_input_is_one_line(folder, arguments, message, capsys, monkeypatch):
         main([argument.format(**names) for argument in arguments])
     captured = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and message in captured[-1] and not (folder / "new").exists()
+
+
+def test_what_cannot_be_pruned_is_refused_before_texts_are_read(folder, tmp_path, capsys, monkeypatch):
+    model = tiny_model("bert", "AutoModelForSequenceClassification")
+    selection = {"type": "top_k", "k": 2, "allocation": "uniform"}
+    config = MoeficationConfig(expert_size=8, splitter="random", router="mlp", selection=selection)
+    moefy_(model, config, text_batches(2), progress=False)
+    model.save_pretrained(tmp_path / "mlp")
+    monkeypatch.setattr(analysis_commands, "measure_load", lambda *args: pytest.fail("work was begun"))
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["prune", str(tmp_path / "mlp"), str(tmp_path / "new"), "--count", "1", "--data", str(folder / "test.csv")]
+        )
+    assert stop.value.code == 2 and "a MLPRouter mixes experts" in capsys.readouterr().err
