@@ -97,10 +97,12 @@ def resolve_selection(
     """
     check_selection(selection)
     kind, cls, routed = selection["type"], SELECTIONS[selection["type"]], [e - shared for e in num_experts]
-    tables = Reach(kind, routed, reach) if reach is not None and kind in reach else None
+    measured = reach is not None and kind in reach
     if issubclass(cls, Dynamic) and cls.name in selection:
         settings = [cls.checked(each) for each in per_layer(cls.name, selection[cls.name], len(num_experts))]
-        known = tables.spent(settings) if tables else [None] * len(settings)
+        known: Sequence[float | None] = [None] * len(settings)  # also where another head was measured
+        if reach is not None and measured and len(reach[kind]) == len(settings):
+            known = Reach(kind, routed, reach).spent(settings)
         return [cls(each, k) for each, k in zip(settings, known, strict=True)]
     ks = per_layer("k", selection.get("k"), len(num_experts))
     counts = [count_experts(k, experts, shared) for k, experts in zip(ks, num_experts, strict=True)]
@@ -109,14 +111,15 @@ def resolve_selection(
     budgets: Sequence[float] = [count - shared for count in counts]
     if not issubclass(cls, Dynamic):
         return [cls(int(k)) for k in budgets]
-    if tables is None:
+    if reach is None or not measured:
         raise ValueError(
             f"selection {kind!r} with a budget k needs a measured router: call "
             f"moefy_hf.measure_reach(model, data) first, or give {cls.name}"
         )
+    tables = Reach(kind, routed, reach)
     if selection.get("allocation") == "global" and list(budgets) != routed:
         budgets = tables.spent([tables.setting_of(sum(budgets))] * len(budgets))
-    return [cls(setting, k) for setting, k in zip(tables.settings(budgets), budgets, strict=True)]
+    return [cls(setting, k) for setting, k in tables.settings(budgets)]
 
 
 class Reach:
@@ -135,10 +138,17 @@ class Reach:
                 "call moefy_hf.measure_reach(model, data)"
             )
 
-    def settings(self, budgets: Sequence[float]) -> list[float]:
-        """For each layer's average number of experts, its setting."""
-        layers = zip(budgets, self.experts, self.tables, strict=True)
-        return [interpolated(k / experts, self.shares, table) for k, experts, table in layers]
+    def settings(self, budgets: Sequence[float]) -> list[tuple[float, float]]:
+        """For each layer's average number of experts, its setting and what that spends: less, where so many experts
+        need the very same setting (those of strength 0) that it would compute many more."""
+        found = []
+        for k, experts, table in zip(budgets, self.experts, self.tables, strict=True):
+            setting = interpolated(k / experts, self.shares, table)
+            if interpolated(setting, table, self.shares) > k / experts + self.shares[1]:
+                setting = just_below(setting)
+                k = interpolated(setting, table, self.shares) * experts
+            found.append((setting, k))
+        return found
 
     def spent(self, settings: Sequence[float]) -> list[float]:
         """For each layer's setting, its average number of experts."""
@@ -146,13 +156,19 @@ class Reach:
         return [interpolated(setting, table, self.shares) * experts for setting, experts, table in layers]
 
     def setting_of(self, budget: float) -> float:
-        """The one setting that spends `budget` experts over all layers."""
+        """The one setting that spends `budget` experts over all layers; less, as in `settings`."""
         low, high = min(table[0] for table in self.tables), max(table[-1] for table in self.tables)
         for _ in range(60):
             middle = (low + high) / 2
             less = sum(self.spent([middle] * len(self.tables))) < budget
             low, high = (middle, high) if less else (low, middle)
-        return high
+        much = sum(self.spent([high] * len(self.tables))) > budget + self.shares[1] * sum(self.experts)
+        return just_below(high) if much else high
+
+
+def just_below(setting: float) -> float:
+    """Less than a setting, also where a table's rounding raised it."""
+    return setting - 1e-4 * max(1.0, abs(setting))
 
 
 def per_layer(name: str, value: Any, layers: int) -> list:

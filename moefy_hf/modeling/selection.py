@@ -59,7 +59,7 @@ class Dynamic:
 
     def __call__(self, strengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         index = torch.arange(strengths.shape[-1], device=strengths.device).expand(strengths.shape)
-        return index, self.needs(strengths) <= self.setting
+        return index, self.needs(strengths.float()) <= self.setting  # sums and ratios of halves would be coarse
 
     def keeps_all(self, num_experts: int) -> bool:
         return self.k is not None and self.k >= num_experts

@@ -204,6 +204,31 @@ def test_shared_experts_count():
 def test_reach_of_another_head_is_an_error():
     with pytest.raises(ValueError, match="measured on 2 layers, this model has 3"):
         resolve_selection({"type": "top_p", "k": 2}, EXPERTS, None, reach_of("top_p", 2))
+    found = resolve_selection({"type": "top_p", "p": 0.3}, EXPERTS, None, reach_of("top_p", 2))  # needs no table
+    assert [(each.setting, each.k) for each in found] == [(0.3, None)] * 3
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize(("largest", "rounded"), [(1.0, 1.0), (69.07755, 69.078)])
+def test_a_setting_that_too_many_experts_share_is_not_reached(largest, rounded, allocation):
+    half = [0.1, 0.2, 0.4, rounded, rounded, rounded, rounded, rounded]  # most experts have no strength
+    reach = {"share": [step / 7 for step in range(8)], "level": [half] * 3}
+    found = resolve_selection({"type": "level", "k": 0.75, "allocation": allocation}, EXPERTS, None, reach)
+    for each, experts in zip(found, EXPERTS, strict=True):
+        assert 0.9 * largest < each.setting < largest
+        assert 2 / 7 * experts < each.k < 3 / 7 * experts + 1e-9
+    everything = resolve_selection({"type": "level", "k": 1.0, "allocation": allocation}, EXPERTS, None, reach)
+    assert all(each.keeps_all(experts) for each, experts in zip(everything, EXPERTS, strict=True))
+
+
+@pytest.mark.parametrize("kind", DYNAMIC)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_strengths_select_as_their_values_do(kind, dtype):
+    strengths = torch.rand(200, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    strengths[:3] = 0
+    for setting in (0.5, 0.75, 1.0):
+        _, used = DYNAMIC[kind](setting)(strengths)
+        assert torch.equal(used, DYNAMIC[kind](setting)(strengths.float())[1])
 
 
 def test_a_count_is_bounded_by_every_layer():
