@@ -71,8 +71,8 @@ def moefy_(
 
     Args:
         calibration: model-ready batches (mappings of tensors), shuffled; or a profile of this model, made with
-            `profile`, to convert copies of it in several ways. Methods that learn nothing from data (splits "random"
-            and "parameter_clustering" with routers "similarity" and "random") work without.
+            `profile`, to convert copies of it in several ways. Methods that learn nothing from data (splits "random",
+            "parameter_clustering" and "gate_clustering" with routers that are not fitted) work without.
 
     Raises:
         ValueError: unsupported, already MoEfied or sharded model, settings that do not fit it, or missing or too

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from .architectures import moefied_class
 from .configuration import MoeficationConfig
-from .modeling.allocation import count_experts, per_layer, setting_name
+from .modeling.allocation import count_experts, per_layer, resolve_selection, setting_name
 from .modeling.ffn_sites import FfnSite, find_sites
 from .modeling.moefied import check_shared, is_moefied, selected_sites, split_sizes
 from .modeling.routers import ROUTERS
@@ -43,6 +43,8 @@ def check_convertible(
     if "k" in config.selection:
         for k, (experts, _) in zip(per_layer("k", config.selection["k"], len(sizes)), sizes, strict=True):
             count_experts(k, experts, config.shared_experts)
+    else:
+        resolve_selection(config.selection, [experts for experts, _ in sizes], shared=config.shared_experts)
     for site in sites:
         for name, param, _, _ in site.neuron_dims():
             if type(param) is not torch.nn.Parameter or param.is_meta:

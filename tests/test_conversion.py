@@ -336,6 +336,13 @@ REFUSED = {  # what: (model, settings, calibration, what the message says)
     "k above E": (build, {"k": EXPERTS + 1}, data, "1 to 6"),
     "k above E in a list": (build, {"k": [1, 7]}, data, "1 to 6"),
     "k too many": (build, {"k": [1, 2, 3]}, data, "3 entries.*2"),
+    "a setting out of range in a list": (
+        build,
+        {"selection": {"type": "threshold", "tau": [0.1, 5.0]}},
+        data,
+        "tau must be a number from 0 to 1, got 5.0",
+    ),
+    "settings too many": (build, {"selection": {"type": "top_p", "p": [0.1] * 3}}, data, "3 entries.*2"),
     "layers": (build, {"layers": [0, 2]}, data, "from 0 to 1"),
     "no data, coactivation": (build, {"splitter": "coactivation", "router": "random"}, None, "missing.*coactivation"),
     "no data, linear": (build, {}, None, "missing.*linear.*random.*parameter_clustering.*similarity"),
