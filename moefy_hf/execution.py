@@ -138,7 +138,7 @@ class SparseFfn:
             if reason is None:
                 y = IMPLEMENTATIONS[self.name](self, x)
         finally:
-            self.calls.keep = None
+            self.calls.keep, self.calls.sparse = None, False  # also where the last call was interrupted
         if reason is not None:
             if not torch.compiler.is_compiling():
                 (logger.info_once if self.auto else logger.warning_once)(f"FFNs run masked: {reason}")

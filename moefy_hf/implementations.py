@@ -61,7 +61,7 @@ def run_torch(ffn: "SparseFfn", x: torch.Tensor) -> torch.Tensor:
         else:
             hidden = weights.act(linear(token, weights.gate, weights.gate_bias, chosen)) * hidden
         outputs.append(hidden @ rows(weights.down.t(), chosen))
-    y = torch.stack(outputs)
+    y = torch.stack(outputs) if outputs else tokens
     if act.compensation is not None:
         y = y + (~keep).to(y.dtype) @ ffn.means()
     return (y if down_bias is None else y + down_bias).view_as(x)

@@ -65,6 +65,30 @@ def test_torch_does_a_few_tokens(name, monkeypatch):
     assert len(found) == 2
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "torch"])
+def test_no_tokens_give_no_tokens(implementation):
+    model = moefied("gpt2")
+    model.set_moe_implementation(implementation)
+    site = model.moe_sites()[0]
+    with torch.no_grad():
+        assert site.owner(torch.zeros(1, 0, site.sizes[0])).shape == (1, 0, site.sizes[0])
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_an_interrupted_call_leaves_nothing_to_the_next(name):
+    model, inputs = moefied(name), tiny_inputs(name)
+    model.set_moe_implementation("cpu")
+    sparse = run(model, inputs)
+    site = model.moe_sites()[0]
+    x = torch.randn(1, 1, site.sizes[0])
+    with torch.no_grad():
+        site.first(x)  # and nothing after it
+    model.set_selection(k=1.0)
+    everything = run(model, inputs)
+    model.set_moe_implementation("masked")
+    assert distance(everything, run(model, inputs)) < 1e-6 < distance(everything, sparse)
+
+
 @pytest.mark.parametrize("router", ["random", "similarity", "mean_gate", "analytic"])
 @pytest.mark.parametrize("budget", [1, 3, [1, 4]])
 def test_routers_and_budgets(router, budget):

@@ -93,10 +93,9 @@ class RoutedActivation(nn.Module):
                 f"{self.expert_size}), got {h.shape[-1]}: tensor-parallel shards of a MoEfied FFN cannot be routed"
             )
         keep = self.keep(x)
+        self.observed.kept = None if self.compensation is None else keep  # also over what an interrupted call left
         if keep is None:
             return self.inner(h)
-        if self.compensation is not None:
-            self.observed.kept = keep
         # masked_fill, not a product: 0 * inf would be nan. Before the activation, so that its gradient is finite, too;
         # that is enough where act(0) = 0
         neurons = self.inner(self.zero_dropped(h, keep))
