@@ -5,7 +5,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .modeling.ffn_sites import FfnSite
-from .profiling import ModelProfile, SiteProfile
+from .modeling.moefied import is_moefied
+from .profiling import ModelProfile, SiteProfile, check_sample
 
 
 @torch.no_grad()
@@ -17,11 +18,17 @@ def compensate_(model: PreTrainedModel, profile: ModelProfile, *, progress: bool
     budget, measure again.
 
     Args:
-        profile: of this model, with a sample; neurons may have been permuted since.
+        profile: of this model's routed FFNs, with a sample; neurons may have been permuted since.
+
+    Raises:
+        ValueError: the model is not MoEfied, or the profile is of another number of FFNs or has no sample. The model
+            is unchanged then.
     """
-    for site, stats in zip(
-        tqdm(model.moe_sites(), desc="means", unit="layer", disable=not progress), profile.sites, strict=True
-    ):
+    if not is_moefied(model):
+        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    sites = model.moe_sites()
+    check_sample(sites, profile)
+    for site, stats in zip(tqdm(sites, desc="means", unit="layer", disable=not progress), profile.sites, strict=True):
         means = means_of_dropped(site, stats)
         site.act.compensate_(means.to(site.down.weight.device, site.down.weight.dtype))
     model.config.moefication["compensation"] = True

@@ -5,7 +5,7 @@ all that is kept; activations are recomputed from it, one layer and one chunk of
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +62,7 @@ class SiteProfile:
     def activations(self, weights: FfnWeights) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Chunks of the sample: inputs (t, d) and what the FFN's neurons do on them (t, f), on the weights' device."""
         if self.inputs is None:
-            raise ValueError("this profile kept no sample of FFN inputs; profile with sample_tokens > 0")
+            raise ValueError("this profile kept no sample of FFN inputs; profile with sample=True")
         for x in self.inputs.split(CHUNK):
             x = x.to(weights.down.device)
             with torch.no_grad():  # left before each yield: readers keep their own gradient mode
@@ -96,6 +96,17 @@ class ModelProfile:
 
     def __exit__(self, *error) -> None:
         self.close()
+
+
+def check_sample(sites: Sequence[FfnSite], found: ModelProfile) -> None:
+    """
+    Raises:
+        ValueError: a profile of another number of FFNs, or without a sample.
+    """
+    if len(sites) != len(found.sites):
+        raise ValueError(f"the profile has {len(found.sites)} layers, the model {len(sites)} routed FFNs")
+    if any(stats.inputs is None for stats in found.sites):
+        raise ValueError("this profile kept no sample of FFN inputs, or was closed")
 
 
 class TensorFile:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from .modeling.ffn_sites import FfnSite
 from .modeling.moefied import is_moefied
 from .modeling.selection import SELECTIONS, Dynamic
-from .profiling import ModelProfile, SiteProfile, profile, real_tokens
+from .profiling import ModelProfile, SiteProfile, check_sample, profile, real_tokens
 
 TOKENS = 8192  # that a layer's table is measured on
 STEPS = 32  # of a table: shares of the routed experts, evenly spaced
@@ -33,7 +33,7 @@ def measure_reach(
 
     Raises:
         ValueError: the model is not MoEfied, an unknown selection (the valid ones are listed) or one that is not
-            dynamic, or no data.
+            dynamic, no data, or a profile of other FFNs or without a sample.
     """
     if not is_moefied(model):
         raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
@@ -51,7 +51,9 @@ def measure_reach(
         return
     shares = [step / STEPS for step in range(STEPS + 1)]
     tables: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
-    for site, stats in zip(model.moe_sites(), data.sites, strict=True):
+    sites = model.moe_sites()
+    check_sample(sites, data)
+    for site, stats in zip(sites, data.sites, strict=True):
         strengths = sampled_strengths(site, stats)
         for kind in kinds:
             needs = dynamic[kind].needs(strengths).flatten().sort().values
@@ -64,8 +66,7 @@ def measure_reach(
 @torch.no_grad()
 def sampled_strengths(site: FfnSite, stats: SiteProfile) -> torch.Tensor:
     """(T, E - S): what the router of a FFN gives the experts on the first tokens of a profile's sample."""
-    if stats.inputs is None:
-        raise ValueError("this profile kept no sample of FFN inputs, or was closed: reach is measured on it")
+    assert stats.inputs is not None, "check_sample comes first"
     router = site.act.router
     return router.strengths(router(stats.inputs[:TOKENS].to(site.down.weight.device))).float().cpu()
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .modeling.ffn_sites import FfnSite
 from .modeling.router_base import Router
-from .profiling import CHUNK, ModelProfile, SiteProfile, TensorFile
+from .profiling import CHUNK, ModelProfile, SiteProfile, TensorFile, check_sample
 
 HELD_OUT = 0.1  # share of the tokens that measures the fit: the last ones, so of other texts than the rest
 BATCH = 512  # tokens per step, as in the paper
@@ -58,7 +58,7 @@ def fit_routers(
     """Train every layer's router, in place, on the profile's sample; the best epoch by held-out captured share is
     kept.
 
-    Routers that are not trainable ("similarity", "random") are measured only.
+    Routers that are not trainable ("analytic", "similarity", ...) are measured only.
 
     Args:
         profile: of this model's routed FFNs, with a sample; neurons may have been permuted since.
@@ -69,16 +69,13 @@ def fit_routers(
             many are needed).
     """
     sites = model.moe_sites()
-    if len(sites) != len(profile.sites):
-        raise ValueError(f"the profile has {len(profile.sites)} layers, the model {len(sites)} routed FFNs")
+    check_sample(sites, profile)
     for site, stats in zip(sites, profile.sites, strict=True):
         needed = tokens_needed(site.sizes[0], site.act.router.num_experts) if site.act.router.trainable else 1
         if stats.tokens < needed:
             raise ValueError(
                 f"{site.name}: {stats.tokens} calibration tokens cannot fit a router; at least {needed} are needed"
             )
-        if stats.inputs is None:
-            raise ValueError("this profile kept no sample of FFN inputs, or was closed; routers are fitted on it")
     fits = []
     for site, stats in zip(
         tqdm(sites, desc="routers", unit="layer", disable=not progress), profile.sites, strict=True

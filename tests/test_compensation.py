@@ -6,7 +6,7 @@ import torch
 from batches import text_batches
 from tiny import convert, distance, run, tiny_inputs, tiny_model
 
-from moefy_hf import MoeficationConfig, compensate_, moefy_, profile
+from moefy_hf import MoeficationConfig, compensate_, measure_reach, moefy_, profile
 from moefy_hf.compensation import means_of_dropped
 
 NAMES = ["bert", "gpt2", "llama", "phi3", "t5", "t5-gated"]
@@ -104,3 +104,37 @@ def test_it_can_be_measured_again_for_another_budget():
     with profile(model, batches_of("bert"), progress=False) as found:
         compensate_(model, found, progress=False)
     assert not torch.equal(model.moe_sites()[0].act.compensation, before)
+
+
+def test_mistakes():
+    model = tiny_model("bert")
+    with profile(model, batches_of("bert"), progress=False) as found:
+        with pytest.raises(ValueError, match="is not MoEfied"):
+            compensate_(model, found)
+    convert(model, splitter="random", router="random", k=2)
+    with pytest.raises(ValueError, match="no sample of FFN inputs, or was closed"):
+        compensate_(model, found)
+    with profile(model, batches_of("bert"), layers=[0], progress=False) as found:
+        with pytest.raises(ValueError, match="the profile has 1 layers, the model 2 routed FFNs"):
+            compensate_(model, found)
+        with pytest.raises(ValueError, match="the profile has 1 layers, the model 2 routed FFNs"):
+            measure_reach(model, found)
+    assert not model.config.moefication["compensation"] and "reach" not in model.config.moefication
+
+
+def test_an_interrupted_call_leaves_nothing_to_the_next():
+    model, inputs = compensated("bert"), tiny_inputs("bert", seed=3)
+    site = model.moe_sites()[0]
+    model.set_selection(k=1.0)
+    expected = run(model, inputs)[0]
+    model.set_selection(k=1)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = site.act.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, inputs)
+    handle.remove()
+    model.set_selection(k=1.0)
+    assert torch.equal(run(model, inputs)[0], expected)
