@@ -197,10 +197,11 @@ class MoEficationCallback(TrainerCallback, ExportableState):
     def check_same(self, section: Mapping[str, Any]) -> None:
         """Routers were made with these settings."""
         ours = self.config.section()
-        for key in ("num_experts", "expert_size", "router", "layers"):
-            if ours[key] != section[key]:
+        made = {"shared_experts": 0, **section}  # which the first format lacks
+        for key in ("num_experts", "expert_size", "router", "layers", "shared_experts"):
+            if ours[key] != made[key]:
                 raise ValueError(
-                    f"the model has routers already, made with {key}={section[key]!r}; the callback's config says "
+                    f"the model has routers already, made with {key}={made[key]!r}; the callback's config says "
                     f"{ours[key]!r}: use the same, or start from a dense model"
                 )
 

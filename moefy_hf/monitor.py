@@ -48,15 +48,17 @@ class RoutingMonitor:
         self.forget()
 
     def figures(self) -> dict[str, float]:
-        """Figures since the last call, means over FFNs: share of experts computed; and where steps were watched,
-        `moe_captured`, the share of the activation mass that chosen experts hold (of the gate's in a gated FFN),
-        `moe_load_entropy` relative to an even load, and the number of `moe_dead_experts` that no token chose."""
+        """Figures since the last call, means over FFNs: share of experts computed, where it is known; and where steps
+        were watched, `moe_captured`, the share of the activation mass that chosen experts hold (of the gate's in a
+        gated FFN), `moe_load_entropy` relative to an even load, and the number of `moe_dead_experts` that no token
+        chose."""
         shares = [site.act.k / site.act.num_experts for site in self.sites if site.act.k is not None]
         found = {f"moe_experts_{position}": share for position, share in enumerate(shares)}
-        found["moe_experts"] = sum(shares) / max(len(shares), 1)
+        if shares:
+            found["moe_experts"] = sum(shares) / len(shares)
         if self.load:
             captured = [float(self.kept[i] / self.mass[i].clamp_min(1e-12)) for i in self.load]
-            loads = [load / load.sum() for load in self.load.values()]
+            loads = [load / load.sum().clamp_min(1) for load in self.load.values()]
             entropies = [float(torch.special.entr(load).sum()) / math.log(max(len(load), 2)) for load in loads]
             found["moe_captured"] = sum(captured) / len(captured)
             found["moe_load_entropy"] = sum(entropies) / len(entropies)

@@ -82,6 +82,7 @@ def find_experts_(
             or ROUTERS[config.router].trainable
             or budgets is not None
             or config.shared_experts
+            or setting_name(config.selection["type"])
         ):
             tokens, layers = config.calibration_tokens, config.layers
             found = profile(model, batches, max_tokens=tokens, layers=layers, progress=progress)

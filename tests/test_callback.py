@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from moefy_hf import MoEficationCallback, MoeficationConfig, Phase, moefy_, relufy_
 from moefy_hf.modeling.moefied import is_moefied
+from moefy_hf.monitor import RoutingMonitor
 
 STEPS = 12
 SCHEDULE = [Phase(3, k=1.0, name="dense"), Phase(8, start=1.0, split=True, name="anneal"), Phase(1.0, name="tune")]
@@ -310,6 +311,36 @@ def test_subclasses_of_trainer(tmp_path):
     assert sum(site.act.selection.k for site in model.moe_sites()) == 8
 
 
+@pytest.mark.parametrize("kind", ["threshold", "level"])
+def test_selections_that_depend_on_the_token_are_measured_where_nothing_else_is_learnt(kind, tmp_path):
+    model = dense_model()
+    selection = {"type": kind, "k": 1 / 3, "allocation": "uniform"}
+    callback = callback_for(splitter="random", router="random", selection=selection)
+    trainer = trainer_for(model, tmp_path, callback)
+    trainer.train()
+    assert kind in model.config.moefication["reach"] and [site.act.k for site in model.moe_sites()] == [2, 2]
+    entry = next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry)
+    assert 0 < entry["moe_captured"] <= 1 and entry["moe_experts"] == pytest.approx(1 / 3)
+
+
+def test_figures_of_an_unknown_budget_and_of_no_expert_are_numbers():
+    model = moefied_at_level(-100.0)
+    monitor = RoutingMonitor()
+    monitor.attach(model)
+    monitor.watching = True
+    model(input_ids=Rows()[0]["input_ids"][None])
+    figures = monitor.figures()
+    assert "moe_experts" not in figures and figures["moe_captured"] == figures["moe_load_entropy"] == 0
+    assert figures["moe_dead_experts"] == 12
+
+
+def moefied_at_level(level: float):
+    """In training mode; nobody has measured what it spends."""
+    model = dense_model()
+    moefy_(model, MoeficationConfig(**{**FIXED, "selection": {"type": "level", "level": level}}))
+    return model.train()
+
+
 # ---- refusals
 
 
@@ -418,6 +449,8 @@ def test_routers_of_other_settings_are_refused(whole, tmp_path):
     trainer_for(model, tmp_path, callback_for())
     with pytest.raises(ValueError, match="made with expert_size=8.*says 16"):
         trainer_for(model, tmp_path, callback_for(expert_size=16))
+    with pytest.raises(ValueError, match="made with shared_experts=0.*says 1"):
+        trainer_for(model, tmp_path, callback_for(shared_experts=1))
     resumed = trainer_for(dense_model(), tmp_path, callback_for(router="mlp"))
     with pytest.raises(ValueError, match="made with router='linear'.*says 'mlp'"):
         resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
