@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from batches import text_batches
-from moefy_ffn import BuildError
+from moefy_ffn import BuildError, build
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import NAMES, convert, distance, run, tiny_inputs, tiny_model
@@ -251,6 +251,21 @@ def test_auto_takes_what_there_is(monkeypatch):
     assert {site.first.forward.__self__.name for site in model.moe_sites()} == {"torch"}
     with pytest.raises(BuildError, match="no compiler"):
         model.set_moe_implementation("cpu")
+
+
+@pytest.mark.parametrize("broken", ["compiler", "cache"])
+def test_auto_does_without_a_kernel_that_cannot_be_made(broken, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MOEFY_KERNELS", str(tmp_path / ("file" if broken == "cache" else "folder")))
+    if broken == "compiler":
+        monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    build.library.cache_clear()
+    try:
+        assert execution.best_for("cpu") == "torch"
+        with pytest.raises(BuildError, match="cannot be compiled or loaded here.*(none|file)"):
+            moefied("llama").set_moe_implementation("cpu")
+    finally:
+        build.library.cache_clear()
 
 
 def test_what_does_not_fit():

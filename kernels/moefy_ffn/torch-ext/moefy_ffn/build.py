@@ -92,9 +92,12 @@ def library() -> ctypes.CDLL:
     """The compiled kernel, compiled now if it never was.
 
     Raises:
-        BuildError: see `compile_`.
+        BuildError: see `compile_`; or the compiler that CXX names, or a cache that can be written, is not there.
     """
-    path = compiled()
-    if not path.exists():
-        compile_(path)
-    return ctypes.CDLL(str(path))
+    try:
+        path = compiled()
+        if not path.exists():
+            compile_(path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"the kernel cannot be compiled or loaded here: {error}") from error
