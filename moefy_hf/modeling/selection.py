@@ -95,9 +95,10 @@ class TopP(Dynamic):
     @classmethod
     def needs(cls, strengths: torch.Tensor) -> torch.Tensor:
         best = strengths.sort(-1, descending=True)
+        total = best.values.sum(-1, keepdim=True)
         before = best.values.cumsum(-1) - best.values  # what stronger experts have
-        shares = before / best.values.sum(-1, keepdim=True).clamp_min(1e-30)
-        return torch.zeros_like(shares).scatter(-1, best.indices, shares.clamp_max(1))
+        shares = (1 - (total - before) / total.clamp_min(1e-30)).clamp(0, 1)  # all of it where there is none
+        return torch.zeros_like(shares).scatter(-1, best.indices, shares)
 
 
 class Level(Dynamic):

@@ -31,6 +31,7 @@ def test_top_k_keeps_the_best(k, shape):
 
 DYNAMIC = {name: cls for name, cls in SELECTIONS.items() if issubclass(cls, Dynamic)}
 STRENGTHS = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.0, 8.0, 0.0, 2.0]])
+NOTHING = torch.zeros(1, 4)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,12 @@ def test_dynamic_selections_by_hand(selection, kept):
         assert found[0] in ([0, 1, 2], [0, 2, 3]) and found[1] == kept[1]
     else:
         assert found == kept
+
+
+@pytest.mark.parametrize("kind", DYNAMIC)
+def test_no_expert_is_stronger_than_another_where_none_has_strength(kind):
+    for setting, count in ((0.0, 0), (0.9, 0), (DYNAMIC[kind].highest, 4)):
+        assert int(DYNAMIC[kind](setting)(NOTHING)[1].sum()) == count
 
 
 @pytest.mark.parametrize("kind", DYNAMIC)
