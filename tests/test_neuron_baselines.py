@@ -30,6 +30,13 @@ def routed(name: str):
     return model, dense
 
 
+def test_a_threshold_is_a_quantile_of_any_number_of_entries():
+    site = find_sites(routed("llama")[0])[0]
+    place = places_of(site, "cats")[0]
+    place.drawn = list(torch.arange(2.0**24 + 5).flip(0).split(2**22))  # one more than float32 tells apart
+    assert place.at(0.75).threshold == pytest.approx(2**22, rel=1e-6) and place.at(1.0).threshold == 0
+
+
 def by_hand(site, baseline: str, x: torch.Tensor, thresholds: list[float]) -> tuple[torch.Tensor, float]:
     """x (T, d) -> the FFN's output without bias, and the FLOPs per token of what was kept."""
     w, (d, f) = site.weights(), site.sizes
