@@ -3,7 +3,7 @@
 Zhang et al., "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts", Findings of ACL 2022.
 """
 
-from .architectures import moefied_class
+from .architectures import load_checkpoint, moefied_class
 from .budgets import allocate_budgets
 from .callback import MoEficationCallback
 from .cards import model_card, write_card
@@ -40,6 +40,7 @@ __all__ = [
     "export",
     "find_sites",
     "fit_routers",
+    "load_checkpoint",
     "measure_reach",
     "model_card",
     "moefied_class",

@@ -1,6 +1,7 @@
 """Which class a model or a checkpoint has, dense or MoEfied."""
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from .modeling.ffn_sites import SPECS
+from .modeling.moefied import FORMAT_VERSION
 
 
 def moefied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -46,3 +48,19 @@ def load_checkpoint(name: str | Path, revision: str = "main", **kwargs: Any) -> 
     """A dense or MoEfied model from the Hub or a folder, with this package's own modeling code."""
     config = AutoConfig.from_pretrained(name, revision=revision)
     return checkpoint_class(config).from_pretrained(name, revision=revision, **kwargs)
+
+
+def check_code(model: PreTrainedModel) -> None:
+    """A model that was loaded with `trust_remote_code` runs the code its checkpoint came with, which an older or newer
+    version of this package wrote.
+
+    Raises:
+        ValueError: it is of another format than this package's.
+    """
+    mixin = next((base for base in type(model).__mro__ if base.__name__ == "MoefiedMixin"), None)
+    version = vars(sys.modules[mixin.__module__])["FORMAT_VERSION"] if mixin else FORMAT_VERSION
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"this model runs code of format {version} that came with its checkpoint, and this package is of format "
+            f"{FORMAT_VERSION}: load it with moefy_hf.load_checkpoint(name), whose code is the package's"
+        )

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .architectures import check_code
 from .controls import BASELINES, check_control, routed_by, selecting
 from .flops import model_flops
 from .folders import write_whole
@@ -190,6 +191,7 @@ def evaluate(
     """
     if not is_moefied(model):
         raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    check_code(model)
     if iter(batches) is batches:
         raise ValueError("evaluate reads the batches more than once: give a list or a DataLoader, not an iterator")
     current = model.config.moefication["selection"]

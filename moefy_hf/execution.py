@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from .architectures import check_code
 from .implementations import ACTIVATIONS, IMPLEMENTATIONS, MATRIX_ROUTERS
 from .limits import INNER_DROPOUT, LIMITS, device_of, largest_share
 from .modeling.ffn_sites import FfnSite
@@ -218,6 +219,7 @@ def set_implementation_(model: PreTrainedModel, name: str) -> None:
     """See `MoefiedMixin.set_moe_implementation`."""
     if name not in ("auto", "masked", *IMPLEMENTATIONS):
         raise ValueError(f"unknown implementation {name!r}; choose from auto, masked, {', '.join(IMPLEMENTATIONS)}")
+    check_code(model)
     sites = model.moe_sites()
     chosen = best_for(model.device.type) if name == "auto" else name
     if name == "cpu":

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil, pipeline
 from transformers.models.auto.modeling_auto import AutoModelForMaskedLM
 
+from moefy_hf import evaluate, load_checkpoint
 from moefy_hf.modeling import moefied
 
 FILES = sorted(path for path in Path(moefied.__file__).parent.iterdir() if path.name != "__pycache__")
@@ -217,3 +218,17 @@ def test_imports_are_ones_that_travel(path):
     seen = re.findall(r"^\s*import\s+\.(\S+)\s*$", source, flags=re.MULTILINE)
     seen += re.findall(r"^\s*from\s+\.(\S+)\s+import", source, flags=re.MULTILINE)
     assert set(seen) == relative
+
+
+def test_code_of_another_format_is_told_from_the_packages(tmp_path):
+    convert(model := tiny_model("bert"), k=2)
+    model.save_pretrained(tmp_path)
+    code = tmp_path / "moefied.py"
+    code.write_text(code.read_text().replace(f"FORMAT_VERSION = {moefied.FORMAT_VERSION}", "FORMAT_VERSION = 99"))
+    old = transformers.AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    inputs = tiny_inputs("bert")
+    assert distance(run(old.eval(), inputs), run(model, inputs)) == 0
+    for use in (lambda: old.set_moe_implementation("torch"), lambda: evaluate(old, [inputs])):
+        with pytest.raises(ValueError, match=r"code of format 99 .* moefy_hf\.load_checkpoint"):
+            use()
+    load_checkpoint(tmp_path).set_moe_implementation("torch")
