@@ -192,7 +192,7 @@ def conversion_report(found: dict[str, Any]) -> ConversionReport:
 
 
 def prediction_of(found: dict[str, Any]) -> Prediction:
-    return Prediction(**{each.name: found[each.name] for each in fields(Prediction)})
+    return Prediction(**{each.name: found[each.name] for each in fields(Prediction) if each.name in found})
 
 
 def summary(section: dict[str, Any], report: ConversionReport | None, facts: dict[str, Any]) -> list[tuple[str, str]]:
