@@ -102,9 +102,35 @@ def test_the_readme_shows_perplexities(path, results):
     assert prose_facts.tables(KNOWN[path]) in results and KNOWN[path]["command"] in results
 
 
-@pytest.mark.parametrize("path", ANALYSES, ids=lambda path: path.stem)
-def test_experts_are_as_they_were_analysed(path):
-    facts, text = KNOWN[path], " ".join((ROOT / "README.md").read_text().split())
+def analysis_of(name: str) -> tuple[dict, str]:
+    """The facts of an analysis, and the README in one line."""
+    path = ROOT / "model_cards" / "facts" / f"{name}.json"
+    assert path in ANALYSES
+    return KNOWN[path], " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_experts_of_newsgroups_are_as_they_were_analysed():
+    facts, text = analysis_of("minilm_newsgroups_experts")
+    routed, split, random = facts["specialisation"]
+    shared = "profile over {} that neurons of an expert share"
+    own, shuffled = (f"{100 * split[shared.format(each)]:.0f} %" for each in ("classes", "shuffled classes"))
+    assert f"share {own} of their profile over classes ({shuffled} with shuffled" in text
+    assert abs(random[shared.format("classes")]) < 0.005 and facts["analysis"]["texts"] == 4096
+    explained = [f"{100 * row['variance that classes explain']:.0f} %" for row in (routed, split, random)]
+    assert "classes explain {} of the variance of the routed experts' use, {} of it".format(*explained[:2]) in text
+    assert f"their output, {explained[2]} in a random split" in text
+    last, rows = facts["layers"][-1]["topics"], {row["experts off"]: row for row in facts["removal"]["together"]}
+    times = [round(last[name][0][1]) for name in ("rec.sport.baseball", "misc.forsale", "sci.crypt")]
+    assert times == [16, 15, 14]
+    hockey, others = (
+        {n: f"{100 * row[key]:.1f}" for n, row in rows.items()} for key in ("rec.sport.hockey", "all others")
+    )
+    assert f"falls from {hockey[0]} to {hockey[8]} %, that of all others from {others[0]} to {others[8]} %" in text
+    assert f"without 16 they are {hockey[16]} and {others[16]} %, without 32 {hockey[32]} and {others[32]} %" in text
+
+
+def test_experts_of_r52_are_as_they_were_analysed():
+    facts, text = analysis_of("minilm_r52_experts")
     routed, split, random = facts["specialisation"]
     shared = "profile over {} that neurons of an expert share"
     assert f"share {split[shared.format('classes')]:.0%}".replace("%", " %") in text
