@@ -73,8 +73,8 @@ def cells_of(directory: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
         own = row["router"] == "own"
         cell = {name: row[name] for name in ("router", "type", "allocation", "k", "ffn_flops", "relative_quality")}
         texts = {text: prose[f"{text} at {row['k']}"] / dense[text] for text in dense} if own else {}
-        if own and row["allocation"] != settings["allocation"]:
-            texts = {}  # prose is read at the model's own allocation
+        if own and (row["allocation"], row["type"]) != (settings["allocation"], "top_k"):
+            texts = {}  # prose is read at the model's own selection
         ours = {} if row["router"] in BASELINES else method
         found.append({**cell, "seed": settings["seed"], "method": ours, "texts": texts})
     return found

@@ -56,7 +56,7 @@ def test_figures_are_those_of_a_sweep():
     assert found.positions == sweep.facts["positions"]
     expected = (own["kl"], chance["kl"], own["agreement"], own["loss"], dense["loss"])
     assert (found.kl, found.random_kl, found.agreement, found.loss, found.dense_loss) == pytest.approx(expected)
-    assert found.growth == pytest.approx(own["loss"] / dense["loss"] - 1)
+    assert found.growth == pytest.approx(own["perplexity"] / dense["perplexity"] - 1)
     logits = []
     with torch.no_grad():
         model.set_selection(k=1.0)
@@ -164,7 +164,7 @@ def test_the_command_refuses_what_is_of_no_use(tmp_path, capsys, caplog):
     found = json.loads(out[out.index("{") :])["prediction"]
     assert found["degenerate"] and read_facts(tmp_path / "moe")["prediction"] == found
     main(["card", str(tmp_path / "moe")])
-    assert "| right after conversion | loss " in (tmp_path / "moe" / "README.md").read_text()
+    assert "| right after conversion | perplexity " in (tmp_path / "moe" / "README.md").read_text()
     capsys.readouterr()
     main([*place[:2], str(tmp_path / "good"), *place[3:], *settings, "--k", "6"])
     assert "+0.0% on dense, agreement with dense 100.0%" in capsys.readouterr().out
