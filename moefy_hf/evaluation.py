@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,21 @@ class Setting:
     def on(self, model: PreTrainedModel) -> Iterator[None]:
         with routed_by(model, self.control), selecting(model, **dict(self.selection)):
             yield
+
+
+def settings_of(
+    kinds: Sequence[str], controls: Sequence[str], allocations: Sequence[str], shares: Sequence[int | float]
+) -> list[Setting]:
+    """The points of a sweep; controls always select "top_k"."""
+    routings = [(None, kind) for kind in kinds] + [(control, "top_k") for control in controls]
+    return [
+        Setting(control, (("type", kind), ("k", share), ("allocation", spread)))
+        for allocation in allocations
+        for control, kind in routings
+        for spread in ["uniform" if (kind, allocation) == ("top_k", "global") else allocation]  # no setting
+        if spread == allocation or spread not in allocations
+        for share in shares
+    ]
 
 
 def local_figures(
@@ -203,17 +218,7 @@ def evaluate(
     baselines = [name for name in controls if name in BASELINES]
     if baselines and calibration is None:
         raise ValueError(f"{', '.join(baselines)} set thresholds on calibration data: give `calibration`")
-    routings = [(None, kind) for kind in kinds] + [
-        (control, "top_k") for control in controls if control not in BASELINES
-    ]
-    settings = [
-        Setting(control, (("type", kind), ("k", share), ("allocation", spread)))
-        for allocation in allocations
-        for control, kind in routings
-        for spread in ["uniform" if (kind, allocation) == ("top_k", "global") else allocation]  # no setting
-        if spread == allocation or spread not in allocations
-        for share in shares
-    ]
+    settings = settings_of(kinds, [name for name in controls if name not in BASELINES], allocations, shares)
     for setting in settings:  # every bad value is found before work begins
         with setting.on(model):
             pass
