@@ -19,6 +19,7 @@ from .modeling.ffn_sites import find_sites, permute_neurons_
 from .prediction import predict_quality
 from .profiling import profile
 from .reach import measure_reach
+from .rerouting import reroute_
 from .router_fitting import fit_routers
 from .schedule import Phase
 from .sparsity import SparsityPenaltyCallback, relufy_
@@ -50,6 +51,7 @@ __all__ = [
     "profile",
     "push_to_hub",
     "relufy_",
+    "reroute_",
     "verify",
     "write_card",
 ]

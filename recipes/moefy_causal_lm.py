@@ -13,6 +13,7 @@ Any setting of the YAML file can be given on the command line:
         --dataset_config_name wikitext-2-raw-v1 --held_out_name none --recovery_epochs 1 --recovery_parameters lora
 """
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from run import MODELS, UNUSED, Run, begin_stages, models_of, public
 from stages import write_json
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
-from moefy_hf import export
+from moefy_hf import MoeficationConfig, export
 from moefy_hf.convertible import check_convertible
 from moefy_hf.export_targets import TARGETS
 from moefy_hf.exporting import check_expressible, choose_target
@@ -96,13 +97,15 @@ def begin(
     data_args: ProseArguments,
     moe_args: MoeficationArguments,
     training_args: TrainingArguments,
+    unused: Mapping[str, Collection[str]] | None = None,
 ) -> ProseRun:
-    """Load texts, and find what is wrong with the settings before anything is written."""
+    """Load texts, and find what is wrong with the settings before anything is written; `unused` as `Stages` takes
+    it."""
     if moe_args.schedule is not None:
         raise ValueError("schedule needs a dense training, which this recipe has not: use recovery_epochs")
     if data_args.held_out_name == ["none"]:
         data_args.held_out_name = []
-    stages = begin_stages(moe_args, training_args, model_args, data_args, unused=unused_settings())
+    stages = begin_stages(moe_args, training_args, model_args, data_args, unused=unused or unused_settings())
     tokenizer = load_tokenizer(model_args)
     with training_args.main_process_first(desc="tokenisation"):
         splits = load_prose(data_args, tokenizer, training_args.seed)
@@ -130,8 +133,10 @@ def unused_settings() -> dict[str, list[str]]:
     }
 
 
-def save_dense(run: Run, model_args: CausalModelArguments, path: Path) -> None:
-    """The model as it came, once it is known that it can be converted."""
+def save_dense(
+    run: Run, model_args: CausalModelArguments, path: Path, configs: Sequence[MoeficationConfig] = ()
+) -> None:
+    """The model as it came, once it is known that it can be converted, in all ways that are asked for."""
     model = AutoModelForCausalLM.from_pretrained(
         real_inputs.resolve(model_args.model_name_or_path),
         revision=model_args.model_revision,
@@ -139,7 +144,8 @@ def save_dense(run: Run, model_args: CausalModelArguments, path: Path) -> None:
         attn_implementation=model_args.attn_implementation,
         trust_remote_code=model_args.trust_remote_code,
     )
-    check_convertible(model, run.config, run.splits["train"])
+    for config in configs or [run.config]:
+        check_convertible(model, config, run.splits["train"])
     save(model, run.processor, path)
 
 

@@ -89,8 +89,9 @@ def average(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for found in groups.values():
         row = {name: found[0][name] for name in ("method", "router", "type", "allocation", "k")}
         row["seeds"] = sorted({cell["seed"] for cell in found})
-        for name in ("relative_quality", "ffn_flops"):
-            row[name] = mean(cell[name] for cell in found)
+        for name in ("relative_quality", "ffn_flops", "output_error"):
+            if name in found[0]:
+                row[name] = mean(cell[name] for cell in found)
         if len(row["seeds"]) > 1:
             row["relative_quality_sd"] = stdev(cell["relative_quality"] for cell in found)
         row["texts"] = {text: mean(cell["texts"][text] for cell in found) for text in found[0]["texts"]}
@@ -122,8 +123,9 @@ def tables(facts: dict[str, Any]) -> str:
     rows, texts = facts["perplexities"], facts["texts"]
     data = facts["held_out_name"] or facts["held_out_splits"]
     known = ", ".join(f"{text} {perplexity:.2f}" for text, perplexity in texts.items())
+    known = f" ({known})" if known else ""
     lines = [
-        f"{' and '.join(data)}, {facts['positions']:,} tokens: dense perplexity {facts['dense']:.2f} ({known}).",
+        f"{' and '.join(data)}, {facts['positions']:,} tokens: dense perplexity {facts['dense']:.2f}{known}.",
         "",
     ]
     lines += ["Perplexity relative to dense (FFN FLOPs relative to dense, routers included):", ""]
@@ -138,6 +140,8 @@ def tables(facts: dict[str, Any]) -> str:
             cells.append(f"{row['relative_quality']:.3f}{spread} ({row['ffn_flops']:.0%})" if row else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     own = [row for row in rows if row["texts"]]
+    if not own:
+        return "\n".join(lines)
     lines += ["", "Each text, the models' own routers:", "", "| method | share | " + " | ".join(texts) + " |"]
     lines.append("|---" * (2 + len(texts)) + "|")
     for row in own:

@@ -63,9 +63,7 @@ def install_(model: nn.Module) -> None:
     check_shared(shared, sites, sizes)
     selections = resolved(section["selection"], section, [experts for experts, _ in sizes])
     for site, (num_experts, expert_size), selection in zip(sites, sizes, selections, strict=True):
-        router = ROUTERS[section["router"]].of(site.weights(), num_experts - shared)
-        router.read_from_(site.weights, shared)
-        router.requires_grad_(False)  # unless their loss is on: an unused trainable parameter stalls DDP
+        router = new_router(section["router"], site, num_experts, shared)
         routed = RoutedActivation(site.act, router, expert_size, selection, shared)
         site.replace_act(routed)
         routed.connect_(base_layer(site.first))
@@ -73,6 +71,13 @@ def install_(model: nn.Module) -> None:
             routed.compensate_(torch.zeros(site.sizes[1]))
         site.owner.register_forward_pre_hook(outlet_to(routed, site))
         site.owner.register_forward_hook(refuse_bypass(routed, site.name))
+
+
+def new_router(name: str, site: FfnSite, num_experts: int, shared: int) -> Router:
+    """One of `ROUTERS` for an FFN of E experts, the shared ones included; not initialised."""
+    router = ROUTERS[name].of(site.weights(), num_experts - shared)
+    router.read_from_(site.weights, shared)
+    return router.requires_grad_(False)  # unless their loss is on: an unused trainable parameter stalls DDP
 
 
 def resolved(selection: dict[str, Any], section: dict[str, Any], num_experts: list[int]) -> list[Any]:

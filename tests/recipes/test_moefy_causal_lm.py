@@ -7,15 +7,17 @@ from pathlib import Path
 import moefy_causal_lm as recipe_module
 import prose
 import prose_facts
+import prose_grid
 import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moefy_hf import Sweep
+from moefy_hf import MoeficationConfig, Sweep, evaluate, moefy_
 from moefy_hf.facts import read_facts
 
 CONFIG = Path(recipe_module.__file__).parent / "configs" / "smollm2" / "moefication.yaml"
+TOP_2 = {"type": "top_k", "k": 2, "allocation": "uniform"}
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def texts(inputs, tmp_path):
 
 @pytest.fixture
 def recipe(texts, run_config):
-    def run(output_dir: Path, **settings) -> None:
+    def run(output_dir: Path, main=recipe_module.main, **settings) -> None:
         small = {
             "model_name_or_path": str(texts / "model"),
             "dataset_name": [str(texts / "speeches"), str(texts / "plays")],
@@ -64,7 +66,7 @@ def recipe(texts, run_config):
             "shares": [0.5, 1.0],
             "learning_rate": 0.01,
         }
-        run_config(recipe_module.main, CONFIG, **(small | settings))
+        run_config(main, CONFIG, **(small | settings))
 
     return run
 
@@ -131,6 +133,60 @@ def test_recovery_on_a_token_budget(recipe, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(run / "recovered", trust_remote_code=True)
     assert len(model.moe_sites()) == 2 and not any("lora" in name for name, _ in model.named_parameters())
     assert "recovery_epochs" in read_facts(run / "recovered")["training"]
+
+
+def test_a_grid_of_routers_and_splits_at_equal_flops(recipe, texts, tmp_path, capsys):
+    run, facts = tmp_path / "run", tmp_path / "facts" / "grid.json"
+    settings = {"facts": str(facts), "budgets": [0.5, 0.9], "controls": ["oracle"], "shares": [0.5]}
+    grid = {"splitters": ["gate_clustering"], "routers": ["linear", "mean_gate"], "expert_sizes": [2, 8]}
+    recipe(run, prose_grid.main, **settings, **grid)
+    found = json.loads(facts.read_text())
+    assert found["positions"] == 20 * 15 and prose_facts.tables(found) in capsys.readouterr().out
+    rows = found["perplexities"]
+    by = {(row["method"]["router"], row["method"]["expert_size"], row["router"], row["k"]): row for row in rows}
+    # 32 x 48 SwiGLU: a linear router costs 1/(3 m) of the FFN, and a budget is met to half an expert
+    assert {key[:3] for key in by} == {
+        (router, size, who)
+        for router, size, who in (
+            *[("linear", size, who) for size in (2, 8) for who in ("own", "oracle")],
+            *[("mean_gate", size, "own") for size in (2, 8)],
+        )
+    }
+    for budget, size in ((0.5, 2), (0.9, 2), (0.5, 8), (0.9, 8)):
+        k = round((budget - 1 / (3 * size)) * 48 / size)
+        own, oracle = by["linear", size, "own", k], by["linear", size, "oracle", k]
+        assert own["ffn_flops"] == pytest.approx(budget, abs=size / 48 / 2 + 1e-6)
+        assert (
+            oracle["ffn_flops"] == pytest.approx(k * size / 48) and 0 <= oracle["output_error"] < own["output_error"]
+        )
+    assert "| gate_clustering of 2 neurons, mean_gate | " in prose_facts.tables(found)
+    recipe(run, prose_grid.main, **settings, **grid | {"routers": ["linear", "analytic"]})  # goes on
+    out = capsys.readouterr().out
+    assert "gate_clustering-2-linear-0.5,0.9.json: done before" in out and "8 neurons, analytic router" in out
+    model = AutoModelForCausalLM.from_pretrained(texts / "model")
+    moefy_(model, MoeficationConfig(expert_size=2, splitter="gate_clustering", router="mean_gate", selection=TOP_2))
+    tokenizer = AutoTokenizer.from_pretrained(texts / "model")
+    names = {"held_out_name": [str(texts / "whales"), str(texts / "angels")], "held_out_tokens": 160}
+    data = prose.ProseArguments([str(texts / "plays")], max_seq_length=16, train_tokens=2000, **names)
+    held_out = prose.load_prose(data, tokenizer, seed=0)
+    batches = [prose.collate(list(held_out[name])) for name in ("whales", "angels")]
+    k = next(key[3] for key in by if key[:3] == ("mean_gate", 2, "own") and by[key]["ffn_flops"] < 0.7)
+    (row,) = evaluate(model, batches, [k], controls=[], local_tokens=0, progress=False).rows[1:]
+    assert row["relative_quality"] == pytest.approx(by["mean_gate", 2, "own", k]["relative_quality"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budgets": [0.5, 1.5]}, "in \\(0, 1\\], got 1.5"),
+        ({"routers": ["linaer"]}, "unknown router 'linaer'"),
+        ({"expert_sizes": [7]}, "48 neurons.*size 7"),
+    ],
+)
+def test_mistakes_in_a_grid(recipe, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(tmp_path / "run", prose_grid.main, facts=str(tmp_path / "facts.json"), **settings)
+    assert not (tmp_path / "run" / "dense").exists() and not (tmp_path / "facts.json").exists()
 
 
 def test_blocks(texts):

@@ -1,0 +1,144 @@
+"""Compare splits, routers and sizes of experts on a language model at the same FLOPs, without training.
+
+    python recipes/prose_grid.py --config recipes/configs/smollm2/moefication.yaml --output_dir outputs/smollm2_grid \\
+        --expert_sizes 4 8 16 32 --routers linear analytic --facts facts.json
+
+The model is profiled once, split in every way, and every router is fitted on every split. Each is swept at the shares
+of experts with which it, the router included, has each budget of the FFNs' FLOPs; beside the first router of a split
+stand the controls, at its shares. Finished cells are not computed again. FACTS gets every figure in the form of
+prose_facts.py, which prints them: python recipes/prose_facts.py facts.json
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from common import MoeficationArguments, parse
+from moefy_causal_lm import CausalModelArguments, begin, save_dense
+from prose import ProseArguments
+from prose_facts import COMMON, METHOD, average, tables
+from run import CONVERSION, RECOVERY, SWEEP, moefication_config
+from stages import write_json
+from sweep import Calibration
+from transformers import PreTrainedModel, TrainingArguments
+
+from moefy_hf import evaluate, find_sites, moefy_, reroute_
+from moefy_hf.flops import ffn_flops, routed_flops
+
+ROUTERLESS = (*CONVERSION, *RECOVERY, *SWEEP, "export", "generated_rows", "generated_tokens")
+UNUSED = {"dense": ROUTERLESS, "*-*.json": ROUTERLESS}  # a cell's name says how it was converted
+LOCAL = 512  # tokens that each layer's output error is measured on
+
+
+@dataclass
+class GridArguments:
+    """The grid."""
+
+    facts: str = field(metadata={"help": "JSON file that gets the figures"})
+    expert_sizes: list[int] = field(default_factory=lambda: [4, 8, 16, 32], metadata={"help": "neurons per expert"})
+    splitters: list[str] = field(
+        default_factory=lambda: ["output_aware", "random"], metadata={"help": "splits to compare"}
+    )
+    routers: list[str] = field(default_factory=lambda: ["linear"], metadata={"help": "routers to compare"})
+    budgets: list[float] = field(
+        default_factory=lambda: [0.25, 0.5, 0.75, 0.9],
+        metadata={"help": "shares of the FFNs' FLOPs, router included, that all are compared at"},
+    )
+
+
+def main() -> None:
+    model_args, data_args, moe_args, training_args, grid = parse(
+        (CausalModelArguments, ProseArguments, MoeficationArguments, TrainingArguments, GridArguments), __doc__
+    )
+    for budget in grid.budgets:
+        if not 0 < budget <= 1:
+            raise ValueError(f"budgets are shares of the FFNs' FLOPs in (0, 1], got {budget}")
+    moe_args.allocation = "uniform"
+    cells = [
+        replace(moe_args, splitter=splitter, expert_size=size, router=router)
+        for size in grid.expert_sizes
+        for splitter in grid.splitters
+        for router in grid.routers
+    ]
+    configs = [moefication_config(cell, training_args.seed) for cell in cells]
+    run = begin(model_args, data_args, moe_args, training_args, UNUSED)
+    dense = run.stages.run("dense", partial(save_dense, run, model_args, configs=configs))
+    calibration = Calibration(run, dense)
+    rows: list[dict[str, Any]] = []
+    split: dict[str, PreTrainedModel] = {}  # the model as the last cell left it, by its split
+    for cell in cells:
+        shared = f"-{cell.shared_experts}-shared" if cell.shared_experts else ""
+        way = f"{cell.splitter}-{cell.expert_size}{shared}"
+        spent = ",".join(f"{budget:g}" for budget in grid.budgets)
+        controls = cell.controls if cell.router == grid.routers[0] else []
+        name = f"{way}-{cell.router}-{spent}.json"
+        found = run.stages.run(name, partial(measure, calibration, cell, controls, grid.budgets, way, split))
+        rows += cells_of(found, cell, training_args.seed)
+    calibration.close()
+    first = json.loads(found.read_text())
+    facts = {
+        "command": "python recipes/prose_grid.py " + " ".join(sys.argv[1:]),
+        **{name: run.stages.settings[name] for name in COMMON},
+        "positions": first["facts"]["positions"],
+        "dense": first["rows"][0]["perplexity"],
+        "texts": {},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "perplexities": average(rows),
+    }
+    Path(grid.facts).parent.mkdir(parents=True, exist_ok=True)
+    write_json(Path(grid.facts), facts)
+    print(tables(facts))
+
+
+def measure(
+    calibration: Calibration,
+    cell: MoeficationArguments,
+    controls: list[str],
+    budgets: list[float],
+    way: str,
+    split: dict[str, PreTrainedModel],
+    path: Path,
+) -> None:
+    """Put a router on a split, which is made where the cell before had another, and sweep it."""
+    run: Any = calibration.run
+    print(f"{way} neurons, {cell.router} router", flush=True)
+    with run.autocast():
+        if way not in split:
+            split.clear()
+            model = run.load(calibration.dense)
+            moefy_(model, moefication_config(replace(cell, router="random"), run.config.seed), calibration.get())
+            split[way] = model
+        model = split[way]
+        reroute_(model, cell.router, calibration.get(), seed=run.config.seed)
+        shares = [count for budget in budgets if (count := experts_within(model, budget)) is not None]
+        held_out = run.held_out()
+        found = evaluate(model, held_out, shares, controls=controls, allocations=["uniform"], local_tokens=LOCAL)
+    found.save(path)
+
+
+def experts_within(model: PreTrainedModel, budget: float) -> int | None:
+    """The largest number of experts whose FLOPs, with the router's, do not pass the budget by more than half an
+    expert; None where the router alone does."""
+    site = find_sites(model)[0]
+    experts, dense = site.act.num_experts, ffn_flops(site)
+    slack = dense / experts / 2
+    fitting = [k for k in range(max(1, site.act.shared), experts) if routed_flops(site, k) <= budget * dense + slack]
+    return max(fitting, default=None)
+
+
+def cells_of(path: Path, cell: MoeficationArguments, seed: int) -> list[dict[str, Any]]:
+    names = ("router", "type", "allocation", "k", "ffn_flops", "relative_quality", "output_error")
+    method = {name: getattr(cell, name) for name in METHOD}
+    return [
+        {**{name: row[name] for name in names}, "seed": seed, "method": method, "texts": {}}
+        for row in json.loads(path.read_text())["rows"][1:]
+    ]
+
+
+if __name__ == "__main__":
+    main()
