@@ -23,6 +23,7 @@ from .rerouting import reroute_
 from .router_fitting import fit_routers
 from .schedule import Phase
 from .sparsity import SparsityPenaltyCallback, relufy_
+from .targets import search, share_within
 from .verification import verify
 
 __all__ = [
@@ -52,6 +53,8 @@ __all__ = [
     "push_to_hub",
     "relufy_",
     "reroute_",
+    "search",
+    "share_within",
     "verify",
     "write_card",
 ]

@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from .modeling.ffn_sites import SPECS
-from .modeling.moefied import FORMAT_VERSION
+from .modeling.moefied import FORMAT_VERSION, is_moefied
 
 
 def moefied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -48,6 +48,15 @@ def load_checkpoint(name: str | Path, revision: str = "main", **kwargs: Any) -> 
     """A dense or MoEfied model from the Hub or a folder, with this package's own modeling code."""
     config = AutoConfig.from_pretrained(name, revision=revision)
     return checkpoint_class(config).from_pretrained(name, revision=revision, **kwargs)
+
+
+def check_moefied(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: it is dense.
+    """
+    if not is_moefied(model):
+        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
 
 
 def check_code(model: PreTrainedModel) -> None:

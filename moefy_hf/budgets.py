@@ -8,9 +8,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .architectures import check_moefied
 from .controls import selecting
 from .modeling.allocation import count_experts
-from .modeling.moefied import is_moefied
 from .quality import Quality, predictions
 from .replay import before, block_of, recorded, replayed
 
@@ -78,8 +78,7 @@ def allocate_budgets(
     Raises:
         ValueError: the model is not MoEfied, `share` is out of range, or `data` is empty.
     """
-    if not is_moefied(model):
-        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    check_moefied(model)
     for site in model.moe_sites():  # finds a bad share before the work
         count_experts(share, site.act.num_experts, site.act.shared)
     model.config.moefication["sensitivity"] = measure_sensitivity(model, data, progress=progress)

@@ -13,7 +13,7 @@ from .bench.command import run_bench
 from .bench.ffns import TOKENS
 from .bench.settings import DTYPES as BENCH_DTYPES
 from .bench.settings import EXPERT_SIZE, NAMES, SHARE
-from .commands import card, convert, export_model, inspect, profile_model, push, show_inspected, sweep
+from .commands import card, convert, export_model, inspect, profile_model, push, show_inspected
 from .controls import BASELINES, CONTROLS
 from .export_targets import TARGETS
 from .kernels import kernels_build, kernels_info, show_build, show_info
@@ -21,6 +21,7 @@ from .modeling.allocation import ALLOCATIONS
 from .modeling.routers import ROUTERS
 from .modeling.selection import SELECTIONS
 from .splitting import SPLITTERS
+from .sweep_command import sweep
 
 BENCH = "Time dense FFNs, or whole models, against the selected experts alone, in turns, on the CPU."
 KERNELS = "The compiled kernel of this machine's CPU."
@@ -32,6 +33,7 @@ EXAMPLES = """examples:
   moefy convert my-model my-moe --splitter parameter_clustering --router similarity --allocation uniform
   moefy sweep smol-moe --texts held_out.txt --shares 0.5 0.75 --controls oracle wina --calibration_texts train.txt
   moefy sweep my-classifier-moe --csv test.csv --plot quality.png
+  moefy sweep my-classifier-moe --csv test.csv --quality 0.98
   moefy analyze my-classifier-moe --data test.csv --output report
   moefy ablate my-classifier-moe --csv validation.csv --topic sports --together 2 4 8 --test test.csv
   moefy prune my-classifier-moe my-smaller-moe --count 12 --data train.csv
@@ -89,11 +91,30 @@ def parser() -> argparse.ArgumentParser:
     sweep_ = command("sweep", sweep, table, "Quality against compute of a MoEfied model, beside its dense self.")
     add_texts(sweep_, required=False)
     sweep_.add_argument("--csv", help="csv file with columns text and label, instead of texts: accuracy")
-    sweep_.add_argument("--shares", type=share_or_count, nargs="+", default=[0.1, 0.2, 0.3, 0.5], help="budgets")
+    budgets = sweep_.add_mutually_exclusive_group()
+    budgets.add_argument(
+        "--shares",
+        type=share_or_count,
+        nargs="+",
+        default=[0.1, 0.2, 0.3, 0.5],
+        help="of the experts, or their number",
+    )
+    budgets.add_argument("--flops", type=float, nargs="+", help="shares of the dense FFNs' FLOPs, routers included")
+    budgets.add_argument(
+        "--quality",
+        type=float,
+        help="find the fewest experts that keep so much of the dense model's: accuracy of at least 0.98 of it, say, "
+        "or perplexity of at most 1.05 of it",
+    )
+    sweep_.add_argument(
+        "--selections", nargs="+", choices=list(SELECTIONS), help="types to compare (default: the model's)"
+    )
     known = ", ".join((*CONTROLS, *BASELINES))
     sweep_.add_argument("--controls", nargs="*", default=["oracle", "random"], help=f"of {known}")
     sweep_.add_argument(
-        "--calibration_texts", help=f"text file for the thresholds of {', '.join(BASELINES)}, one text per line"
+        "--calibration_texts",
+        help=f"text file, one text per line, for the thresholds of {', '.join(BASELINES)}, and for what selections "
+        "other than top_k spend, where the model does not know",
     )
     sweep_.add_argument("--output", help="JSON file that gets the figures")
     sweep_.add_argument("--plot", help="picture of quality against FLOPs (needs matplotlib)")

@@ -15,14 +15,12 @@ from .architectures import checkpoint_class, load_checkpoint
 from .cards import is_rendered, moefied_config, write_card
 from .cett import cett_curves, ppl_activation
 from .configuration import MoeficationConfig
-from .controls import BASELINES, check_control
 from .conversion import moefy_
 from .convertible import check_convertible
-from .evaluation import evaluate
 from .export_targets import TARGETS
 from .exporting import export
 from .facts import add_facts
-from .folders import check_files, written_whole
+from .folders import written_whole
 from .hub import add_license, push_to_hub
 from .modeling.ffn_sites import find_sites
 from .modeling.moefied import is_moefied
@@ -30,7 +28,7 @@ from .prediction import Prediction, predict_quality
 from .profile_table import described, profile_table
 from .profiling import profile
 from .quality import is_causal
-from .text_files import TextBatches, read_labelled, read_lines, split_off
+from .text_files import TextBatches, read_lines, split_off
 
 logger = logging.get_logger("moefy_hf")
 
@@ -160,42 +158,6 @@ def predict(model: PreTrainedModel, held_out: TextBatches | None) -> tuple[Predi
     if found.bad:
         logger.warning(found.message())
     return found, f"predicted: {found.line()}"
-
-
-def sweep(args: Namespace) -> dict[str, Any]:
-    if bool(args.texts) == bool(args.csv):
-        raise ValueError("give --texts (perplexity, or agreement with the dense model) or --csv (accuracy)")
-    for control in args.controls:
-        check_control(control)
-    check_files(args.output, plot=args.plot)
-    texts = read_lines(args.texts) if args.texts else None
-    if not args.calibration_texts and set(args.controls) & set(BASELINES):
-        raise ValueError(f"{', '.join(BASELINES)} set thresholds on other texts: give --calibration_texts")
-    calibration = read_lines(args.calibration_texts) if args.calibration_texts else None
-    model = load_model(args)
-    if not is_moefied(model):
-        raise ValueError(f"{args.model} is not MoEfied: moefy convert makes a checkpoint that is")
-    if model.config.is_encoder_decoder and not model._get_name().endswith("Classification"):
-        raise ValueError(
-            "texts alone are no data for an encoder-decoder: use moefy_hf.evaluate on batches with labels"
-        )
-    if args.csv and is_causal(model):
-        raise ValueError("a language model has no classes: give --texts")
-    labels: list[int] | str | None = "next" if is_causal(model) else None
-    if texts is None:
-        texts, labels = read_labelled(args.csv, model.config)
-    longest = length(args, model)
-    tokenizer = load_tokenizer(args)
-    batches = TextBatches(texts, tokenizer, labels=labels, max_length=longest, seed=args.seed)
-    others = TextBatches(calibration, tokenizer, max_length=longest, seed=args.seed) if calibration else None
-    found = evaluate(model, batches, args.shares, controls=args.controls, calibration=others)
-    if Path(args.model).is_dir():
-        add_facts(args.model, sweep=found, evaluation=Path(args.texts or args.csv).name)
-    if args.output:
-        found.save(args.output)
-    if args.plot:
-        found.plot(args.plot)
-    return {"table": found.table(), **found.to_dict()}
 
 
 def card(args: Namespace) -> dict[str, Any]:

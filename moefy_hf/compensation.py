@@ -4,8 +4,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .architectures import check_moefied
 from .modeling.ffn_sites import FfnSite
-from .modeling.moefied import is_moefied
 from .profiling import ModelProfile, SiteProfile, check_sample
 
 
@@ -24,8 +24,7 @@ def compensate_(model: PreTrainedModel, profile: ModelProfile, *, progress: bool
         ValueError: the model is not MoEfied, or the profile is of another number of FFNs or has no sample. The model
             is unchanged then.
     """
-    if not is_moefied(model):
-        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    check_moefied(model)
     sites = model.moe_sites()
     check_sample(sites, profile)
     for site, stats in zip(tqdm(sites, desc="means", unit="layer", disable=not progress), profile.sites, strict=True):

@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .architectures import check_code
+from .architectures import check_code, check_moefied
 from .controls import BASELINES, check_control, routed_by, selecting
 from .flops import model_flops
 from .folders import write_whole
 from .modeling.ffn_sites import find_sites
-from .modeling.moefied import is_moefied
 from .modeling.routed_activation import chosen as kept
 from .modeling.selection import SELECTIONS
 from .neuron_baselines import baseline_rows
@@ -204,8 +203,7 @@ def evaluate(
         ValueError: the model is not MoEfied, `batches` is empty or can be read only once, an unknown name, or no
             `calibration` for what needs it.
     """
-    if not is_moefied(model):
-        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    check_moefied(model)
     check_code(model)
     if iter(batches) is batches:
         raise ValueError("evaluate reads the batches more than once: give a list or a DataLoader, not an iterator")

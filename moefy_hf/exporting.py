@@ -11,9 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.models.llama4 import Llama4TextConfig
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 
+from .architectures import check_moefied
 from .export_targets import TARGETS, Target, moe_config, moe_tensors, own_tensors
 from .folders import written_whole
-from .modeling.moefied import is_moefied
 
 LINEAR_ROUTERS = ("linear", "prior_approximate", "sigmoid", "mean_gate")
 
@@ -41,8 +41,7 @@ def export(
         FileExistsError: there is something in output_dir.
     """
     output_dir = Path(output_dir)
-    if not is_moefied(model):
-        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    check_moefied(model)
     target = None if to == "dense" else choose_target(model, to)
     if target is not None:
         check_expressible(model, target)

@@ -13,10 +13,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .architectures import check_moefied
 from .cards import is_rendered, known_facts, moefied_config, write_card
 from .facts import add_facts, as_json, is_hub_id
 from .folders import written_whole
-from .modeling.moefied import is_moefied
 from .verification import VerificationError, verify
 
 logger = logging.get_logger("moefy_hf")
@@ -109,8 +109,7 @@ def model_and_folder(source: PreTrainedModel | str | Path, folder: str | Path) -
     if not isinstance(source, PreTrainedModel):
         moefied_config(Path(source))
         return None, Path(source)
-    if not is_moefied(source):
-        raise ValueError(f"{type(source).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    check_moefied(source)
     if Path(folder).exists():
         raise FileExistsError(f"{folder} exists: choose another folder, or push what is there by its name")
     return source, Path(folder)

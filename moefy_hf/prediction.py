@@ -10,8 +10,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .architectures import check_moefied
 from .controls import routed_by, selecting
-from .modeling.moefied import is_moefied
 from .quality import Quality, is_causal, predictions
 
 TOKENS = 2048  # positions that are compared
@@ -112,8 +112,7 @@ def predict_quality(
         ValueError: the model is not MoEfied or has no head whose predictions could be compared, or `batches` are
             empty.
     """
-    if not is_moefied(model):
-        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    check_moefied(model)
     kept, training = [], model.training
     dense, own, chance, uniform = (Quality() for _ in range(4))
     bar = tqdm(total=max_positions, desc="predict", unit="position", unit_scale=True, disable=not progress)

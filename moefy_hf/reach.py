@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .architectures import check_moefied
 from .modeling.ffn_sites import FfnSite
-from .modeling.moefied import is_moefied
 from .modeling.selection import SELECTIONS, Dynamic
 from .profiling import ModelProfile, SiteProfile, check_sample, profile, real_tokens
 
@@ -35,8 +35,7 @@ def measure_reach(
         ValueError: the model is not MoEfied, an unknown selection (the valid ones are listed) or one that is not
             dynamic, no data, or a profile of other FFNs or without a sample.
     """
-    if not is_moefied(model):
-        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    check_moefied(model)
     dynamic = {name: cls for name, cls in SELECTIONS.items() if issubclass(cls, Dynamic)}
     kinds = list(dynamic if kinds is None else kinds)
     for kind in kinds:

@@ -2,8 +2,9 @@
 
 from transformers import PreTrainedModel
 
+from .architectures import check_moefied
 from .conversion import init_routers_
-from .modeling.moefied import is_moefied, new_router
+from .modeling.moefied import new_router
 from .modeling.routers import ROUTERS
 from .modeling.selection import SELECTIONS
 from .profiling import ModelProfile, check_sample
@@ -32,8 +33,7 @@ def reroute_(
             profile or one that is too small, or a selection that depends on what was measured. The model is unchanged
             then.
     """
-    if not is_moefied(model):
-        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    check_moefied(model)
     if router not in ROUTERS:
         raise ValueError(f"unknown router {router!r}; choose from {', '.join(ROUTERS)}")
     section, sites = model.config.moefication, model.moe_sites()

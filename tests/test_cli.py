@@ -180,6 +180,35 @@ def test_sweep_a_language_model(dense, copy, tmp_path, capsys):
     assert facts["calibration"] == {"data": "texts.txt"} and facts["conversion"]["experts"] == [6, 6]
 
 
+def test_sweep_at_flops_and_with_other_selections(dense, copy, capsys):
+    texts = ["--texts", str(dense / "texts.txt"), "--controls", "--json"]
+    kinds = ["--selections", "top_k", "level", "--calibration_texts", str(dense / "texts.txt")]
+    main(["sweep", str(copy), *texts, "--flops", "0.6", "0.8", *kinds])
+    out = capsys.readouterr().out
+    rows = json.loads(out[out.index("{") :])["rows"]
+    assert [row.get("type") for row in rows] == [None, "top_k", "top_k", "level", "level"]
+    assert all(0.4 < row["ffn_flops"] <= 0.6 for row in rows[1::2]) and 0.6 < rows[2]["ffn_flops"] <= 0.8
+    with pytest.raises(SystemExit):
+        main(["sweep", str(copy), *texts, "--selections", "level"])
+    assert "what level spend is measured on other texts" in capsys.readouterr().err
+
+
+def test_sweep_for_a_quality(dense, copy, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    texts = ["--texts", str(dense / "texts.txt"), "--output", str(figures)]
+    main(["sweep", str(copy), *texts, "--quality", "1.0005"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("1.0005 of dense: model.set_selection(type='top_k', k=")
+    found = json.loads(figures.read_text())
+    k = found["facts"]["target"]["selection"]["k"]
+    assert f"k={k!r}" in line
+    assert all((row["relative_quality"] <= 1.0005) == (row["k"] >= k) for row in found["rows"][1:])
+    assert "sweep" not in read_facts(copy)  # a search is no curve
+    with pytest.raises(SystemExit):
+        main(["sweep", str(copy), *texts, "--quality", "0.9"])
+    assert "perplexity of 0.9 of dense is no target: it must be 1 or more" in capsys.readouterr().err
+
+
 def test_sweep_a_classifier(tmp_path, capsys):
     model = tiny_model("bert", "AutoModelForSequenceClassification", id2label={0: "no", 1: "yes"})
     convert(model, k=2)

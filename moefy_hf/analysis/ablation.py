@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..modeling.moefied import is_moefied
+from ..architectures import check_moefied
 from ..quality import is_causal, predictions
 from ..tables import markdown
 
@@ -112,8 +112,7 @@ def ablate(
     Raises:
         ValueError: the model is not MoEfied, or batches can be read only once or have no labels.
     """
-    if not is_moefied(model):
-        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    check_moefied(model)
     tasks: dict[str, Batches] = {"task": batches} | ({} if other is None else {"other": other})
     if any(iter(each) is each for each in tasks.values()):
         raise ValueError("ablate reads the batches more than once: give a list or a DataLoader, not an iterator")

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures import check_moefied
 from ..folders import write_whole
-from ..modeling.moefied import is_moefied
 from ..tables import markdown
 from . import statistics
 from .measuring import VIEWS, LayerSums, Survey, measure, survey
@@ -85,8 +85,7 @@ def analyze(
     Raises:
         ValueError: the model is not MoEfied, is an encoder-decoder or selects all experts; or there is no text.
     """
-    if not is_moefied(model):
-        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    check_moefied(model)
     if model.config.is_encoder_decoder:
         raise ValueError("an encoder-decoder sees two texts at once; analyze takes models of one")
     if not 0 < rate < 1:

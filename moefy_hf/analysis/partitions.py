@@ -9,8 +9,8 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 from transformers import PreTrainedModel
 
+from ..architectures import check_moefied
 from ..modeling.ffn_sites import FfnSite
-from ..modeling.moefied import is_moefied
 
 
 def matched(left: torch.Tensor, right: torch.Tensor) -> tuple[np.ndarray, float]:
@@ -43,8 +43,7 @@ def compare_partitions(model: PreTrainedModel, other: PreTrainedModel, seed: int
         ValueError: a model is not MoEfied, or their FFNs have different sizes.
     """
     for each in (model, other):
-        if not is_moefied(each):
-            raise ValueError(f"{type(each).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+        check_moefied(each)
     pairs = list(zip(model.moe_sites(), other.moe_sites(), strict=False))
     if len(model.moe_sites()) != len(other.moe_sites()) or any(a.sizes != b.sizes for a, b in pairs):
         raise ValueError("the models have FFNs of different numbers or sizes: there is nothing to compare")

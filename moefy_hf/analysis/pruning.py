@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..architectures import check_moefied
 from ..modeling.ffn_sites import FfnSite, find_sites
-from ..modeling.moefied import is_moefied
 
 # config fields that say how wide FFNs are, over all supported model types
 WIDTHS = (
@@ -56,8 +56,7 @@ def check_prunable(model: PreTrainedModel, experts: Mapping[int, Iterable[int]])
     Raises:
         ValueError: see `prune`.
     """
-    if not is_moefied(model):
-        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    check_moefied(model)
     kept = kept_experts(model, experts)
     for site in model.moe_sites():
         for param in site.act.router.parameters():
