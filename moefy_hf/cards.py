@@ -71,6 +71,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, revision: str | N
         base_model=linked(facts["base_model"]) if "base_model" in facts else None,
         architecture=architecture,
         auto=auto,
+        example=example(section["selection"]),
         ffns="all its" if section["layers"] is None else f"{len(section['layers'])} of its",
         summary=summary(section, report, facts),
         training=facts.get("training"),
@@ -85,6 +86,16 @@ def model_card(folder: str | Path, repo_id: str | None = None, revision: str | N
         calibration=data_of(facts.get("calibration")),
         license=facts.get("license"),
     )
+
+
+def example(selection: dict[str, Any]) -> str:
+    """How the budget is set: by its setting, where nobody has measured what that spends."""
+    name = setting_name(selection["type"])
+    if name in selection:
+        value = selection[name]
+        value = value[0] if isinstance(value, list) else value
+        return f"{name}={value:g})  # the budget, any time: the larger, the more experts"
+    return "k=0.5)  # the budget, any time: a share of the experts, a number, or one per layer"
 
 
 def write_card(

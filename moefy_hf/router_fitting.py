@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 from .modeling.ffn_sites import FfnSite
 from .modeling.router_base import Router
+from .modeling.selection import SELECTIONS
 from .profiling import CHUNK, ModelProfile, SiteProfile, TensorFile, check_sample
+from .reach import measure_reach
 
 HELD_OUT = 0.1  # share of the tokens that measures the fit: the last ones, so of other texts than the rest
 BATCH = 512  # tokens per step, as in the paper
@@ -56,7 +58,7 @@ def fit_routers(
     progress: bool = True,
 ) -> list[RouterFit]:
     """Train every layer's router, in place, on the profile's sample; the best epoch by held-out captured share is
-    kept.
+    kept. What dynamic selections spend is measured anew where it was known.
 
     Routers that are not trainable ("analytic", "similarity", ...) are measured only.
 
@@ -86,6 +88,9 @@ def fit_routers(
             torch.autocast(site.down.weight.device.type, enabled=False),
         ):  # targets and losses in full precision
             fits.append(_fit_layer(site, stats, directory, epochs, lr, torch.Generator().manual_seed(seed)))
+    if measured := [kind for kind in model.config.moefication.get("reach", ()) if kind in SELECTIONS]:
+        measure_reach(model, profile, measured)  # what the old routers spent says nothing of the new ones
+        model.set_selection()
     return fits
 
 

@@ -164,7 +164,11 @@ def save(model: PreTrainedModel, processor: Any, path: Path) -> None:
 
 def show(directory: Path) -> None:
     found = Sweep.load(directory / "sweep.json")
-    found.plot(directory / "sweep.png")
     print(found.table())
-    for what, name in (("dense model", "dense"), ("MoEfied model", "moefied"), ("plot", "sweep.png")):
+    for what, name in (("dense model", "dense"), ("MoEfied model", "moefied")):
         print(f"{what}: {directory / name}")
+    try:
+        found.plot(directory / "sweep.png")
+        print(f"plot: {directory / 'sweep.png'}")
+    except ImportError as error:
+        print(f"no plot: {error}")

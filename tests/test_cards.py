@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from tiny import convert, tiny_inputs, tiny_model
 
 from moefy_hf import add_facts, evaluate, model_card, write_card
-from moefy_hf.cards import PLOT, TASKS, budget
+from moefy_hf.cards import PLOT, TASKS, budget, example
 from moefy_hf.facts import FILE, is_hub_id, read_facts
 from moefy_hf.modeling.allocation import check_selection
 
@@ -170,3 +170,15 @@ def test_tasks_are_named_after_heads_of_transformers():
 def test_the_budget_of_every_selection(selection, said):
     check_selection(selection)
     assert budget(selection) == said
+
+
+@pytest.mark.parametrize(
+    ("selection", "said"),
+    [
+        ({"type": "level", "k": 0.2}, "set_selection(k=0.5)  # the budget, any time: a share"),
+        ({"type": "threshold", "tau": 0.9}, "set_selection(tau=0.9)  # the budget, any time: the larger"),
+        ({"type": "level", "level": [1.5, 2.0]}, "set_selection(level=1.5)  # the budget"),
+    ],
+)
+def test_the_example_sets_what_can_be_set(selection, said):
+    assert said in "set_selection(" + example(selection)

@@ -7,7 +7,15 @@ import torch
 from batches import real_count, text_batches
 from tiny import tiny_config, tiny_model
 
-from moefy_hf import MoeficationConfig, find_sites, fit_routers, moefied_class, permute_neurons_, profile
+from moefy_hf import (
+    MoeficationConfig,
+    find_sites,
+    fit_routers,
+    measure_reach,
+    moefied_class,
+    permute_neurons_,
+    profile,
+)
 from moefy_hf.modeling.routers import ROUTERS
 from moefy_hf.profiling import ModelProfile
 from moefy_hf.router_fitting import tokens_needed
@@ -224,3 +232,18 @@ def test_profile_without_a_sample_is_refused(batches):
         pass
     with pytest.raises(ValueError, match="sample"):  # closed
         fit_routers(model, found, progress=False)
+
+
+def test_what_selections_spend_is_measured_anew(batches):
+    model = routed_bert("linear", planted=True)
+    with profile(model, batches, progress=False) as found:
+        measure_reach(model, found, ["threshold", "level"], progress=False)
+        model.set_selection(type="threshold", k=0.5)
+        stale = copy.deepcopy(model.config.moefication["reach"])
+        fit_routers(model, found, progress=False)
+        fitted = copy.deepcopy(model.config.moefication["reach"])
+        measure_reach(model, found, ["threshold", "level"], progress=False)
+    assert model.config.moefication["reach"] == fitted != stale and fitted.keys() == stale.keys()
+    before = [site.act.selection.setting for site in model.moe_sites()]
+    model.set_selection()
+    assert [site.act.selection.setting for site in model.moe_sites()] == before

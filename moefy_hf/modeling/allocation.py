@@ -46,7 +46,7 @@ def changed(selection: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
 
 def setting_name(kind: Any) -> str | None:
     """What the setting of a dynamic selection is called."""
-    cls = SELECTIONS.get(kind)
+    cls = SELECTIONS.get(kind) if isinstance(kind, str) else None
     return cls.name if cls is not None and issubclass(cls, Dynamic) else None
 
 
@@ -56,14 +56,14 @@ def check_selection(selection: Mapping[str, Any]) -> None:
         ValueError: unknown names (the valid ones are listed), a setting out of range, or two settings for one thing.
     """
     kind, allocation = selection.get("type"), selection.get("allocation", "uniform")
-    if kind not in SELECTIONS:
+    if not isinstance(kind, str) or kind not in SELECTIONS:
         raise ValueError(f"unknown selection {kind!r}; choose from {', '.join(SELECTIONS)}")
     own = setting_name(kind)
     valid = ["type", "k", "allocation", *([own] if own else [])]
     unknown = set(selection) - set(valid)
     if unknown:
         raise ValueError(f"unknown selection settings {sorted(unknown)}; valid: {', '.join(valid)}")
-    if allocation not in ALLOCATIONS:
+    if not isinstance(allocation, str) or allocation not in ALLOCATIONS:
         raise ValueError(f"unknown allocation {allocation!r}; choose from {', '.join(ALLOCATIONS)}")
     if own and (own in selection) == ("k" in selection):
         raise ValueError(f"selection {kind!r} takes either {own} or a budget k, got {dict(selection)}")

@@ -71,8 +71,9 @@ class Dynamic:
             ValueError: no number, or out of range.
         """
         number = isinstance(setting, int | float) and not isinstance(setting, bool)
-        if not number or not cls.lowest <= setting <= cls.highest:
-            raise ValueError(f"{cls.name} must be a number from {cls.lowest:g} to {cls.highest:g}, got {setting!r}")
+        if not number or not math.isfinite(setting) or not cls.lowest <= setting <= cls.highest:
+            valid = f"number from {cls.lowest:g} to {cls.highest:g}" if cls.highest < math.inf else "finite number"
+            raise ValueError(f"{cls.name} must be a {valid}, got {setting!r}")
         return float(setting)
 
 

@@ -160,6 +160,10 @@ def test_k_is_a_count_a_share_or_one_of_these_per_layer(k, counts):
     ("selection", "message"),
     [
         ({"type": "top_k", "k": 0}, "k=0 is out of range: choose 1 to 8 experts"),
+        ({"type": ["top_k"], "k": 2}, r"unknown selection \['top_k'\]; choose from top_k, threshold"),
+        ({"type": "top_k", "k": 2, "allocation": ["uniform"]}, r"unknown allocation \['uniform'\]; choose from"),
+        ({"type": "level", "level": float("inf")}, "level must be a finite number, got inf"),
+        ({"type": "threshold", "tau": float("nan")}, "tau must be a number from 0 to 1, got nan"),
         ({"type": "top_k", "k": -1}, "k=-1 is out of range"),
         ({"type": "top_k", "k": 9}, "k=9 is out of range: choose 1 to 8 experts"),
         ({"type": "top_k", "k": 0.0}, r"k=0.0 is no share of the experts: it must lie in \(0, 1\]"),

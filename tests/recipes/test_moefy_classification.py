@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,15 @@ def times(folder: Path) -> dict[str, int]:
     """When the results were written; the picture is drawn anew each time."""
     results = [*folder.glob("dense/*"), *folder.glob("moefied/*"), folder / "sweep.json"]
     return {str(path): path.stat().st_mtime_ns for path in results}
+
+
+def test_without_matplotlib_everything_but_the_picture(recipe, finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "sweep.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    recipe(tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "no plot: plots need matplotlib: pip install 'moefy-hf[plots]'" in out and "MoEfied model: " in out
 
 
 def test_leaves_models_sweep_and_picture(finished):
