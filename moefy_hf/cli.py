@@ -89,6 +89,37 @@ def parser() -> argparse.ArgumentParser:
     add_conversion(convert_)
     convert_.add_argument("--force", action="store_true", help="write the model even if it is of no use as it is")
     sweep_ = command("sweep", sweep, table, "Quality against compute of a MoEfied model, beside its dense self.")
+    add_sweep(sweep_)
+    add_publishing(command)
+    export_ = command(
+        "export", export_model, lambda found: found["output_dir"], "Write a MoEfied model as a served architecture."
+    )
+    export_.add_argument("output_dir", help="directory that gets the checkpoint; must not exist, or be empty")
+    export_.add_argument("--to", help=f"{', '.join(TARGETS)} or dense; by default what the model's attention fits")
+    export_.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
+    add_analysis(command, table)
+    add_bench(commands)
+    add_kernels(commands)
+    return top
+
+
+def add_conversion(convert_: argparse.ArgumentParser) -> None:
+    convert_.add_argument("--expert_size", type=int, default=32, help="neurons per expert (default: 32)")
+    convert_.add_argument("--num_experts", type=int, help="experts per FFN, instead of a size")
+    convert_.add_argument("--splitter", default="coactivation", help=f"{', '.join(SPLITTERS)} (default: coactivation)")
+    convert_.add_argument("--router", default="linear", help=f"{', '.join(ROUTERS)} (default: linear)")
+    convert_.add_argument("--k", type=share_or_count, default=0.2, help="share or number of experts (default: 0.2)")
+    convert_.add_argument("--allocation", choices=ALLOCATIONS, help="budget per layer")
+    convert_.add_argument("--selection", default="top_k", choices=list(SELECTIONS), help="(default: top_k)")
+    convert_.add_argument(
+        "--shared_experts", type=int, default=0, help="experts that run for every token; k counts them"
+    )
+    convert_.add_argument(
+        "--compensation", action="store_true", help="experts that do not run contribute their conditional means"
+    )
+
+
+def add_sweep(sweep_: argparse.ArgumentParser) -> None:
     add_texts(sweep_, required=False)
     sweep_.add_argument("--csv", help="csv file with columns text and label, instead of texts: accuracy")
     budgets = sweep_.add_mutually_exclusive_group()
@@ -118,6 +149,9 @@ def parser() -> argparse.ArgumentParser:
     )
     sweep_.add_argument("--output", help="JSON file that gets the figures")
     sweep_.add_argument("--plot", help="picture of quality against FLOPs (needs matplotlib)")
+
+
+def add_publishing(command: Callable) -> None:
     card_ = command("card", card, lambda found: found["card"], "Write the card of a MoEfied checkpoint's folder.")
     card_.add_argument("--repo_id", help="where it is going to be on the Hub")
     card_.add_argument("--base_model", help="Hub id of the dense model, where the conversion did not see it")
@@ -130,32 +164,6 @@ def parser() -> argparse.ArgumentParser:
     push_.add_argument("--create_pr", action="store_true", help="open a pull request")
     push_.add_argument("--overwrite", action="store_true", help="also over something that is not MoEfied")
     push_.add_argument("--message", default="MoEfied checkpoint", help="of the commit")
-    export_ = command(
-        "export", export_model, lambda found: found["output_dir"], "Write a MoEfied model as a served architecture."
-    )
-    export_.add_argument("output_dir", help="directory that gets the checkpoint; must not exist, or be empty")
-    export_.add_argument("--to", help=f"{', '.join(TARGETS)} or dense; by default what the model's attention fits")
-    export_.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
-    add_analysis(command, table)
-    add_bench(commands)
-    add_kernels(commands)
-    return top
-
-
-def add_conversion(convert_: argparse.ArgumentParser) -> None:
-    convert_.add_argument("--expert_size", type=int, default=32, help="neurons per expert (default: 32)")
-    convert_.add_argument("--num_experts", type=int, help="experts per FFN, instead of a size")
-    convert_.add_argument("--splitter", default="coactivation", help=f"{', '.join(SPLITTERS)} (default: coactivation)")
-    convert_.add_argument("--router", default="linear", help=f"{', '.join(ROUTERS)} (default: linear)")
-    convert_.add_argument("--k", type=share_or_count, default=0.2, help="share or number of experts (default: 0.2)")
-    convert_.add_argument("--allocation", choices=ALLOCATIONS, help="budget per layer")
-    convert_.add_argument("--selection", default="top_k", choices=list(SELECTIONS), help="(default: top_k)")
-    convert_.add_argument(
-        "--shared_experts", type=int, default=0, help="experts that run for every token; k counts them"
-    )
-    convert_.add_argument(
-        "--compensation", action="store_true", help="experts that do not run contribute their conditional means"
-    )
 
 
 def add_bench(commands: Any) -> None:
