@@ -7,10 +7,12 @@
     python recipes/prose_facts.py facts.json outputs/smollm2_moefication outputs/smollm2_cmoe
     python recipes/prose_facts.py facts.json
 
-Perplexities are relative to the dense model's; means over the seeds of a method, with standard deviations.
+Perplexities are relative to the dense model's as it came, also where a run has recovered; means over the seeds of a
+method, with standard deviations.
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +52,7 @@ def facts_of(directories: Sequence[Path]) -> dict[str, Any]:
         common = common or ours
         if changed := [name for name in COMMON if ours[name] != common[name]]:
             raise ValueError(f"{directory} differs from {directories[0]} in {', '.join(changed)}")
-        cells += cells_of(directory, settings)
+        cells += cells_of(directory, settings) + recovered_cells_of(directory)
     sweep = json.loads((directories[0] / "sweep.json").read_text())
     return {
         **common,
@@ -80,6 +82,40 @@ def cells_of(directory: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def recovered_cells_of(directory: Path) -> list[dict[str, Any]]:
+    """The model that was fine-tuned at its budget, at each of them, and the dense one trained for as many steps; both
+    relative to the dense model as it came."""
+    made = made_in(directory)
+    if not {"recovered.json", "prose_recovered.json", "prose_control.json"} <= made.keys():
+        return []
+    settings = made["recovered.json"]
+    method = {name: settings[name] for name in METHOD} | {"recovery": recovery_of(settings)}
+    dense, recovered, control = (
+        json.loads((directory / f"prose_{name}.json").read_text())["perplexity"]
+        for name in ("dense", "recovered", "control")
+    )
+    whole = json.loads((directory / "sweep.json").read_text())["rows"][0]["perplexity"]
+    found = []
+    for row in json.loads((directory / "recovered.json").read_text())["rows"][1:]:
+        cell = {name: row[name] for name in ("router", "type", "allocation", "k", "ffn_flops")}
+        cell |= {"seed": settings["seed"], "method": method, "relative_quality": row["perplexity"] / whole}
+        ours = row["type"] == "top_k" and row["allocation"] == settings["allocation"]
+        found.append(
+            cell | {"texts": {text: recovered[f"{text} at {row['k']}"] / dense[text] for text in dense if ours}}
+        )
+    texts = {text: control[text] / dense[text] for text in dense}  # as many tokens of each
+    trained = {"seed": settings["seed"], "method": {"recovery": recovery_of(settings)}, "router": "control"}
+    trained |= {"type": "top_k", "allocation": "uniform", "k": 1.0, "ffn_flops": 1.0, "texts": texts}
+    return [*found, trained | {"relative_quality": math.exp(mean(map(math.log, texts.values())))}]
+
+
+def recovery_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a recovery was, as far as figures depend on it."""
+    names = ("recovery_parameters", "lora_rank", "distillation_weight", "learning_rate")
+    tokens = round(settings["recovery_epochs"] * settings["train_tokens"])
+    return {"tokens": tokens, "share": settings["share"], **{name: settings[name] for name in names}}
+
+
 def average(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
@@ -106,6 +142,9 @@ def nearest(row: dict[str, Any]) -> float:
 def label(row: dict[str, Any]) -> str:
     """What a line of the table is about."""
     method = row["method"]
+    recovery = method.get("recovery")
+    if row["router"] == "control":
+        return f"the dense model, trained on {recovery['tokens']:,} tokens, too"
     if not method:
         return f"*{row['router']}*, of the dense model"
     size = f"{method['expert_size']} neurons" if method["num_experts"] is None else f"1/{method['num_experts']}"
@@ -115,6 +154,8 @@ def label(row: dict[str, Any]) -> str:
     parts.append(method["router"] if row["router"] == "own" else f"*{row['router']}*")
     if row["type"] != "top_k":
         parts.append(row["type"])
+    if recovery:
+        parts.append(f"recovered at {recovery['share']:.0%} of the experts on {recovery['tokens']:,} tokens")
     return ", ".join(parts) + ("" if row["allocation"] == "uniform" else f", {row['allocation']} budgets")
 
 

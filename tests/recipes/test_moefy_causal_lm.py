@@ -133,6 +133,17 @@ def test_recovery_on_a_token_budget(recipe, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(run / "recovered", trust_remote_code=True)
     assert len(model.moe_sites()) == 2 and not any("lora" in name for name, _ in model.named_parameters())
     assert "recovery_epochs" in read_facts(run / "recovered")["training"]
+    rows = prose_facts.facts_of([run])["perplexities"]
+    recovered = next(row for row in rows if "recovery" in row["method"] and row["router"] == "own")
+    both = {
+        name: torch.tensor([found[name][text + end] for text in ("whales", "angels")]).log().mean()
+        for name, end in (("dense", ""), ("recovered", " at 0.5"), ("control", ""))
+    }
+    assert recovered["relative_quality"] == pytest.approx(float((both["recovered"] - both["dense"]).exp()), rel=1e-4)
+    control = next(row for row in rows if row["router"] == "control")
+    assert control["relative_quality"] == pytest.approx(float((both["control"] - both["dense"]).exp()), rel=1e-4)
+    shown = prose_facts.tables(prose_facts.facts_of([run]))
+    assert "recovered at 50% of the experts on 24,000 tokens |" in shown and "the dense model, trained on 24" in shown
 
 
 def test_a_grid_of_routers_and_splits_at_equal_flops(recipe, texts, tmp_path, capsys):
