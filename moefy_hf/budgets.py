@@ -1,6 +1,7 @@
-"""Spread one budget of experts over layers by what restricting each layer alone does to the model's output."""
+"""Spread one budget of experts over layers by what is measured of each: above all, what restricting it alone does to
+the model's output."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .architectures import check_moefied
 from .controls import selecting
+from .importance import measure_angles
 from .modeling.allocation import count_experts
 from .quality import Quality, predictions
 from .replay import before, block_of, recorded, replayed
@@ -60,10 +62,20 @@ def _grid(num_experts: int, shared: int) -> list[int]:
     return sorted({max(least, round(share * num_experts)) for share in GRID} | {least, num_experts})
 
 
+# allocations of `modeling.allocation.MEASURED` -> what measures the layers for them
+MEASURES: dict[str, Callable[..., dict[str, Any]]] = {"sensitivity": measure_sensitivity, "angular": measure_angles}
+COMPARING_PREDICTIONS = ("sensitivity",)  # those that need a head
+
+
 def allocate_budgets(
-    model: PreTrainedModel, data: Iterable[Mapping[str, Any]], share: int | float = 0.2, *, progress: bool = True
+    model: PreTrainedModel,
+    data: Iterable[Mapping[str, Any]],
+    share: int | float = 0.2,
+    allocation: str = "sensitivity",
+    *,
+    progress: bool = True,
 ) -> list[int]:
-    """Measure every layer's sensitivity on `data` and select `share` of the experts on average accordingly, in place.
+    """Measure every layer on `data` and select `share` of the experts on average accordingly, in place.
 
     The measurement is kept in the config, so that `model.set_selection(k=...)` later spreads any other budget, also
     after saving and loading.
@@ -71,16 +83,21 @@ def allocate_budgets(
     Args:
         data: model-ready batches, some thousand tokens; no labels needed.
         share: average k per layer, as in `set_selection`.
+        allocation: what is measured: "sensitivity", what restricting a layer alone does to the model's predictions; or
+            "angular", how far a layer turns the hidden states (CFSP), in one pass, which needs no head.
 
     Returns:
         k of each routed layer.
 
     Raises:
-        ValueError: the model is not MoEfied, `share` is out of range, or `data` is empty.
+        ValueError: the model is not MoEfied, `share` is out of range, `data` is empty, or `allocation` is none that is
+            measured (the valid ones are listed).
     """
     check_moefied(model)
+    if allocation not in MEASURES:
+        raise ValueError(f"allocation {allocation!r} measures nothing; choose from {', '.join(MEASURES)}")
     for site in model.moe_sites():  # finds a bad share before the work
         count_experts(share, site.act.num_experts, site.act.shared)
-    model.config.moefication["sensitivity"] = measure_sensitivity(model, data, progress=progress)
-    model.set_selection(type="top_k", k=share, allocation="sensitivity")
+    model.config.moefication[allocation] = MEASURES[allocation](model, data, progress=progress)
+    model.set_selection(type="top_k", k=share, allocation=allocation)
     return [site.act.k for site in model.moe_sites()]

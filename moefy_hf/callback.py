@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from .budgets import COMPARING_PREDICTIONS
 from .configuration import MoeficationConfig
 from .conversion import install_routers_
 from .convertible import check_convertible, check_predictions, default_allocation
@@ -147,8 +148,8 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         if owed > self.section["splits"]:
             with random_numbers_kept(args):
                 batches, progress = self.batches(args, train_dataloader), not args.disable_tqdm
-                budgets = self.target(model) if self.budgets(model) == "sensitivity" else None
-                say(args, state, split_everywhere_(model, self.config, batches, budgets, optimizer, progress))
+                allocation = self.allocation(model)
+                say(args, state, split_everywhere_(model, self.config, batches, allocation, optimizer, progress))
             self.section["splits"] = owed
         self.select(model, timetable.share(state.global_step, self.target(model)))
 
@@ -212,11 +213,12 @@ class MoEficationCallback(TrainerCallback, ExportableState):
 
     def check_data(self, args, model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> None:
         """Find out before training, not when the schedule gets there, that a model's predictions cannot be used."""
-        if self.budgets(model) == "sensitivity" and iter(batches) is not batches:  # an iterator is read once
+        compared = self.allocation(model) in COMPARING_PREDICTIONS
+        if compared and iter(batches) is not batches:  # an iterator is read once
             with random_numbers_kept(args):
                 check_predictions(model, [batch for batch, _ in zip(batches, range(1), strict=False)])
 
-    def budgets(self, model: PreTrainedModel) -> str:
+    def allocation(self, model: PreTrainedModel) -> str:
         return self.config.selection.get("allocation") or default_allocation(model, self.config, True)
 
     def target(self, model: PreTrainedModel) -> float:

@@ -26,6 +26,7 @@ EXPERTS_PLOT = "experts.png"
 SPREAD = {  # of ALLOCATIONS
     "uniform": "the same in each layer",
     "sensitivity": "more where a layer needs them",
+    "angular": "more where a layer turns the hidden states further",
     "global": "by one setting for all layers",
 }
 TASKS = {

@@ -24,6 +24,7 @@ from .splitting import SPLITTERS
 from .sweep_command import sweep
 
 BENCH = "Time dense FFNs, or whole models, against the selected experts alone, in turns, on the CPU."
+BUDGETS = "how layers share the budget k (default: by sensitivity, where there are texts and a head)"
 KERNELS = "The compiled kernel of this machine's CPU."
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXAMPLES = """examples:
@@ -109,7 +110,7 @@ def add_conversion(convert_: argparse.ArgumentParser) -> None:
     convert_.add_argument("--splitter", default="coactivation", help=f"{', '.join(SPLITTERS)} (default: coactivation)")
     convert_.add_argument("--router", default="linear", help=f"{', '.join(ROUTERS)} (default: linear)")
     convert_.add_argument("--k", type=share_or_count, default=0.2, help="share or number of experts (default: 0.2)")
-    convert_.add_argument("--allocation", choices=ALLOCATIONS, help="budget per layer")
+    convert_.add_argument("--allocation", choices=ALLOCATIONS, help=BUDGETS)
     convert_.add_argument("--selection", default="top_k", choices=list(SELECTIONS), help="(default: top_k)")
     convert_.add_argument(
         "--shared_experts", type=int, default=0, help="experts that run for every token; k counts them"

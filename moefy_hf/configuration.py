@@ -23,7 +23,8 @@ class MoeficationConfig:
             "analytic", "mean_gate", "partial_input", "similarity"; and "random".
         selection: `{"type": "top_k", "k": 0.2}`; k is a share of the experts (float), a count (int), or one of these
             per layer; `"allocation": "sensitivity"` spreads an average k over layers by their measured sensitivity,
-            "uniform" gives each layer the same. Without "allocation": by sensitivity where there is calibration data.
+            "angular" by how far they turn the hidden states, "uniform" gives each layer the same. Without
+            "allocation": by sensitivity where there is calibration data.
             Types "threshold", "top_p" and "level" compute as many experts as a token needs, k on average.
         shared_experts: how many experts run for every token; `k` counts them. They are made of the neurons that most
             tokens need (CMoE); the splitter groups the others.

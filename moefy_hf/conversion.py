@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .architectures import moefied_class
-from .budgets import measure_sensitivity
+from .budgets import COMPARING_PREDICTIONS, MEASURES
 from .compensation import compensate_
 from .configuration import MoeficationConfig
 from .convertible import check_convertible, check_predictions, check_profile, default_allocation
@@ -84,6 +84,7 @@ def moefy_(
     selection = section["selection"]
     if "k" in selection:
         selection.setdefault("allocation", default_allocation(model, config, calibration))
+    allocation = selection.get("allocation", "uniform")
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         found = calibration if isinstance(calibration, ModelProfile) else None
@@ -94,7 +95,7 @@ def moefy_(
             stack.enter_context(found)
         if found is not None:
             check_profile(config, sites, sizes, found)
-        if selection.get("allocation") == "sensitivity":
+        if found is not None and allocation in COMPARING_PREDICTIONS:
             check_predictions(model, found.batches)
         with _timed(seconds, "split"):
             orders = neuron_orders(sites, [experts for experts, _ in sizes], found, config, progress=progress)
@@ -107,9 +108,9 @@ def moefy_(
                 fits = fit_routers(model, found, seed=config.seed, progress=progress)
             if setting_name(selection["type"]):
                 measure_reach(model, found, [selection["type"]])
-        if selection.get("allocation") == "sensitivity":
+        if found is not None and allocation in MEASURES:
             with _timed(seconds, "budgets"):
-                model.config.moefication["sensitivity"] = measure_sensitivity(model, found.batches, progress=progress)
+                model.config.moefication[allocation] = MEASURES[allocation](model, found.batches, progress=progress)
         model.set_selection(**selection)
         if config.compensation and found is not None:
             with _timed(seconds, "compensation"):

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .architectures import moefied_class
+from .budgets import COMPARING_PREDICTIONS, MEASURES
 from .configuration import MoeficationConfig
 from .modeling.allocation import count_experts, per_layer, resolve_selection, setting_name
 from .modeling.ffn_sites import FfnSite, find_sites
@@ -56,10 +57,11 @@ def check_convertible(
             raise ValueError(
                 f"{site.name}: its activation {type(site.act).__name__} has parameters, which no split can follow"
             )
-    if config.selection.get("allocation") == "sensitivity" and _headless(model):
+    allocation = config.selection.get("allocation")
+    if allocation in COMPARING_PREDICTIONS and _headless(model):
         raise ValueError(
-            f'allocation "sensitivity" compares predictions and {type(model).__name__} has no head: convert one '
-            'that has, or use allocation "uniform"'
+            f'allocation "{allocation}" compares predictions and {type(model).__name__} has no head: convert one '
+            'that has, or use allocation "angular" or "uniform"'
         )
     if calibration is None:
         users = []
@@ -67,8 +69,8 @@ def check_convertible(
             users.append(f"splitter {config.splitter!r}")
         if ROUTERS[config.router].trainable:
             users.append(f"router {config.router!r}")
-        if config.selection.get("allocation") == "sensitivity":
-            users.append('allocation "sensitivity"')
+        if allocation in MEASURES:
+            users.append(f'allocation "{allocation}"')
         if setting_name(config.selection["type"]) and "k" in config.selection:
             users.append(f"selection {config.selection['type']!r} with a budget k")
         if config.shared_experts:
@@ -117,7 +119,7 @@ def check_profile(
 @torch.no_grad()
 def check_predictions(model: PreTrainedModel, batches: list[Mapping[str, Any]]) -> None:
     """Sensitivity compares predictions: find out that there are none before anything is changed."""
-    remedy = 'select with "allocation": "uniform" instead of "sensitivity"'
+    remedy = 'select with "allocation": "angular" or "uniform" instead of "sensitivity"'
     try:
         found = any(len(predictions(model, batch)[0]) for batch in batches)
     except ValueError as error:

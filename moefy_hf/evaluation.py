@@ -188,8 +188,8 @@ def evaluate(
             `moefy_hf.neuron_baselines`).
         selections: types that are swept, those that depend on the token at the same average number of experts
             (`measure_reach` must have been called); by default that of the model. Controls always select "top_k".
-        allocations: of "uniform", "sensitivity" and "global"; by default that of the model. "top_k" is uniform where
-            others are "global".
+        allocations: of "uniform", "sensitivity", "angular" and "global"; by default that of the model. "top_k" is
+            uniform where others are "global".
         calibration: batches, some thousand tokens, that thresholds of these are set on.
         local_tokens: tokens on which each layer's captured mass, output error and chunk share are measured; 0 for
             none.

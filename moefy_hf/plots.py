@@ -12,6 +12,7 @@ PICTURES = (".png", ".pdf", ".svg")
 COLOURS = {"own": "#1f6feb", "oracle": "#2da44e", "oracle_mass": "#8250df", "random": "#bf3989"}
 COLOURS |= {"cats": "#9a6700", "teal": "#1b7c83", "wina": "#bc4c00"}
 DYNAMIC = {"threshold": "^", "top_p": "v", "level": "D"}  # selections of as many experts as a token needs
+STYLES = {"sensitivity": ("-", "o"), "angular": ("-.", "P")}  # of budgets that differ between layers
 VIEWS = ("#1f6feb", "#2da44e", "#8c959f")  # routed, split, random
 
 
@@ -30,7 +31,7 @@ def plot_sweep(sweep: "Sweep", path: str | Path) -> None:
         name = sweep.facts.get("router", "router") if router == "own" else router
         name += " (control)" if router in CONTROLS else ""
         name += f", {kind}" if kind in DYNAMIC else ""
-        style, marker = ("-", "o") if allocation == "sensitivity" else ("--", "s")
+        style, marker = STYLES.get(allocation, ("--", "s"))
         axes.plot(
             [row["ffn_flops"] for row in line],
             [row[quality] for row in line],

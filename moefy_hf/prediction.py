@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .architectures import check_moefied
+from .budgets import MEASURES
 from .controls import routed_by, selecting
 from .quality import Quality, is_causal, predictions
 
@@ -160,7 +161,7 @@ def predicted(dense: Quality, own: Quality, chance: Quality, uniform: Quality, l
 def better(model: PreTrainedModel, batches: list[Mapping[str, Any]], progress: bool) -> dict[str, Any]:
     """What a bad model could be instead: `enough` and `options` of a Prediction."""
     section, sites = model.config.moefication, model.moe_sites()
-    measured = "sensitivity" if section.get("sensitivity") else "uniform"
+    measured = next((name for name in MEASURES if section.get(name)), "uniform")
     share, enough = share_of(model), None
     tried = [each for each in LARGER if each > share + 0.01]
     for k in tqdm(tried, desc="larger budgets", unit="share", disable=not progress):
@@ -177,7 +178,7 @@ def better(model: PreTrainedModel, batches: list[Mapping[str, Any]], progress: b
     size = max(site.act.expert_size for site in sites)
     if size > FINE:
         options.append(f"finer experts than {size} neurons, down to {FINE}")
-    if measured == "uniform" and len(sites) > 1:
+    if measured != "sensitivity" and len(sites) > 1:
         options.append('budgets by sensitivity (allocation "sensitivity")')
     if not sites[0].act.router.trainable:
         options.append(f"a router that is fitted to data, such as 'linear', instead of {section['router']!r}")

@@ -10,6 +10,8 @@ from .modeling.selection import SELECTIONS
 from .profiling import ModelProfile, check_sample
 from .router_fitting import RouterFit, fit_routers
 
+OF_ROUTERS = ("reach", "sensitivity")  # what a config holds of measurements with the routers that a model had
+
 
 def reroute_(
     model: PreTrainedModel, router: str, profile: ModelProfile | None = None, *, seed: int = 0, progress: bool = True
@@ -39,7 +41,7 @@ def reroute_(
     section, sites = model.config.moefication, model.moe_sites()
     selection = section["selection"]
     budget = "k" in selection and SELECTIONS[selection["type"]].dynamic
-    if budget or selection.get("allocation", "uniform") != "uniform" or section.get("compensation"):
+    if budget or selection.get("allocation") in OF_ROUTERS or section.get("compensation"):
         raise ValueError(
             f"{dict(selection)} depends on what was measured with the old routers: first "
             'model.set_selection(type="top_k", k=..., allocation="uniform"), and no compensation'
@@ -60,6 +62,6 @@ def reroute_(
             site.act.router = old
         raise
     section["router"] = router
-    for measured in ("reach", "sensitivity"):
+    for measured in OF_ROUTERS:
         section.pop(measured, None)
     return fits

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from .budgets import allocate_budgets
+from .budgets import COMPARING_PREDICTIONS, MEASURES
 from .configuration import MoeficationConfig
 from .conversion import init_routers_, neuron_orders
 from .convertible import check_predictions, check_profile
@@ -26,18 +26,18 @@ def split_everywhere_(
     model: PreTrainedModel,
     config: MoeficationConfig,
     batches: Iterable[Mapping[str, Any]],
-    budgets: float | None,
+    allocation: str,
     optimizer: torch.optim.Optimizer,
     progress: bool,
 ) -> str:
     """Find the experts of a model that has routers on the first process, and give every process the same.
 
     Neurons are permuted in place with what each process' optimizer remembers of them. All experts are selected
-    afterwards, unless budgets were measured.
+    afterwards.
 
     Args:
         batches: calibration data; read by the first process only, and only where a method learns from it.
-        budgets: measure the layers' sensitivity and spend this average share of experts; None for uniform budgets.
+        allocation: of the budget that is going to be selected; one that is measured is measured here.
 
     Returns:
         a line of what was found.
@@ -47,7 +47,7 @@ def split_everywhere_(
     first = not dist.is_initialized() or dist.get_rank() == 0
     if first:
         try:
-            found = [find_experts_(model, config, batches, budgets, optimizer, progress)]
+            found = [find_experts_(model, config, batches, allocation, optimizer, progress)]
         except Exception as error:  # the other processes wait: they must hear of it
             found = [error]
     if dist.is_initialized():
@@ -67,7 +67,7 @@ def find_experts_(
     model: PreTrainedModel,
     config: MoeficationConfig,
     batches: Iterable[Mapping[str, Any]],
-    budgets: float | None,
+    allocation: str,
     optimizer: torch.optim.Optimizer,
     progress: bool,
 ) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]], dict[str, Any], str]:
@@ -80,7 +80,7 @@ def find_experts_(
         if (
             SPLITTERS[config.splitter].needs_profile
             or ROUTERS[config.router].trainable
-            or budgets is not None
+            or allocation in MEASURES
             or config.shared_experts
             or setting_name(config.selection["type"])
         ):
@@ -88,7 +88,7 @@ def find_experts_(
             found = profile(model, batches, max_tokens=tokens, layers=layers, progress=progress)
             stack.enter_context(found)
             check_profile(config, sites, sizes, found)
-            if budgets is not None:
+            if allocation in COMPARING_PREDICTIONS:
                 check_predictions(model, found.batches)
         warm = section["splits"] > 0
         orders = neuron_orders(sites, [experts for experts, _ in sizes], found, config, warm=warm)
@@ -99,8 +99,8 @@ def find_experts_(
             fits = fit_routers(model, found, seed=config.seed, progress=progress)
             if setting_name(config.selection["type"]):
                 measure_reach(model, found, [config.selection["type"]])
-    if found is not None and budgets is not None:
-        allocate_budgets(model, found.batches, budgets, progress=progress)
+    if found is not None and allocation in MEASURES:
+        section[allocation] = MEASURES[allocation](model, found.batches, progress=progress)
     report = f"{len(sites)} FFNs split, {sizes[0][0]} experts of {sizes[0][1]} neurons in the first"
     if fits:
         captured, oracle = (sum(getattr(fit, name) for fit in fits) / len(fits) for name in ("captured", "oracle"))

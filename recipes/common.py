@@ -68,7 +68,13 @@ class MoeficationArguments:
     share: float = field(
         default=0.2, metadata={"help": "share of the experts a token computes, on average over layers"}
     )
-    allocation: str = field(default="sensitivity", metadata={"help": "budget per layer: sensitivity or uniform"})
+    allocation: str = field(
+        default="sensitivity",
+        metadata={
+            "help": "budget per layer: uniform, or more where it matters by a measure of it: "
+            "sensitivity, angular (CFSP)"
+        },
+    )
     calibration_tokens: int = field(
         default=100_000, metadata={"help": "training tokens to profile and fit routers on"}
     )

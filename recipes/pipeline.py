@@ -9,7 +9,7 @@ import torch
 from publishing import describe_conversion, describe_quality, describe_training, publish
 from recovery import check_schedule, finished_model, following, penalties, prepare, recovery_arguments
 from recovery_facts import facts_of
-from run import Run, models_of
+from run import Run, models_of, swept
 from stages import write_json
 from sweep_tables import tables
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
@@ -107,12 +107,10 @@ def convert(run: Run, dense: Path, path: Path) -> None:
 def sweep(run: Run, moefied: Path, path: Path, controls: Sequence[str] = ()) -> None:
     """Validation and test together, under autocast where training was."""
     model = run.load(moefied, trust_remote_code=True)
-    measured = run.moe_args.allocation == "sensitivity"
-    allocations = ["uniform", "sensitivity"] if measured else ["uniform"]
     with run.autocast():
         kinds = run.moe_args.selections
         measure_reach(model, run.calibration(), [kind for kind in kinds if kind != "top_k"])
-        settings = {"controls": controls, "selections": kinds, "allocations": allocations}
+        settings = {"controls": controls, "selections": kinds, "allocations": swept(run.moe_args)}
         settings["calibration"] = run.calibration()
         found = evaluate(model, run.held_out(), run.moe_args.shares, **settings)
     describe_quality(run, moefied, found)

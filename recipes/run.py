@@ -200,6 +200,11 @@ def check_sweep(moe_args: MoeficationArguments) -> None:
         moefication_config(replace(moe_args, share=share), seed=0)
 
 
+def swept(moe_args: MoeficationArguments) -> list[str]:
+    """The allocations that a sweep compares: the one asked for, beside uniform budgets."""
+    return list(dict.fromkeys(["uniform", moe_args.allocation]))
+
+
 def run_settings(*arguments) -> dict:
     """What decides the results of a run, to notice when another run asks for something else in the same place."""
     settings: dict = {}

@@ -25,9 +25,9 @@ from common import (
 )
 from moefy_classification import begin, make_model
 from pipeline import train_dense
-from run import Run, moefication_config
+from run import Run, moefication_config, swept
 from stages import write_json
-from sweep_tables import ALLOCATIONS, average, own_name, tables
+from sweep_tables import average, own_name, tables
 from transformers import TrainingArguments
 
 from moefy_hf import evaluate, moefy_, profile
@@ -119,7 +119,7 @@ def measure(calibration: Calibration, cell: MoeficationArguments, held_out: Iter
     model = run.load(calibration.dense)
     with run.autocast():
         report = moefy_(model, moefication_config(cell, run.config.seed), calibration.get())
-        found = evaluate(model, held_out, cell.shares, controls=cell.controls, allocations=ALLOCATIONS)
+        found = evaluate(model, held_out, cell.shares, controls=cell.controls, allocations=swept(cell))
     found.facts["conversion"] = report.to_dict()
     found.save(path)
 

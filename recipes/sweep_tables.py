@@ -22,7 +22,11 @@ FIGURES = {
     "captured_mass": "Captured activation mass, mean of layers",
 }
 AVERAGED = (*FIGURES, "loss", "kl", "chunk_share", "ffn_flops", "model_flops", "experts")
-ALLOCATIONS = ("uniform", "sensitivity")
+BUDGETS = {  # allocation -> what budgets by it are called, in the order of a cell
+    "uniform": "uniform budgets",
+    "sensitivity": "budgets by sensitivity",
+    "angular": "budgets by angular distance",
+}
 TRAINED_ON = "dense, trained on"  # the control of recovery
 DENSE = ("dense", TRAINED_ON)
 CONTROL_NAMES = {"oracle": "*oracle*", "random": "*random*"}
@@ -54,12 +58,13 @@ def average(cells: list[dict]) -> list[dict]:
 
 
 def tables(facts: dict, figures: Iterable[str] = tuple(FIGURES)) -> str:
-    """Markdown: for each figure, a line per split and router, a column per share, cells with both budgets."""
+    """Markdown: for each figure, a line per split and router, a column per share, cells with all budgets."""
     rows = facts["rows"]
     dense = next(row for row in rows if row["router"] == "dense")
     shares = sorted({row["share"] for row in rows if row["router"] not in DENSE})
     found = {(row["splitter"], row["router"], row["share"], row["allocation"]): row for row in rows}
     lines = list(dict.fromkeys(key[:2] for key in found if key[1] not in DENSE))
+    allocations = [name for name in BUDGETS if any(row["allocation"] == name for row in rows)]
     splitters = [splitter for splitter, _ in lines]
     lines.sort(key=lambda line: (splitters.index(line[0]), line[1] in CONTROL_NAMES))  # controls below the methods
 
@@ -84,12 +89,12 @@ def tables(facts: dict, figures: Iterable[str] = tuple(FIGURES)) -> str:
         text += ["", "Exactly generated targets, %:", "", "| model | |", "|---|---|"]
         text += [f"| {name} | {100 * share:.1f} |" for name, share in facts["generated"].items()]
     for figure in figures:
-        text += ["", f"{FIGURES[figure]}, %, uniform budgets / budgets by sensitivity:", ""]
+        text += ["", f"{FIGURES[figure]}, %, {' / '.join(BUDGETS[name] for name in allocations)}:", ""]
         text.append("| split | router | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
         text.append("|---" * (2 + len(shares)) + "|")
         for splitter, router in lines:
             pairs = [
-                " / ".join(filter(None, (cell(figure, splitter, router, share, each) for each in ALLOCATIONS)))
+                " / ".join(filter(None, (cell(figure, splitter, router, share, each) for each in allocations)))
                 for share in shares
             ]
             text.append(f"| {splitter} | {CONTROL_NAMES.get(router, router)} | " + " | ".join(pairs) + " |")

@@ -122,6 +122,21 @@ def test_the_schedule_is_followed(name, tmp_path):
     assert all(loss == loss for loss in losses_of(trainer))
 
 
+@pytest.mark.parametrize("kind", ["top_k", "threshold"])
+def test_a_schedule_spends_a_budget_by_angles(kind, tmp_path):
+    selection = {"type": kind, "k": 0.5, "allocation": "angular"}
+    callback = callback_for(**{**FIXED, "selection": selection})
+    model = dense_model()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight.mul_(5)
+    trainer_for(model, tmp_path, callback).train()
+    section = model.config.moefication
+    assert section["selection"] == selection and "sensitivity" not in section
+    first, second = section["angular"]["distance"]
+    spent = [site.act.k for site in model.moe_sites()]
+    assert sum(spent) == pytest.approx(6) and first < second and spent[0] < spent[1]
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
 def test_splitting_with_all_experts_changes_nothing(optim, tmp_path):
     """Neurons, and what the optimizer remembers of them, move together: losses are those of the dense run."""

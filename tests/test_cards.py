@@ -160,6 +160,10 @@ def test_tasks_are_named_after_heads_of_transformers():
             "4 experts on average, by `top_p`, more where a layer needs them",
         ),
         (
+            {"type": "top_k", "k": 0.2, "allocation": "angular"},
+            "20% of the experts, more where a layer turns the hidden states further",
+        ),
+        (
             {"type": "threshold", "k": 0.2, "allocation": "global"},
             "20% of the experts on average, by `threshold`, by one setting for all layers",
         ),

@@ -124,6 +124,16 @@ def test_convert_with_all_settings(dense, tmp_path):
     assert 0 < read_facts(tmp_path / "moe")["prediction"]["kl"] < 1
 
 
+def test_convert_with_budgets_by_angles(dense, tmp_path):
+    settings = ["--expert_size", "8", "--k", "0.5", "--allocation", "angular", "--force"]
+    texts = ["--texts", str(dense / "texts.txt"), "--calibration_tokens", "400"]
+    main(["convert", str(dense / "dense"), str(tmp_path / "moe"), *texts, *settings])
+    model = load_checkpoint(tmp_path / "moe")
+    assert model.config.moefication["selection"] == {"type": "top_k", "k": 0.5, "allocation": "angular"}
+    assert len(model.config.moefication["angular"]["distance"]) == 2
+    assert sum(site.act.selection.k for site in model.moe_sites()) == 6
+
+
 def test_convert_without_data(dense, tmp_path, capsys):
     settings = ["--splitter", "parameter_clustering", "--router", "similarity", "--expert_size", "8", "--json"]
     main(["convert", str(dense / "dense"), str(tmp_path / "moe"), *settings])

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..architectures import check_moefied
+from ..modeling.allocation import MEASURED
 from ..modeling.ffn_sites import FfnSite, find_sites
 
 # config fields that say how wide FFNs are, over all supported model types
@@ -106,7 +107,7 @@ def smaller_config(model: PreTrainedModel, experts: int) -> Any:
     section = config.moefication
     if section["num_experts"] is not None:
         section["num_experts"] = experts
-    for measured in ("sensitivity", "reach"):  # of the experts that were there
+    for measured in (*MEASURED, "reach"):  # of the experts that were there
         section.pop(measured, None)
     if section["selection"]["type"] != "top_k" and "k" in section["selection"]:
         raise ValueError("a budget that was measured with all experts cannot be kept: set the selection's own setting")

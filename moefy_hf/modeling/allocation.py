@@ -1,13 +1,14 @@
 """How one budget is spread over layers: from the `selection` of a config to one selection per layer."""
 
+import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from .selection import SELECTIONS, Dynamic, Selection
 
-ALLOCATIONS = ("uniform", "sensitivity", "global")
+ALPHA = 128 * 1024 / 1e4  # of CFSP: its code takes sums over 128 texts of 1024 tokens, divided by 1e4, and a = 1
 
 
 def count_experts(k: int | float | None, num_experts: int, shared: int = 0) -> int:
@@ -78,8 +79,7 @@ def check_selection(selection: Mapping[str, Any]) -> None:
 def resolve_selection(
     selection: Mapping[str, Any],
     num_experts: Sequence[int],
-    sensitivity: Mapping[str, Any] | None = None,
-    reach: Mapping[str, Any] | None = None,
+    measured: Mapping[str, Any] | None = None,
     shared: int = 0,
 ) -> list[Selection]:
     """One selection per layer.
@@ -88,8 +88,9 @@ def resolve_selection(
         selection: `{"type": ..., "k": ..., "allocation": ...}`: k as in `count_experts`, or a list with one k per
             layer; or, for a dynamic type, its setting, one or a list: `{"type": "threshold", "tau": 0.9}`.
         num_experts: E of each layer.
-        sensitivity: what `allocate_budgets` measured, needed by allocation "sensitivity".
-        reach: what `measure_reach` measured, needed by dynamic types with a budget.
+        measured: the `moefication` section of a config, or what it holds of measurements: by its name, what
+            `allocate_budgets` measured for an allocation of `MEASURED`; "reach", what `measure_reach` did, needed by
+            dynamic types with a budget.
         shared: how many of each layer's experts always run; k counts them.
 
     Raises:
@@ -97,27 +98,29 @@ def resolve_selection(
     """
     check_selection(selection)
     kind, cls, routed = selection["type"], SELECTIONS[selection["type"]], [e - shared for e in num_experts]
-    measured = reach is not None and kind in reach
+    measured = measured or {}
+    reach = measured.get("reach") or {}
     if issubclass(cls, Dynamic) and cls.name in selection:
         settings = [cls.checked(each) for each in per_layer(cls.name, selection[cls.name], len(num_experts))]
         known: Sequence[float | None] = [None] * len(settings)  # also where another head was measured
-        if reach is not None and measured and len(reach[kind]) == len(settings):
+        if len(reach.get(kind, ())) == len(settings):
             known = Reach(kind, routed, reach).spent(settings)
         return [cls(each, k) for each, k in zip(settings, known, strict=True)]
     ks = per_layer("k", selection.get("k"), len(num_experts))
     counts = [count_experts(k, experts, shared) for k, experts in zip(ks, num_experts, strict=True)]
-    if selection.get("allocation") == "sensitivity":
-        counts = by_sensitivity(counts, sensitivity)
+    allocation = selection.get("allocation", "uniform")
+    if allocation in MEASURED:
+        counts = spread(allocation, measured.get(allocation), num_experts, max(1, shared), sum(counts))
     budgets: Sequence[float] = [count - shared for count in counts]
     if not issubclass(cls, Dynamic):
         return [cls(int(k)) for k in budgets]
-    if reach is None or not measured:
+    if kind not in reach:
         raise ValueError(
             f"selection {kind!r} with a budget k needs a measured router: call "
             f"moefy_hf.measure_reach(model, data) first, or give {cls.name}"
         )
     tables = Reach(kind, routed, reach)
-    if selection.get("allocation") == "global" and list(budgets) != routed:
+    if allocation == "global" and list(budgets) != routed:
         budgets = tables.spent([tables.setting_of(sum(budgets))] * len(budgets))
     return [cls(setting, k) for setting, k in tables.settings(budgets)]
 
@@ -180,17 +183,40 @@ def per_layer(name: str, value: Any, layers: int) -> list:
     return list(value)
 
 
-def by_sensitivity(counts: list[int], sensitivity: Mapping[str, Any] | None) -> list[int]:
-    if sensitivity is None:
+def spread(
+    allocation: str, measured: Mapping[str, Any] | None, experts: Sequence[int], least: int, budget: int
+) -> list[int]:
+    """k of each layer, from `least` to its E, `budget` over all of them, by what was measured for an allocation."""
+    if measured is None:
         raise ValueError(
-            'allocation "sensitivity" needs measured layers: call moefy_hf.allocate_budgets(model, data) first'
+            f'allocation "{allocation}" needs measured layers: call '
+            f'moefy_hf.allocate_budgets(model, data, allocation="{allocation}") first'
         )
-    if len(sensitivity["k"]) != len(counts):  # another head: an encoder alone, a decoder alone
+    layers = len(next(iter(measured.values())))
+    if layers != len(experts):  # another head: an encoder alone, a decoder alone
         raise ValueError(
-            f"sensitivity was measured on {len(sensitivity['k'])} layers, this model has {len(counts)}: "
+            f'what allocation "{allocation}" needs was measured on {layers} layers, this model has {len(experts)}: '
             'use allocation "uniform"'
         )
-    return allocate(sensitivity["k"], sensitivity["loss"], sum(counts))
+    return MEASURED[allocation](measured, experts, least, budget)
+
+
+def by_sensitivity(measured: Mapping[str, Any], experts: Sequence[int], least: int, budget: int) -> list[int]:
+    return allocate(measured["k"], measured["loss"], budget)
+
+
+def by_angle(measured: Mapping[str, Any], experts: Sequence[int], least: int, budget: int) -> list[int]:
+    """The coarse part of CFSP (Wang et al., COLING 2025): how much of each layer is kept.
+
+    The share of its experts that a layer gets is proportional to sigmoid(ALPHA (I - mean of I)), with I its
+    importance: the mean angular distance between the hidden states that it is given and returns. Formula and ALPHA
+    are those of the authors' code, which keeps shares of neurons. Where it would keep more than all of a layer, it
+    moves all shares towards their mean; here such a layer gets its E experts, and the others more in proportion.
+    """
+    angles = measured["distance"]
+    mean = sum(angles) / len(angles)
+    weights = [e / (1 + math.exp(ALPHA * (mean - angle))) for e, angle in zip(experts, angles, strict=True)]
+    return apportion(weights, experts, least, budget)
 
 
 def interpolated(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -223,7 +249,19 @@ def allocate(grids: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], 
                 hull.pop()
             hull.append(point)
         steps += [(_slope(a, b), turn, layer) for a, b in pairwise(hull) for turn in range(b[0] - a[0])]
-    counts = [ks[0] for ks in grids]
+    return cheapest([ks[0] for ks in grids], steps, budget)
+
+
+def apportion(weights: Sequence[float], experts: Sequence[int], least: int, budget: int) -> list[int]:
+    """Spend `budget` experts in proportion to positive weights: layer l gets round(c w_l), at least `least` and at
+    most E_l, for the c that spends it all (Webster's method). A layer of more weight never gets fewer, up to its E."""
+    layers = enumerate(zip(weights, experts, strict=True))
+    steps = [((k + 0.5) / w, k, layer) for layer, (w, e) in layers for k in range(least, e)]
+    return cheapest([least] * len(experts), steps, budget)
+
+
+def cheapest(counts: list[int], steps: Iterable[tuple[float, int, int]], budget: int) -> list[int]:
+    """Add the cheapest of the steps (price, turn, layer), one expert each, until `budget` is spent."""
     for _, _, layer in sorted(steps)[: max(budget - sum(counts), 0)]:  # equal layers take turns
         counts[layer] += 1
     return counts
@@ -231,3 +269,11 @@ def allocate(grids: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], 
 
 def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])
+
+
+# allocations that depend on the layers -> how what was measured of these, which the config keeps, spreads a budget
+MEASURED: dict[str, Callable[[Mapping[str, Any], Sequence[int], int, int], list[int]]] = {
+    "sensitivity": by_sensitivity,
+    "angular": by_angle,
+}
+ALLOCATIONS = ("uniform", *MEASURED, "global")

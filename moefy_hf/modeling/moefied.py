@@ -61,7 +61,7 @@ def install_(model: nn.Module) -> None:
     sizes = [split_sizes(site, section["num_experts"], section["expert_size"]) for site in sites]
     shared = section.get("shared_experts", 0)
     check_shared(shared, sites, sizes)
-    selections = resolved(section["selection"], section, [experts for experts, _ in sizes])
+    selections = resolve_selection(section["selection"], [experts for experts, _ in sizes], section, shared)
     for site, (num_experts, expert_size), selection in zip(sites, sizes, selections, strict=True):
         router = new_router(section["router"], site, num_experts, shared)
         routed = RoutedActivation(site.act, router, expert_size, selection, shared)
@@ -78,12 +78,6 @@ def new_router(name: str, site: FfnSite, num_experts: int, shared: int) -> Route
     router = ROUTERS[name].of(site.weights(), num_experts - shared)
     router.read_from_(site.weights, shared)
     return router.requires_grad_(False)  # unless their loss is on: an unused trainable parameter stalls DDP
-
-
-def resolved(selection: dict[str, Any], section: dict[str, Any], num_experts: list[int]) -> list[Any]:
-    """`resolve_selection` with what a config holds."""
-    measured = section.get("sensitivity"), section.get("reach")
-    return resolve_selection(selection, num_experts, *measured, section.get("shared_experts", 0))
 
 
 def check_shared(shared: int, sites: list[FfnSite], sizes: list[tuple[int, int]]) -> None:
@@ -202,8 +196,8 @@ class MoefiedMixin:
         """Change which experts run, now and in checkpoints saved from here on: the run-time budget.
 
         `model.set_selection(k=0.3)` keeps type and allocation as they are; k is a number of experts (int), a share of
-        them (float in (0, 1]), or a list with one of these per layer; `allocation="sensitivity"` spreads one average
-        k over layers by what `allocate_budgets` measured, "uniform" gives each the same.
+        them (float in (0, 1]), or a list with one of these per layer; `allocation="sensitivity"` and "angular" spread
+        one average k over layers by what `allocate_budgets` measured, "uniform" gives each the same.
 
         `model.set_selection(type="threshold", tau=0.9)` computes as many experts as each token needs: "threshold",
         "top_p" (setting `p`) and "level". They take a budget k, too, once `measure_reach` has found what each
@@ -214,7 +208,8 @@ class MoefiedMixin:
         """
         section, sites = self.config.moefication, self.moe_sites()
         selection = changed(section["selection"], changes)
-        found = resolved(selection, section, [site.act.num_experts for site in sites])
+        experts, shared = [site.act.num_experts for site in sites], section.get("shared_experts", 0)
+        found = resolve_selection(selection, experts, section, shared)
         section["selection"] = copy.deepcopy(selection)
         for site, each in zip(sites, found, strict=True):
             site.act.selection = each

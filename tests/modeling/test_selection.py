@@ -1,11 +1,19 @@
 """Selections choose what they say, budgets are spent exactly and best, and every mistake has its own message."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
-from moefy_hf.modeling.allocation import ALLOCATIONS, allocate, changed, count_experts, resolve_selection
+from moefy_hf.modeling.allocation import (
+    ALLOCATIONS,
+    allocate,
+    apportion,
+    changed,
+    count_experts,
+    resolve_selection,
+)
 from moefy_hf.modeling.selection import SELECTIONS, Dynamic
 
 EXPERTS = [8, 8, 12]  # per layer
@@ -14,7 +22,7 @@ EXPERTS = [8, 8, 12]  # per layer
 def test_what_is_tested_is_what_exists():
     """A newcomer to the registries needs tests of its own below."""
     assert set(SELECTIONS) == {"top_k", "threshold", "top_p", "level"}
-    assert set(ALLOCATIONS) == {"uniform", "sensitivity", "global"}
+    assert set(ALLOCATIONS) == {"uniform", "sensitivity", "angular", "global"}
 
 
 @pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8)])
@@ -84,18 +92,18 @@ def reach_of(kind: str, layers: int = 3) -> dict:
 @pytest.mark.parametrize("kind", DYNAMIC)
 @pytest.mark.parametrize("shared", [0, 2])
 def test_a_budget_becomes_each_layers_setting(kind, shared):
-    found = resolve_selection({"type": kind, "k": 0.5}, EXPERTS, None, reach_of(kind), shared)
+    found = resolve_selection({"type": kind, "k": 0.5}, EXPERTS, {"reach": reach_of(kind)}, shared)
     for layer, (selection, experts) in enumerate(zip(found, EXPERTS, strict=True)):
         share = (experts // 2 - shared) / (experts - shared)
         low, high = (1 + layer) * (share - 0.25) ** 2 / 9, (1 + layer) * (share + 0.25) ** 2 / 9
         assert low <= selection.setting <= high and selection.k == experts // 2 - shared
-    everything = resolve_selection({"type": kind, "k": 1.0}, EXPERTS, None, reach_of(kind), shared)
+    everything = resolve_selection({"type": kind, "k": 1.0}, EXPERTS, {"reach": reach_of(kind)}, shared)
     assert all(each.keeps_all(experts - shared) for each, experts in zip(everything, EXPERTS, strict=True))
 
 
 @pytest.mark.parametrize("kind", DYNAMIC)
 def test_globally_one_setting_spends_the_whole_budget(kind):
-    found = resolve_selection({"type": kind, "k": 0.5, "allocation": "global"}, EXPERTS, None, reach_of(kind))
+    found = resolve_selection({"type": kind, "k": 0.5, "allocation": "global"}, EXPERTS, {"reach": reach_of(kind)})
     assert len({round(selection.setting, 6) for selection in found}) == 1
     assert sum(selection.k for selection in found) == pytest.approx(4 + 4 + 6, abs=1e-6)
     assert found[0].k > found[1].k  # of the same number of experts
@@ -105,7 +113,7 @@ def test_globally_one_setting_spends_the_whole_budget(kind):
 def test_settings_know_what_they_spend_once_measured(kind):
     setting = DYNAMIC[kind].name
     assert all(each.k is None for each in resolve_selection({"type": kind, setting: 0.1}, EXPERTS))
-    known = resolve_selection({"type": kind, setting: 4 / 9 / 4}, EXPERTS, None, reach_of(kind))
+    known = resolve_selection({"type": kind, setting: 4 / 9 / 4}, EXPERTS, {"reach": reach_of(kind)})
     assert known[0].k == pytest.approx(8, abs=1.01) and known[0].k > known[1].k
 
 
@@ -132,6 +140,16 @@ def test_settings_know_what_they_spend_once_measured(kind):
             {"type": "top_k", "k": 2, "allocation": "sensitivity"},
             {"type": "level"},
             {"type": "level", "k": 2, "allocation": "sensitivity"},
+        ),
+        (
+            {"type": "top_k", "k": 2, "allocation": "angular"},
+            {"k": [1, 2]},
+            {"type": "top_k", "k": [1, 2], "allocation": "uniform"},
+        ),
+        (
+            {"type": "top_k", "k": 2, "allocation": "angular"},
+            {"type": "level"},
+            {"type": "level", "k": 2, "allocation": "angular"},
         ),
     ],
 )
@@ -188,6 +206,9 @@ def test_k_is_a_count_a_share_or_one_of_these_per_layer(k, counts):
         ({"type": "top_k", "k": [2, 9, 2]}, "k=9 is out of range"),
         ({"type": "top_k", "k": [2, 2, 2], "allocation": "sensitivity"}, "give one k, not a list"),
         ({"type": "top_k", "k": 2, "allocation": "sensitivity"}, "call moefy_hf.allocate_budgets"),
+        ({"type": "top_k", "k": [2, 2, 2], "allocation": "angular"}, "give one k, not a list"),
+        ({"type": "top_k", "k": 2, "allocation": "angular"}, 'allocate_budgets.model, data, allocation="angular"'),
+        ({"type": "threshold", "tau": 0.5, "allocation": "angular"}, "leave out the allocation 'angular'"),
         ({"type": "top_k", "k": 2, "allocation": "global"}, "'global' is one setting for all layers"),
         ({"type": "threshold", "k": 2}, "measure_reach.*or give tau"),
         ({"type": "threshold"}, "either tau or a budget k"),
@@ -214,8 +235,8 @@ def test_shared_experts_count():
 
 def test_reach_of_another_head_is_an_error():
     with pytest.raises(ValueError, match="measured on 2 layers, this model has 3"):
-        resolve_selection({"type": "top_p", "k": 2}, EXPERTS, None, reach_of("top_p", 2))
-    found = resolve_selection({"type": "top_p", "p": 0.3}, EXPERTS, None, reach_of("top_p", 2))  # needs no table
+        resolve_selection({"type": "top_p", "k": 2}, EXPERTS, {"reach": reach_of("top_p", 2)})
+    found = resolve_selection({"type": "top_p", "p": 0.3}, EXPERTS, {"reach": reach_of("top_p", 2)})  # needs no table
     assert [(each.setting, each.k) for each in found] == [(0.3, None)] * 3
 
 
@@ -224,11 +245,11 @@ def test_reach_of_another_head_is_an_error():
 def test_a_setting_that_too_many_experts_share_is_not_reached(largest, rounded, allocation):
     half = [0.1, 0.2, 0.4, rounded, rounded, rounded, rounded, rounded]  # most experts have no strength
     reach = {"share": [step / 7 for step in range(8)], "level": [half] * 3}
-    found = resolve_selection({"type": "level", "k": 0.75, "allocation": allocation}, EXPERTS, None, reach)
+    found = resolve_selection({"type": "level", "k": 0.75, "allocation": allocation}, EXPERTS, {"reach": reach})
     for each, experts in zip(found, EXPERTS, strict=True):
         assert 0.9 * largest < each.setting < largest
         assert 2 / 7 * experts < each.k < 3 / 7 * experts + 1e-9
-    everything = resolve_selection({"type": "level", "k": 1.0, "allocation": allocation}, EXPERTS, None, reach)
+    everything = resolve_selection({"type": "level", "k": 1.0, "allocation": allocation}, EXPERTS, {"reach": reach})
     assert all(each.keeps_all(experts) for each, experts in zip(everything, EXPERTS, strict=True))
 
 
@@ -252,7 +273,7 @@ def test_sensitivity_spends_the_same_average_elsewhere():
     grid = [[1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4, 12]]
     loss = [[9.0, 6.0, 3.0, 0.0], [0.3, 0.2, 0.1, 0.0], [0.3, 0.2, 0.1, 0.0]]
     chosen = resolve_selection(
-        {"type": "top_k", "k": 0.5, "allocation": "sensitivity"}, EXPERTS, {"k": grid, "loss": loss}
+        {"type": "top_k", "k": 0.5, "allocation": "sensitivity"}, EXPERTS, {"sensitivity": {"k": grid, "loss": loss}}
     )
     counts = [selection.k for selection in chosen]
     assert sum(counts) == 4 + 4 + 6
@@ -261,7 +282,7 @@ def test_sensitivity_spends_the_same_average_elsewhere():
 
 def test_sensitivity_of_another_head_is_an_error():
     """T5's encoder, taken from a converted encoder-decoder, has half of the layers that were measured."""
-    measured = {"k": [[1, 8]] * 6, "loss": [[1.0, 0.0]] * 6}
+    measured = {"sensitivity": {"k": [[1, 8]] * 6, "loss": [[1.0, 0.0]] * 6}}
     with pytest.raises(ValueError, match='measured on 6 layers, this model has 3: use allocation "uniform"'):
         resolve_selection({"type": "top_k", "k": 2, "allocation": "sensitivity"}, EXPERTS, measured)
 
@@ -276,6 +297,64 @@ def convex_layers(seed: int) -> tuple[list[list[int]], list[list[float]]]:
         grids.append(list(range(1, experts + 1)))
         losses.append([sum(savings[k:]) for k in range(experts)])
     return grids, losses
+
+
+DISTANCES = [0.3, 0.1, 0.2, 0.18]  # of these, 13.1072 (I - 0.195) is 1.376, -1.245, 0.066, -0.197
+KEPT = [0.7984, 0.2235, 0.5164, 0.4510]  # and this is the sigmoid; the mean is 0.4973
+
+
+def by_angle(k, experts, shared=0, distances=DISTANCES) -> list[int]:
+    selection, measured = {"type": "top_k", "k": k, "allocation": "angular"}, {"angular": {"distance": distances}}
+    return [each.k + shared for each in resolve_selection(selection, experts, measured, shared)]
+
+
+def test_angles_decide_what_is_kept_as_in_cfsp():
+    for distance, kept in zip(DISTANCES, KEPT, strict=True):
+        assert 1 / (1 + math.exp(-13.1072 * (distance - 0.195))) == pytest.approx(kept, abs=1e-4)
+    counts = by_angle(0.3, [1000] * 4)  # 300 a layer: 0.3 / 0.4973 of each of these
+    assert counts == pytest.approx([1000 * kept * 0.3 / 0.49733 for kept in KEPT], abs=1) and sum(counts) == 1200
+
+
+def test_a_layer_that_would_keep_more_than_all_keeps_all():
+    counts = by_angle(0.7, [1000] * 4)  # the first would keep 1124
+    left = sum(KEPT[1:])
+    assert counts == pytest.approx([1000, *(1800 * kept / left for kept in KEPT[1:])], abs=1)
+    assert sum(counts) == 2800
+
+
+@pytest.mark.parametrize("shared", [0, 3])
+@pytest.mark.parametrize("k", [0.01, 3, 0.25, 0.5, 0.8, 0.99, 1.0])
+def test_angles_spend_the_budget_within_bounds(k, shared):
+    for experts in ([16] * 4, [16, 32, 8, 8]):
+        counts = by_angle(k, experts, shared)
+        assert sum(counts) == sum(count_experts(k, e, shared) for e in experts)
+        assert all(max(1, shared) <= each <= e for each, e in zip(counts, experts, strict=True))
+        if len(set(experts)) == 1:
+            assert counts[0] >= counts[2] >= counts[3] >= counts[1]  # in the order of the distances
+
+
+def test_extreme_angles_spend_the_budget():
+    assert by_angle(0.5, [8, 8, 8], distances=[1.0, 0.0, 0.0]) == [8, 2, 2]
+    assert by_angle(0.25, [8, 8, 8], distances=[1.0, 0.0, 0.0]) == [4, 1, 1]
+    assert by_angle(0.5, [8, 8, 8], distances=[0.2] * 3) == [4, 4, 4]
+
+
+def test_angles_of_another_head_are_an_error():
+    with pytest.raises(ValueError, match='"angular" needs was measured on 4 layers, this model has 3: use allocation'):
+        by_angle(0.5, EXPERTS)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_experts_are_apportioned_by_rounding(seed):
+    """Some factor turns weights into counts, by rounding to the nearest within bounds."""
+    generator = torch.Generator().manual_seed(seed)
+    experts, weights = [16, 16, 40, 8], torch.rand(4, generator=generator).add(0.05).tolist()
+    for budget in range(8, sum(experts) + 1):
+        counts = apportion(weights, experts, 2, budget)
+        assert sum(counts) == budget
+        low = max([(k - 0.5) / w for k, w in zip(counts, weights, strict=True) if k > 2], default=0)
+        high = min([(k + 0.5) / w for k, w, e in zip(counts, weights, experts, strict=True) if k < e], default=1e9)
+        assert low <= high
 
 
 @pytest.mark.parametrize("seed", range(12))

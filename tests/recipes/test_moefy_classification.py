@@ -192,6 +192,16 @@ def test_uniform_budgets_need_no_sensitivity(recipe, tmp_path):
     assert {row["allocation"] for row in rows[1:]} == {"uniform"}
 
 
+def test_budgets_by_angles_stand_beside_uniform_ones(recipe, tmp_path):
+    settings = {"router": "random", "splitter": "random", "schedule": "one_step"}
+    recipe(tmp_path / "run", "--controls", "random", max_steps=2, allocation="angular", **settings)
+    for name in ("sweep", "scheduled"):
+        rows = Sweep.load(tmp_path / "run" / f"{name}.json").rows
+        assert [row["allocation"] for row in rows if row["router"] == "own"] == ["uniform"] * 2 + ["angular"] * 2
+    section = json.loads((tmp_path / "run" / "scheduled" / "config.json").read_text())["moefication"]
+    assert "sensitivity" not in section and len(section["angular"]["distance"]) == 2
+
+
 def test_reduced_precision(recipe, tmp_path):
     recipe(tmp_path / "run", max_steps=1, bf16=True)
     assert len(Sweep.load(tmp_path / "run" / "sweep.json").rows) == 13

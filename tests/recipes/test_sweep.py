@@ -89,6 +89,21 @@ def test_mistakes_are_named_before_training(recipe, tmp_path, flags, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_table_names_the_budgets_that_were_compared(grid):
+    facts = json.loads((grid / "facts.json").read_text())
+    changed = {"sensitivity": "angular"}
+    rows = [{**row, "allocation": changed.get(row["allocation"], row["allocation"])} for row in facts["rows"]]
+    text = sweep_tables.tables({**facts, "rows": rows}, ["accuracy"])
+    before = sweep_tables.tables(facts, ["accuracy"])
+    assert "Accuracy, %, uniform budgets / budgets by angular distance:" in text
+    assert "Accuracy, %, uniform budgets / budgets by sensitivity:" in before
+    assert [line for line in text.splitlines() if line[:1] == "|"] == [
+        line for line in before.splitlines() if line[:1] == "|"
+    ]
+    alone = [row for row in facts["rows"] if row["allocation"] != "sensitivity"]
+    assert "Accuracy, %, uniform budgets:" in sweep_tables.tables({**facts, "rows": alone}, ["accuracy"])
+
+
 def test_tables(grid, capsys, monkeypatch):
     facts = json.loads((grid / "facts.json").read_text())
     text = sweep_tables.tables(facts, ["relative_quality"])
