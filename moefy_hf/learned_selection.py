@@ -56,8 +56,9 @@ class LearnedSelectionCallback(ExtraLossCallback):
 
     Raises:
         ValueError: a setting out of range; when the Trainer is made, a model that is not MoEfied yet, or only going to
-            be, routers that are not "sigmoid" or not in the adapter, compensation, FSDP and DeepSpeed; when training
-            begins, an optimizer without the routers, and a first stage longer than the training.
+            be, routers that are not "sigmoid" or not in the adapter, compensation, older code that came with a
+            checkpoint, FSDP and DeepSpeed; when training begins, an optimizer without the routers, and a first stage
+            longer than the training.
     """
 
     name = "router_loss"
@@ -146,11 +147,12 @@ class LearnedSelectionCallback(ExtraLossCallback):
         strengths = act.router.strengths(scores).flatten(0, -2)  # (T, E - S)
         real = real_tokens(model, site, self.batch, len(strengths))
         real = strengths.new_ones(len(strengths)) if real is None else real.to(strengths.dtype)
-        each = penalty(strengths, self.eta, self.tau, self.lam)  # (T,)
-        value = (each * real).sum() / real.sum().clamp_min(1)
-        if self.running:  # a checkpointed layer repeats the computation for its gradients, not for another value
-            if act.weighs:
+        if act.weighs:
+            each = penalty(strengths, self.eta, self.tau, self.lam)  # (T,)
+            value = (each * real).sum() / real.sum().clamp_min(1)
+            if self.running:  # a checkpointed layer repeats the computation for its gradients, not for another value
                 self.values.append(value)
+        if self.running:
             kept = act.chosen(scores.detach()).flatten(0, -2).float().mean(-1)  # (T,)
             self.share_sum = self.share_sum.to(kept.device) + (kept * real).sum() / real.sum().clamp_min(1)
             self.shares += 1
@@ -215,6 +217,11 @@ def checked_sites(model: PreTrainedModel) -> list[FfnSite]:
         raise ValueError(
             f"selection is learned by routers of kind 'sigmoid', the model has {section['router']!r}: convert with "
             'router="sigmoid", or moefy_hf.reroute_(model, "sigmoid", profile)'
+        )
+    if any("soft" not in vars(site.act) for site in sites):
+        raise ValueError(
+            "this model runs code that came with its checkpoint and is too old to learn a selection: load it with "
+            "moefy_hf.load_checkpoint(name), whose code is the package's"
         )
     if section.get("compensation"):
         raise ValueError("training moves the means of compensation: call moefy_hf.compensate_ when it is over")

@@ -12,7 +12,7 @@ from test_callback import Rows, StopAt, callback_for, dense_model, losses_of, sa
 from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from moefy_hf import LearnedSelectionCallback, MoeficationConfig, Phase, find_sites, moefy_
+from moefy_hf import LearnedSelectionCallback, MoeficationConfig, Phase, find_sites, load_checkpoint, moefy_
 
 STEPS, TAU = 12, 0.5
 EXPERTS, SIZE = 6, 8
@@ -390,7 +390,7 @@ def test_an_adapters_routers_are_frozen_in_the_second_stage(tmp_path):
 @pytest.mark.parametrize("implementation", ["torch", "cpu"])
 def test_other_implementations_run_masked_in_the_first_stage(implementation):
     model = moefied(dropout=0.0)
-    ids = Rows()[0]["input_ids"][None]
+    ids = Rows()[0]["input_ids"][None, :3]  # so few that torch, too, computes the selected experts alone
     with torch.no_grad():
         outputs = {}
         for soft in (True, False):
@@ -460,6 +460,22 @@ def test_models_that_cannot_learn_it_are_refused_before_training(tmp_path, monke
     args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     with pytest.raises(ValueError, match="FSDP keeps parameters in shards.*DDP"):
         LearnedSelectionCallback(1.0).on_init_end(args, None, None, model=moefied())
+
+
+def test_older_code_of_a_checkpoint_is_refused_and_still_runs(tmp_path):
+    moefied().save_pretrained(tmp_path / "older")
+    code = tmp_path / "older" / "routed_activation.py"
+    known = code.read_text()
+    older = known.replace("        self.soft = False\n", "").replace("if self.weighs:", "if False:")
+    code.write_text(older.replace("def weighs", "def was_not_there"))
+    assert "self.weighs" not in code.read_text() and code.read_text() != known
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "older", trust_remote_code=True)
+    with pytest.raises(ValueError, match="too old to learn a selection.*load_checkpoint"):
+        trainer_for(model, tmp_path, [LearnedSelectionCallback(1.0)])
+    masked = predictions(model)
+    model.set_moe_implementation("torch")
+    torch.testing.assert_close(predictions(model), masked, rtol=1e-4, atol=1e-5)
+    trainer_for(load_checkpoint(tmp_path / "older"), tmp_path, [LearnedSelectionCallback(1.0)])
 
 
 def test_routers_that_the_optimizer_lacks_are_found_before_training(tmp_path):
