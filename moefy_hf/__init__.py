@@ -15,6 +15,7 @@ from .evaluation import Sweep, evaluate
 from .exporting import export
 from .facts import add_facts
 from .hub import PushError, push_to_hub
+from .learned_selection import LearnedSelectionCallback
 from .modeling.ffn_sites import find_sites, permute_neurons_
 from .prediction import predict_quality
 from .profiling import profile
@@ -29,6 +30,7 @@ from .verification import verify
 __all__ = [
     "ConversionReport",
     "DistillationCallback",
+    "LearnedSelectionCallback",
     "MoEficationCallback",
     "MoeficationConfig",
     "Phase",

@@ -250,15 +250,15 @@ def say(args, state, text: str) -> None:
         tqdm.write(f"[moefy_hf] step {state.global_step}: {text}")
 
 
-def refuse_sharded(args: TrainingArguments) -> None:
+def refuse_sharded(args: TrainingArguments, why: str = SHARDED) -> None:
     """
     Raises:
-        ValueError: parameters are going to be sharded, so that neurons cannot be permuted.
+        ValueError: parameters are going to be sharded; `why` that cannot be, with a place for what shards them.
     """
     if setting(args.fsdp, "ACCELERATE_USE_FSDP"):
-        raise ValueError(SHARDED.format("FSDP"))
+        raise ValueError(why.format("FSDP"))
     if setting(args.deepspeed, "ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(SHARDED.format("DeepSpeed"))
+        raise ValueError(why.format("DeepSpeed"))
 
 
 def setting(argument: Any, variable: str) -> bool:

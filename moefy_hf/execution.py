@@ -176,6 +176,8 @@ class SparseFfn:
         act, down, limits = self.act, self.linears[-1], LIMITS[self.name]
         if act.computes_all:
             return "all experts are selected"
+        if vars(act).get("soft") and act.weighs:  # code that came with an older checkpoint knows neither
+            return "experts are weighted while they learn to be selected"
         if any(held[child] is not module for held, child, module in self.places):
             return "one of its modules was replaced or wrapped (set the implementation again)"
         own = (p for linear in self.linears for p in linear.parameters())

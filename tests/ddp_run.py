@@ -1,4 +1,4 @@
-"""Run by torchrun, one process or many: train with the callback, and save what this process ends with."""
+"""Run by torchrun, one process or many: train with a callback, and save what this process ends with."""
 
 import os
 import sys
@@ -9,7 +9,10 @@ import torch.distributed as dist
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 from test_callback import SCHEDULE, callback_for, dense_model, losses_of, trainer_for  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
+from test_learned_selection import moefied  # noqa: E402
+from transformers import Trainer, TrainerCallback  # noqa: E402
+
+from moefy_hf import LearnedSelectionCallback  # noqa: E402
 
 
 class Trace(TrainerCallback):
@@ -24,14 +27,26 @@ class Trace(TrainerCallback):
         self.digests.append([float(tensor.double().square().sum()) for tensor in tensors])
 
 
+def schedule(folder: Path, batch_size: int) -> Trainer:
+    selection = {"type": "top_k", "k": 1 / 3, "allocation": "uniform"}
+    model, callback = dense_model("llama", dropout=0.0), callback_for(SCHEDULE, selection=selection)
+    return trainer_for(model, folder, callback, "llama", per_device_train_batch_size=batch_size)
+
+
+def learned(folder: Path, batch_size: int) -> Trainer:
+    """With checkpointed layers, where DDP waits for a gradient of every parameter."""
+    model, callback = moefied("llama", dropout=0.0), LearnedSelectionCallback(5.0, until=7)
+    settings = {"per_device_train_batch_size": batch_size, "gradient_checkpointing": True, "weight_decay": 0.1}
+    return trainer_for(model, folder, callback, "llama", **settings)
+
+
+TRAINERS = {"schedule": schedule, "learned": learned}
+
+
 def main() -> None:
     folder, batch_size = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
-    selection = {"type": "top_k", "k": 1 / 3, "allocation": "uniform"}
-    callback = callback_for(SCHEDULE, selection=selection)
-    trainer = trainer_for(
-        dense_model("llama", dropout=0.0), folder / "run", callback, "llama", per_device_train_batch_size=batch_size
-    )
+    trainer = TRAINERS[sys.argv[3]](folder / "run", batch_size)
     trace = Trace()
     trainer.add_callback(trace)
     trainer.train()

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from ddp_run import learned
+from test_callback import losses_of
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "recipes" / "accelerate_configs"
@@ -22,7 +24,7 @@ def test_accelerate_reads_its_configs(path):
     assert config.distributed_type == expected.get(path.stem, "DEEPSPEED")
 
 
-def launch(folder: Path, processes: int, batch_size: int) -> list[dict]:
+def launch(folder: Path, processes: int, batch_size: int, what: str = "schedule") -> list[dict]:
     """With `accelerate launch`, as the recipes are."""
     folder.mkdir()
     with socket.socket() as free:
@@ -32,7 +34,7 @@ def launch(folder: Path, processes: int, batch_size: int) -> list[dict]:
     config = CONFIGS / ("ddp_cpu.yaml" if processes > 1 else "single.yaml")
     accelerate = ["accelerate.commands.launch", "--config_file", str(config), f"--main_process_port={port}"]
     done = subprocess.run(
-        [sys.executable, "-m", *accelerate, str(HERE / "ddp_run.py"), str(folder), str(batch_size)],
+        [sys.executable, "-m", *accelerate, str(HERE / "ddp_run.py"), str(folder), str(batch_size), what],
         capture_output=True,
         text=True,
         env=environment,
@@ -65,3 +67,18 @@ def test_two_processes_do_what_one_does(runs):
     assert one["section"] == first["section"]
     for key, value in one["state"].items():
         torch.testing.assert_close(value, first["state"][key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")
+def test_learned_selection_goes_through_both_stages(tmp_path):
+    one = learned(tmp_path / "one", 8)
+    one.train()
+    first, second = launch(tmp_path / "two", 2, 4, "learned")
+    assert len(first["digests"]) == 12 and first["digests"] == second["digests"]
+    assert losses_of(one) == pytest.approx(first["losses"], rel=1e-3)
+    for key, value in one.model.state_dict().items():
+        assert torch.equal(first["state"][key], second["state"][key]), key
+        torch.testing.assert_close(value, first["state"][key], rtol=1e-3, atol=1e-4, msg=key)
+    routers = [position for position, key in enumerate(first["state"]) if ".router." in key]
+    seen = [[digest[position] for position in routers] for digest in first["digests"]]
+    assert [a != b for a, b in zip(seen, seen[1:], strict=False)] == [True] * 7 + [False] * 4

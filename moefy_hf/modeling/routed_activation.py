@@ -41,6 +41,7 @@ class RoutedActivation(nn.Module):
         self.inner, self.router = act, router
         self.num_experts, self.expert_size, self.shared = shared + router.num_experts, expert_size, shared
         self.selection = selection
+        self.soft = False
         self.register_buffer("compensation", None)
         with torch.device("cpu"):  # the model may be under construction on the meta device
             self.zero_at_zero = bool(act(torch.zeros(1)) == 0)
@@ -58,6 +59,12 @@ class RoutedActivation(nn.Module):
     @property
     def computes_all(self) -> bool:
         return self.selection.keeps_all(self.router.num_experts)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether all experts run, each times its router's strength: in training mode, while selection is learned
+        (`soft`)."""
+        return self.soft and self.training
 
     def connect_(self, linear: nn.Module) -> None:
         """(Re)attach to the Linear whose input the router reads; needed again after something replaced it."""
@@ -92,6 +99,8 @@ class RoutedActivation(nn.Module):
                 f"expected {self.num_experts * self.expert_size} neurons ({self.num_experts} experts of "
                 f"{self.expert_size}), got {h.shape[-1]}: tensor-parallel shards of a MoEfied FFN cannot be routed"
             )
+        if self.weighs:
+            return self.weighted(self.inner(h), x)
         keep = self.keep(x)
         self.observed.kept = None if self.compensation is None else keep  # also over what an interrupted call left
         if keep is None:
@@ -105,6 +114,14 @@ class RoutedActivation(nn.Module):
         """(..., f), (..., E) -> (..., f)"""
         experts = neurons.unflatten(-1, (self.num_experts, self.expert_size))
         return experts.masked_fill(~keep.unsqueeze(-1), 0).flatten(-2)
+
+    def weighted(self, neurons: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """(..., f), (..., d) -> (..., f): shared experts as they are; gradients reach the router, and x through it."""
+        weights = self.router.strengths(self.router(x)).to(neurons.dtype)  # (..., E - S)
+        if self.shared:
+            weights = torch.cat([weights.new_ones(*weights.shape[:-1], self.shared), weights], -1)
+        experts = neurons.unflatten(-1, (self.num_experts, self.expert_size))
+        return (experts * weights.unsqueeze(-1)).flatten(-2)
 
     def stand_in(self, down: nn.Module, args: tuple) -> tuple[torch.Tensor] | None:
         """Forward-pre-hook of `down`: its input (..., f), with the means of the neurons that did not run."""

@@ -45,7 +45,8 @@ class SigmoidRouter(LinearRouter):
     """strengths = sigmoid(W x), each expert judged by itself (LTE, section 4).
 
     Scores are W x: the same order, without the ties of saturated sigmoids. Fitted here layer by layer, to what an
-    expert contributes relative to the token's strongest; the paper trains the whole model with it in two stages.
+    expert contributes relative to the token's strongest; the paper trains the whole model with it in two stages, which
+    `moefy_hf.LearnedSelectionCallback` does.
     """
 
     def loss(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
