@@ -29,6 +29,7 @@ def measure_angles(
         ValueError: no token is given, or a routed FFN is in no layer.
     """
     sites = model.moe_sites()
+    layers = [layer_of(model, site) for site in sites]
     sums = torch.zeros(len(sites), 2, dtype=torch.float64)  # of angles, and how many
     batch: Mapping[str, Any] = {}
 
@@ -40,10 +41,10 @@ def measure_angles(
         sums[position] += torch.tensor([float(angles.sum()), len(angles)])
 
     handles = [
-        layer_of(model, site).register_forward_hook(
+        layer.register_forward_hook(
             lambda _, args, kwargs, output, i=position: seen(i, args, kwargs, output), with_kwargs=True
         )
-        for position, site in enumerate(sites)
+        for position, layer in enumerate(layers)
     ]
     everything = selecting(model, type="top_k", k=1.0, allocation="uniform")
     try:
