@@ -37,14 +37,15 @@ def compensate_(model: PreTrainedModel, profile: ModelProfile, *, progress: bool
     model.config.moefication["compensation"] = True
 
 
-def means_of_dropped(site: FfnSite, stats: SiteProfile, read: SiteProfile) -> torch.Tensor:
+def means_of_dropped(site: FfnSite, stats: SiteProfile, read: SiteProfile | None = None) -> torch.Tensor:
     """(f,): the mean activation of each neuron over the tokens for which its expert does not run; 0 where it always
-    runs. `read` holds what the router reads of the same tokens."""
+    runs. `read` is of the FFN whose input the router reads, if that is another."""
     routed, weights = site.act, site.weights()
     sums = torch.zeros(weights.down.shape[1], dtype=torch.float64)
     counts = torch.zeros(routed.num_experts, dtype=torch.float64)
-    assert read.inputs is not None, "check_sample comes first"
-    for x, (_, neurons) in zip(read.inputs.split(CHUNK), stats.activations(weights), strict=True):
+    inputs = (read or stats).inputs
+    assert inputs is not None, "check_sample comes first"
+    for x, (_, neurons) in zip(inputs.split(CHUNK), stats.activations(weights), strict=True):
         keep = kept(routed, x.to(neurons.device))
         if keep is None:
             break
