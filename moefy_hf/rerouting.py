@@ -9,6 +9,7 @@ from .conversion import init_routers_
 from .convertible import check_counts
 from .modeling.ffn_sites import FfnSite, permute_neurons_
 from .modeling.moefied import join_routers_, new_router
+from .modeling.routed_activation import RoutedActivation
 from .modeling.routers import ROUTERS
 from .modeling.selection import SELECTIONS
 from .profiling import ModelProfile, check_sample
@@ -35,8 +36,8 @@ def reroute_(
 
     Raises:
         ValueError: the model is not MoEfied, an unknown router (the valid ones are listed), one that is fitted and no
-            profile or one that is too small, one router for layers with different numbers of experts, or a selection
-            that depends on what was measured. The model is unchanged then.
+            profile or one that is too small, one router for layers with different numbers of experts or with code
+            that came with a checkpoint, or a selection that depends on what was measured. The model is unchanged then.
     """
     check_moefied(model)
     if router not in ROUTERS:
@@ -54,6 +55,11 @@ def reroute_(
         raise ValueError(f"router {router!r} is fitted to data: give a profile, or choose from {free}")
     if profile is not None:
         check_sample(sites, profile)
+    if ROUTERS[router].per_stack and not all(isinstance(site.act, RoutedActivation) for site in sites):
+        raise ValueError(
+            f"router {router!r} needs this package's own code, not that of a checkpoint: load the model with "
+            "moefy_hf.load_checkpoint(name)"
+        )
     check_counts(router, sites, [site.act.num_experts for site in sites])
     orders = corresponding(sites, profile) if profile is not None and ROUTERS[router].per_stack else []
     before, moved = [site.act.router for site in sites], list[tuple[FfnSite, torch.Tensor]]()

@@ -13,11 +13,14 @@ from batches import text_batches
 from tiny import NAMES, distance, run, tensors, tiny, tiny_inputs, tiny_model
 from torch import nn
 
-from moefy_hf import MoeficationConfig, find_sites, moefy_
+from moefy_hf import MoeficationConfig, find_sites, measure_reach, moefy_, profile, reroute_
 from moefy_hf.conversion import install_routers_
+from moefy_hf.execution import SparseFfn
+from moefy_hf.implementations import experts_of
 from moefy_hf.modeling.pre_gating import PreGatedRouter
 
 SIZE = 8
+BATCHES = text_batches(20, rows=8, length=16)
 
 
 def pre_gated(name: str, head: str = "AutoModel", k=2, **changes):
@@ -100,6 +103,22 @@ def test_implementations(name, selection, implementation):
     assert distance(run(model, one), expected[1]) < 1e-5
 
 
+@pytest.mark.parametrize("budgets", [[2, 2, 2], [6, 2, 2]])
+def test_experts_as_triton_takes_them(budgets, monkeypatch):
+    calls, score = [], PreGatedRouter.score
+    monkeypatch.setattr(PreGatedRouter, "score", lambda self, x: calls.append(1) or score(self, x))
+
+    def keep(ffn, x):
+        index = experts_of(ffn.act, x).long()
+        return torch.zeros(*x.shape[:-1], 6, dtype=torch.bool).scatter(-1, index, True)
+
+    model, inputs = pre_gated("llama", k=budgets, num_hidden_layers=3), tiny_inputs("llama")
+    expected = run(model, inputs)
+    monkeypatch.setattr(SparseFfn, "keep", keep)
+    model.set_moe_implementation("cpu")
+    assert distance(run(model, inputs), expected) < 1e-5 and len(calls) == 2
+
+
 @torch.no_grad()
 def continued(model, ids: torch.Tensor, steps: int, **inputs) -> torch.Tensor:
     """Greedy, without a cache."""
@@ -166,7 +185,9 @@ def test_gradient_checkpointing_changes_nothing(name, reentrant, when):
         calls = []
         model.moe_sites()[-1].first.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         loss = sum(model(**tiny_inputs(name, seed=seed))[0].square().mean() for seed in (1, 2))
-        loss.backward()
+        backward = threading.Thread(target=loss.backward)  # as on GPUs
+        backward.start()
+        backward.join()
         assert len(calls) == 2 + 2 * checkpointing  # recomputed
         losses.append(loss.item())
         gradients.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
@@ -272,7 +293,7 @@ def test_saved_and_loaded(trust, tmp_path):
     model = tiny_model("llama")
     selection = {"type": "top_k", "k": 2, "allocation": "uniform"}
     config = MoeficationConfig(expert_size=SIZE, router="pre_gated", selection=selection)
-    moefy_(model, config, text_batches(20, rows=8, length=16), progress=False)
+    moefy_(model, config, BATCHES, progress=False)
     model.save_pretrained(tmp_path)
     if trust:
         again = transformers.AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
@@ -283,6 +304,12 @@ def test_saved_and_loaded(trust, tmp_path):
     assert distance(run(again.eval(), inputs), run(model, inputs)) == 0
     assert sum(".router." in key for key in again.state_dict()) == 1
     assert [site.act.router.position for site in again.moe_sites()] == [0, 1]
+    measure_reach(again, BATCHES, ["level"], progress=False)
+    measure_reach(model, BATCHES, ["level"], progress=False)
+    assert again.config.moefication["reach"] == model.config.moefication["reach"]
+    if trust:
+        with profile(again, BATCHES, progress=False) as found, pytest.raises(ValueError, match="load_checkpoint"):
+            reroute_(again, "pre_gated", found, progress=False)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -335,7 +362,7 @@ def test_layers_of_different_numbers_of_experts_are_refused():
     narrow.owner.output.dense = nn.Linear(32, 16)
     config = MoeficationConfig(expert_size=SIZE, router="pre_gated")
     with pytest.raises(ValueError, match="all need the same number; got 6, 4"):
-        moefy_(model, config, text_batches(20, rows=8, length=16), progress=False)
+        moefy_(model, config, BATCHES, progress=False)
     assert type(model).__name__ == "BertModel"
     bart = pre_gated("bart-uneven")  # encoder and decoder may differ
     assert [site.act.num_experts for site in bart.moe_sites()] == [4, 4, 8, 8]
