@@ -14,6 +14,7 @@ from .controls import selecting
 from .importance import measure_angles
 from .modeling.allocation import count_experts
 from .quality import Quality, predictions
+from .reading import read_at
 from .replay import before, block_of, recorded, replayed
 
 GRID = (1 / 48, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # measured shares of a layer's experts
@@ -41,9 +42,11 @@ def measure_sensitivity(
                 with recorded([block for block in blocks if block is not None]) as outputs:
                     dense, _ = predictions(model, batch)
                 positions += len(dense)
-                for site, block, ks, layer in zip(sites, blocks, grids, quality, strict=True):
+                for site, block, read, ks, layer in zip(sites, blocks, read_at(sites), grids, quality, strict=True):
                     everything = site.act.selection
-                    with replayed(before(outputs, block)):  # layers before this one do what they did
+                    known = before(outputs, block)  # layers before this one do what they did
+                    known = {each: known[each] for each in known if each is not blocks[read]}  # its router's must run
+                    with replayed(known):
                         for k, found in zip(ks[:-1], layer, strict=False):
                             site.act.selection = replace(everything, k=k - site.act.shared)
                             found.update_(predictions(model, batch)[0], dense, None)

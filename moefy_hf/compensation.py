@@ -6,7 +6,8 @@ from transformers import PreTrainedModel
 
 from .architectures import check_moefied
 from .modeling.ffn_sites import FfnSite
-from .profiling import ModelProfile, SiteProfile, check_sample
+from .profiling import CHUNK, ModelProfile, SiteProfile, check_sample
+from .reading import check_same_tokens, kept, read_at
 
 
 @torch.no_grad()
@@ -27,20 +28,25 @@ def compensate_(model: PreTrainedModel, profile: ModelProfile, *, progress: bool
     check_moefied(model)
     sites = model.moe_sites()
     check_sample(sites, profile)
-    for site, stats in zip(tqdm(sites, desc="means", unit="layer", disable=not progress), profile.sites, strict=True):
-        means = means_of_dropped(site, stats)
+    readers = read_at(sites)
+    check_same_tokens(sites, profile, readers)
+    bar = tqdm(sites, desc="means", unit="layer", disable=not progress)
+    for site, stats, read in zip(bar, profile.sites, readers, strict=True):
+        means = means_of_dropped(site, stats, profile.sites[read])
         site.act.compensate_(means.to(site.down.weight.device, site.down.weight.dtype))
     model.config.moefication["compensation"] = True
 
 
-def means_of_dropped(site: FfnSite, stats: SiteProfile) -> torch.Tensor:
+def means_of_dropped(site: FfnSite, stats: SiteProfile, read: SiteProfile | None = None) -> torch.Tensor:
     """(f,): the mean activation of each neuron over the tokens for which its expert does not run; 0 where it always
-    runs."""
+    runs. `read` is of the FFN whose input the router reads, if that is another."""
     routed, weights = site.act, site.weights()
     sums = torch.zeros(weights.down.shape[1], dtype=torch.float64)
     counts = torch.zeros(routed.num_experts, dtype=torch.float64)
-    for x, neurons in stats.activations(weights):
-        keep = routed.keep(x)
+    inputs = (read or stats).inputs
+    assert inputs is not None, "check_sample comes first"
+    for x, (_, neurons) in zip(inputs.split(CHUNK), stats.activations(weights), strict=True):
+        keep = kept(routed, x.to(neurons.device))
         if keep is None:
             break
         experts = neurons.float().unflatten(-1, (routed.num_experts, routed.expert_size))

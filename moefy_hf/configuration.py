@@ -19,8 +19,9 @@ class MoeficationConfig:
         splitter: how neurons are grouped: "random", "parameter_clustering", "gate_clustering", "coactivation",
             "activation_markers", "output_aware".
         router: what predicts the experts a token needs. Fitted: "linear", "low_rank" (for many small experts),
-            "prior_approximate", "sigmoid", "mlp", "norm_regression", "relu_rmsnorm". Made of the experts' weights:
-            "analytic", "mean_gate", "partial_input", "similarity"; and "random".
+            "prior_approximate", "sigmoid", "mlp", "norm_regression", "relu_rmsnorm"; and "pre_gated", one for all
+            layers, so that experts are known ahead. Made of the experts' weights: "analytic", "mean_gate",
+            "partial_input", "similarity"; and "random".
         selection: `{"type": "top_k", "k": 0.2}`; k is a share of the experts (float), a count (int), or one of these
             per layer; `"allocation": "sensitivity"` spreads an average k over layers by their measured sensitivity,
             "angular" by how far they turn the hidden states, "uniform" gives each layer the same. Without

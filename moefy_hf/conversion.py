@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .alignment import aligned_orders
 from .architectures import moefied_class
 from .budgets import COMPARING_PREDICTIONS, MEASURES
 from .compensation import compensate_
@@ -20,6 +21,7 @@ from .facts import is_hub_id
 from .modeling.allocation import setting_name
 from .modeling.ffn_sites import FfnSite, FfnWeights, permute_neurons_
 from .modeling.moefied import install_
+from .modeling.routers import ROUTERS
 from .profiling import ModelProfile, SiteProfile, profile
 from .reach import measure_reach
 from .router_fitting import RouterFit, fit_routers
@@ -142,7 +144,8 @@ def neuron_orders(
     warm: bool = False,
     progress: bool = False,
 ) -> list[torch.Tensor]:
-    """One order of neurons (f,) per FFN, expert by expert, as `config.splitter` groups them; nothing is changed.
+    """One order of neurons (f,) per FFN, expert by expert, as `config.splitter` groups them, and corresponding experts
+    at the same place in all layers where `config.router` chooses for all of them; nothing is changed.
 
     warm: the neurons lie in experts already; a split that cannot be improved on from there is kept.
     """
@@ -153,6 +156,9 @@ def neuron_orders(
         stats = found.sites[position] if found else None
         with torch.autocast(site.down.weight.device.type, enabled=False):  # half-precision sums scramble a split
             orders.append(neuron_order(site.weights(), stats, experts, config, generator, warm))
+    if ROUTERS[config.router].per_stack and found is not None:
+        with torch.autocast(sites[0].down.weight.device.type, enabled=False):
+            orders = aligned_orders(sites, orders, num_experts, found, config.shared_experts)
     return orders
 
 

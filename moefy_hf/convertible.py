@@ -11,7 +11,7 @@ from .architectures import moefied_class
 from .budgets import COMPARING_PREDICTIONS, MEASURES
 from .configuration import MoeficationConfig
 from .modeling.allocation import count_experts, per_layer, resolve_selection, setting_name
-from .modeling.ffn_sites import FfnSite, find_sites
+from .modeling.ffn_sites import FfnSite, by_stack, find_sites
 from .modeling.moefied import check_shared, is_moefied, selected_sites, split_sizes
 from .modeling.routers import ROUTERS
 from .profiling import ModelProfile
@@ -41,6 +41,7 @@ def check_convertible(
     moefied_class(type(model))
     sizes = [split_sizes(site, config.num_experts, config.expert_size) for site in sites]
     check_shared(config.shared_experts, sites, sizes)
+    check_counts(config.router, sites, [experts for experts, _ in sizes])
     if "k" in config.selection:
         for k, (experts, _) in zip(per_layer("k", config.selection["k"], len(sizes)), sizes, strict=True):
             count_experts(k, experts, config.shared_experts)
@@ -83,6 +84,16 @@ def check_convertible(
                 f"splitters {_names(SPLITTERS, 'needs_profile')} and routers {_names(ROUTERS, 'trainable')}"
             )
     return sites, sizes
+
+
+def check_counts(router: str, sites: list[FfnSite], num_experts: list[int]) -> None:
+    """
+    Raises:
+        ValueError: one router for all layers of a stack, which have different numbers of experts.
+    """
+    counts = {site.name: experts for site, experts in zip(sites, num_experts, strict=True)}
+    for members in by_stack(sites).values():
+        ROUTERS[router].check_counts([counts[site.name] for site in members], members[0].name)
 
 
 def _names(registry: Mapping[str, Any], unwanted: str) -> str:

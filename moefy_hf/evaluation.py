@@ -23,6 +23,7 @@ from .neuron_baselines import baseline_rows
 from .profiling import observed
 from .quality import Quality, is_causal, predictions
 from .reach import counted_experts
+from .reading import ReadInputs, scorer
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def local_figures(
     speed; absent where no text has 8 tokens.
     """
     sites = model.moe_sites()
+    reading = ReadInputs(sites)
     chosen = []
     for setting in settings:
         with setting.on(model):
@@ -90,9 +92,11 @@ def local_figures(
         chunks = chunks_of(text, 8)  # (C, 8)
         output = F.linear(neurons, down).float().square().sum()
         totals[position] += torch.tensor([float(mass.sum()), float(output), len(chunks) * site.act.num_experts])
+        read = reading.of(position, x)
         for each, routing in enumerate(chosen):
             router, selection = routing[position]
-            keep = kept(router(x), router, selection, site.act.shared)
+            scores = scorer(router)(read if router is site.act.router else x)  # a control reads its own FFN's input
+            keep = kept(scores, router, selection, site.act.shared)
             dropped = F.linear(experts.masked_fill(keep.unsqueeze(-1), 0).flatten(-2), down).float().square().sum()
             union = keep[chunks].any(1).sum()
             sums[each, position] += torch.tensor([float((mass * keep).sum()), float(dropped), int(union)])

@@ -13,6 +13,7 @@ from .controls import selecting
 from .modeling.ffn_sites import FfnSite, find_sites
 from .modeling.moefied import is_moefied
 from .modeling.routed_activation import is_routed
+from .reading import read_at
 
 
 def ffn_flops(site: FfnSite) -> int:
@@ -35,6 +36,23 @@ def routed_flops(site: FfnSite, experts: float) -> float:
     return ffn_flops(site) * experts / routed.num_experts + router
 
 
+def routed_costs(sites: Sequence[FfnSite], computed: Mapping[str, float]) -> list[float]:
+    """What one token costs in each FFN with so many experts computed, by the name of the FFN.
+
+    A router that scores for several layers is paid where it reads, also if that FFN alone computes all its experts.
+    """
+    experts = [computed.get(site.name, 0) for site in sites]
+    costs = [routed_flops(site, each) for site, each in zip(sites, experts, strict=True)]
+    owed = set()
+    for position, read in enumerate(read_at(sites)):
+        if read != position and experts[position] < sites[position].act.num_experts:
+            owed.add(read)
+    for read in owed:
+        if experts[read] >= sites[read].act.num_experts:
+            costs[read] += sites[read].act.router.flops()
+    return costs
+
+
 @dataclass(frozen=True)
 class ModelFlops:
     """FLOPs per token of a model: all of it, and its FFNs.
@@ -50,7 +68,7 @@ class ModelFlops:
 
     def routed(self, sites: Sequence[FfnSite], computed: Mapping[str, float]) -> float:
         """What all FFNs cost with so many experts computed, by the name of the routed FFN."""
-        costs = (routed_flops(site, computed.get(site.name, 0)) for site in sites)
+        costs = routed_costs(sites, computed)
         return sum(seen * cost for seen, cost in zip(self.tokens, costs, strict=True))
 
     def ratio(self, routed_ffn: float) -> tuple[float, float]:

@@ -70,6 +70,8 @@ def run_torch(ffn: "SparseFfn", x: torch.Tensor) -> torch.Tensor:
 def experts_of(act: RoutedActivation, x: torch.Tensor) -> torch.Tensor:
     """x (..., d) -> (..., K) int32: the experts that run, the shared ones first, -1 in unused slots."""
     scores = act.router(x.detach())
+    if type(act.router).__name__ == "PreGatedRouter":  # others may be of a checkpoint's older code
+        act.router.hand_on(scores)
     index, used = act.selection(act.router.strengths(scores) if act.selection.dynamic else scores)
     shared = torch.arange(act.shared, device=x.device).expand(*index.shape[:-1], -1)
     return torch.cat([shared, (index + act.shared).where(used, -1)], -1).int()

@@ -182,6 +182,8 @@ def better(model: PreTrainedModel, batches: list[Mapping[str, Any]], progress: b
         options.append('budgets by sensitivity (allocation "sensitivity")')
     if not sites[0].act.router.trainable:
         options.append(f"a router that is fitted to data, such as 'linear', instead of {section['router']!r}")
+    if section["router"] == "pre_gated":
+        options.append("a router for each layer, such as 'linear': one choice for all costs quality")
     act = type(sites[0].act.inner).__name__
     if "relu" not in act.lower():
         options.append(f"ReLU-fication first (moefy_hf.relufy_ and fine-tuning): {act} is never zero")

@@ -11,6 +11,7 @@ from .architectures import check_moefied
 from .modeling.ffn_sites import FfnSite
 from .modeling.selection import SELECTIONS, Dynamic
 from .profiling import ModelProfile, SiteProfile, check_sample, profile, real_tokens
+from .reading import read_at, scorer
 
 TOKENS = 8192  # that a layer's table is measured on
 STEPS = 32  # of a table: shares of the routed experts, evenly spaced
@@ -52,8 +53,8 @@ def measure_reach(
     tables: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
     sites = model.moe_sites()
     check_sample(sites, data)
-    for site, stats in zip(sites, data.sites, strict=True):
-        strengths = sampled_strengths(site, stats)
+    for site, read in zip(sites, read_at(sites), strict=True):
+        strengths = sampled_strengths(site, data.sites[read])
         for kind in kinds:
             needs = dynamic[kind].needs(strengths).flatten().sort().values
             places = [round(share * (len(needs) - 1)) for share in shares]
@@ -64,9 +65,9 @@ def measure_reach(
 
 @torch.no_grad()
 def sampled_strengths(site: FfnSite, stats: SiteProfile) -> torch.Tensor:
-    """(T, E - S): what the router of a FFN gives the experts on the first tokens of a profile's sample."""
+    """(T, E - S): what the router of a FFN gives the experts on the first tokens of a sample of what it reads."""
     assert stats.inputs is not None, "check_sample comes first"
-    router = site.act.router
+    router = scorer(site.act.router)
     return router.strengths(router(stats.inputs[:TOKENS].to(site.down.weight.device))).float().cpu()
 
 

@@ -1,10 +1,15 @@
 """Give a converted model routers of another kind, to compare them on one split."""
 
+import torch
 from transformers import PreTrainedModel
 
+from .alignment import aligned_orders
 from .architectures import check_moefied
 from .conversion import init_routers_
-from .modeling.moefied import new_router
+from .convertible import check_counts
+from .modeling.ffn_sites import FfnSite, permute_neurons_
+from .modeling.moefied import join_routers_, new_router
+from .modeling.routed_activation import RoutedActivation
 from .modeling.routers import ROUTERS
 from .modeling.selection import SELECTIONS
 from .profiling import ModelProfile, check_sample
@@ -16,7 +21,8 @@ OF_ROUTERS = ("reach", "sensitivity")  # what a config holds of measurements wit
 def reroute_(
     model: PreTrainedModel, router: str, profile: ModelProfile | None = None, *, seed: int = 0, progress: bool = True
 ) -> list[RouterFit]:
-    """Replace all routers of a MoEfied model, in place, by ones of another kind; the experts stay what they are.
+    """Replace all routers of a MoEfied model, in place, by ones of another kind; the experts stay what they are, but
+    for their order where one router is to choose for all layers.
 
     What was measured with the old ones (what dynamic selections spend, sensitivity, means of dropped experts) is
     forgotten.
@@ -32,8 +38,8 @@ def reroute_(
 
     Raises:
         ValueError: the model is not MoEfied, an unknown router (the valid ones are listed), one that is fitted and no
-            profile or one that is too small, or a selection that depends on what was measured. The model is unchanged
-            then.
+            profile or one that is too small, one router for layers with different numbers of experts or with code
+            that came with a checkpoint, or a selection that depends on what was measured. The model is unchanged then.
     """
     check_moefied(model)
     if router not in ROUTERS:
@@ -51,17 +57,39 @@ def reroute_(
         raise ValueError(f"router {router!r} is fitted to data: give a profile, or choose from {free}")
     if profile is not None:
         check_sample(sites, profile)
-    before = [site.act.router for site in sites]
+    if ROUTERS[router].per_stack and not all(isinstance(site.act, RoutedActivation) for site in sites):
+        raise ValueError(
+            f"router {router!r} needs this package's own code, not that of a checkpoint: load the model with "
+            "moefy_hf.load_checkpoint(name)"
+        )
+    check_counts(router, sites, [site.act.num_experts for site in sites])
+    orders = corresponding(sites, profile) if profile is not None and ROUTERS[router].per_stack else []
+    before, moved = [site.act.router for site in sites], list[tuple[FfnSite, torch.Tensor]]()
     try:
+        for site, order in zip(sites, orders, strict=False):  # no orders: experts stay where they are
+            permute_neurons_(site, order)
+            moved.append((site, order))
         for site in sites:
             site.act.router = new_router(router, site, site.act.num_experts, site.act.shared)
+        join_routers_(model, sites)
         init_routers_(model, seed)
         fits = fit_routers(model, profile, seed=seed, progress=progress) if profile is not None else []
     except BaseException:
         for site, old in zip(sites, before, strict=True):
             site.act.router = old
+        for site, order in moved:
+            permute_neurons_(site, order.argsort())
         raise
     section["router"] = router
     for measured in OF_ROUTERS:
         section.pop(measured, None)
     return fits
+
+
+def corresponding(sites: list[FfnSite], profile: ModelProfile) -> list[torch.Tensor]:
+    """For each FFN the order of neurons (f,) in which its experts have the numbers of those of the first layer."""
+    as_they_are = [torch.arange(site.sizes[1]) for site in sites]
+    with torch.autocast(sites[0].down.weight.device.type, enabled=False):
+        return aligned_orders(
+            sites, as_they_are, [site.act.num_experts for site in sites], profile, sites[0].act.shared
+        )

@@ -1,11 +1,12 @@
 """Fit routers to what the experts really do, layer by layer, on the sampled FFN inputs of a profile.
 
 One layer's tokens are read from disk in chunks, so memory does not grow with their number; a layer's router never sees
-another layer, so any of them may be fitted again by itself.
+another layer, so any of them may be fitted again by itself. A router that scores for several layers is fitted to the
+mean of what it should be for each of them.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .alignment import expert_targets, shares_of
 from .modeling.ffn_sites import FfnSite
 from .modeling.router_base import Router
 from .modeling.selection import SELECTIONS
-from .profiling import CHUNK, ModelProfile, SiteProfile, TensorFile, check_sample
+from .profiling import CHUNK, ModelProfile, TensorFile, check_sample
 from .reach import measure_reach
+from .reading import check_same_tokens, read_at, scorer
 
 HELD_OUT = 0.1  # share of the tokens that measures the fit: the last ones, so of other texts than the rest
 BATCH = 512  # tokens per step, as in the paper
@@ -25,7 +28,7 @@ BATCH = 512  # tokens per step, as in the paper
 
 @dataclass(frozen=True)
 class RouterFit:
-    """How well one layer's router finds the experts that matter, on tokens it was not fitted on.
+    """How well one layer's router finds that layer's experts that matter, on tokens it was not fitted on.
 
     `captured`, `oracle` and `random` are the share of the router's target, summed over all experts, that the k best
     experts by the router, by the target itself and by chance hold (captured mass, where the target is the activation
@@ -68,74 +71,107 @@ def fit_routers(
 
     Raises:
         ValueError: the profile belongs to another number of FFNs, has no sample, or holds too few tokens (says how
-            many are needed).
+            many are needed), or other tokens of layers that one router scores for.
     """
     sites = model.moe_sites()
     check_sample(sites, profile)
+    readers = read_at(sites)
+    check_same_tokens(sites, profile, readers)
     for site, stats in zip(sites, profile.sites, strict=True):
         needed = tokens_needed(site.sizes[0], site.act.router.num_experts) if site.act.router.trainable else 1
         if stats.tokens < needed:
             raise ValueError(
                 f"{site.name}: {stats.tokens} calibration tokens cannot fit a router; at least {needed} are needed"
             )
-    fits = []
-    for site, stats in zip(
-        tqdm(sites, desc="routers", unit="layer", disable=not progress), profile.sites, strict=True
-    ):
-        directory = Path(profile.directory.name)
+    fits: list[RouterFit] = []
+    for position, site in enumerate(tqdm(sites, desc="routers", unit="layer", disable=not progress)):
+        read = readers[position]
+        inputs = profile.sites[read].inputs
+        assert inputs is not None, "check_sample comes first"
         with (
             torch.enable_grad(),
             torch.autocast(site.down.weight.device.type, enabled=False),
         ):  # targets and losses in full precision
-            fits.append(_fit_layer(site, stats, directory, epochs, lr, torch.Generator().manual_seed(seed)))
+            targets = _targets(sites, profile, position)
+            best_epoch = fits[read].best_epoch if read < position else 0
+            if read == position and site.act.router.trainable and epochs:
+                led = [each for each, other in enumerate(readers) if other == position]
+                aim = targets if len(led) == 1 else _mean_shares(sites, profile, led)
+                best_epoch = _fit(site, inputs, aim, epochs, lr, torch.Generator().manual_seed(seed))
+            held_out, k = _held_out(len(inputs)), _measured_k(site)
+            captured = _captured(sites[read], inputs[held_out:], targets[held_out:], k)
+            oracle = _share(targets[held_out:], targets[held_out:], k)
+        fits.append(RouterFit(site.name, k, captured, oracle, k / targets.shape[1], best_epoch))
     if measured := [kind for kind in model.config.moefication.get("reach", ()) if kind in SELECTIONS]:
         measure_reach(model, profile, measured)  # what the old routers spent says nothing of the new ones
         model.set_selection()
     return fits
 
 
-def _fit_layer(
-    site: FfnSite, stats: SiteProfile, directory: Path, epochs: int, lr: float, generator: torch.Generator
-) -> RouterFit:
+def _held_out(tokens: int) -> int:
+    """Where the tokens begin that measure the fit."""
+    return tokens - max(1, int(tokens * HELD_OUT))
+
+
+def _measured_k(site: FfnSite) -> int:
+    experts, k = site.act.router.num_experts, site.act.selection.k
+    return max(1, experts // 5 if k is None else min(round(k), experts // 5))  # the paper's 20 %, or less
+
+
+def _fit(
+    site: FfnSite, inputs: torch.Tensor, targets: torch.Tensor, epochs: int, lr: float, generator: torch.Generator
+) -> int:
+    """Train one router on inputs (T, d) and targets (T, E), and keep its best epoch, which is returned."""
     router: Router = site.act.router
-    inputs = stats.inputs
-    assert inputs is not None, "fit_routers checks that there is a sample"
-    targets = _targets(site, stats, directory / "targets.bin")
-    fitting = len(inputs) - max(1, int(len(inputs) * HELD_OUT))
-    experts, k = router.num_experts, site.act.selection.k
-    k = max(1, experts // 5 if k is None else min(round(k), experts // 5))  # the paper's 20 %, or less
+    fitting, k, device = _held_out(len(inputs)), _measured_k(site), site.down.weight.device
     held_out = inputs[fitting:], targets[fitting:]
-    device = site.down.weight.device
-    best, best_epoch, best_weights = _captured(router, device, *held_out, k), 0, copy.deepcopy(router.state_dict())
-    if router.trainable and epochs:
-        steps = epochs * sum(1 for _ in _batches(inputs[:fitting], targets[:fitting], None))
-        optimizer = torch.optim.Adam(router.parameters(), lr=lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        router.requires_grad_(True)
-        for epoch in range(1, epochs + 1):
-            for x, y in _batches(inputs[:fitting], targets[:fitting], generator):
-                optimizer.zero_grad()
-                router.loss(router(x.to(device)), y.to(device)).backward()
-                optimizer.step()
-                schedule.step()
-            captured = _captured(router, device, *held_out, k)
-            if captured > best:
-                best, best_epoch, best_weights = captured, epoch, copy.deepcopy(router.state_dict())
-        optimizer.zero_grad()  # or the first step of an optimizer over all parameters would still move the router
-        router.requires_grad_(False)
-        router.load_state_dict(best_weights)
-    return RouterFit(site.name, k, best, _share(held_out[1], held_out[1], k), k / experts, best_epoch)
+    best, best_epoch, best_weights = _captured(site, *held_out, k), 0, copy.deepcopy(router.state_dict())
+    steps = epochs * sum(1 for _ in _batches(inputs[:fitting], targets[:fitting], None))
+    optimizer = torch.optim.Adam(router.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    router.requires_grad_(True)
+    for epoch in range(1, epochs + 1):
+        for x, y in _batches(inputs[:fitting], targets[:fitting], generator):
+            optimizer.zero_grad()
+            router.loss(router(x.to(device)), y.to(device)).backward()
+            optimizer.step()
+            schedule.step()
+        captured = _captured(site, *held_out, k)
+        if captured > best:
+            best, best_epoch, best_weights = captured, epoch, copy.deepcopy(router.state_dict())
+    optimizer.zero_grad()  # or the first step of an optimizer over all parameters would still move the router
+    router.requires_grad_(False)
+    router.load_state_dict(best_weights)
+    return best_epoch
 
 
-def _targets(site: FfnSite, stats: SiteProfile, path: Path) -> torch.Tensor:
-    """(T, E - S) in a file: what each routed expert does on each sampled token."""
-    routed, weights = site.act, site.weights()
-    down = weights.down.detach().unflatten(-1, (routed.num_experts, routed.expert_size))[:, routed.shared :]
-    file = TensorFile(path)
-    for _, neurons in stats.activations(weights):
-        experts = neurons.unflatten(-1, (routed.num_experts, routed.expert_size))[:, routed.shared :]
-        file.append(routed.router.targets(experts, down).float())
+def _chunks_of_targets(sites: Sequence[FfnSite], profile: ModelProfile, position: int) -> Iterator[torch.Tensor]:
+    site, act = sites[position], sites[position].act
+    return expert_targets(site.weights(), profile.sites[position], act.num_experts, act.shared, act.router.targets)
+
+
+def _targets(sites: Sequence[FfnSite], profile: ModelProfile, position: int) -> torch.Tensor:
+    """(T, E - S) in a file: what each routed expert of an FFN does on each sampled token."""
+    assert profile.directory is not None, "check_sample comes first"
+    file = TensorFile(Path(profile.directory.name, "targets.bin"))
+    for targets in _chunks_of_targets(sites, profile, position):
+        file.append(targets)
     return file.mapped()
+
+
+def _mean_shares(sites: Sequence[FfnSite], profile: ModelProfile, positions: Sequence[int]) -> torch.Tensor:
+    """(T, E - S) in a file: the mean over FFNs of the share that the experts with a number have of all targets. Their
+    cross-entropy with a router is the mean of that of each FFN."""
+    assert profile.directory is not None, "check_sample comes first"
+    file = TensorFile(Path(profile.directory.name, "shares.bin"))
+    first, *others = positions
+    for targets in _chunks_of_targets(sites, profile, first):
+        file.append(shares_of(targets) / len(positions))
+    mean = file.mapped()
+    for position in others:
+        for sums, targets in zip(mean.split(CHUNK), _chunks_of_targets(sites, profile, position), strict=True):
+            sums += shares_of(targets).cpu() / len(positions)
+    return mean
 
 
 def _batches(
@@ -153,7 +189,8 @@ def _batches(
 
 
 @torch.no_grad()
-def _captured(router: Router, device: torch.device, inputs: torch.Tensor, targets: torch.Tensor, k: int) -> float:
+def _captured(site: FfnSite, inputs: torch.Tensor, targets: torch.Tensor, k: int) -> float:
+    router, device = scorer(site.act.router), site.down.weight.device
     scores = torch.cat([router(x.to(device)).cpu() for x in inputs.split(CHUNK)])
     return _share(scores, targets, k)
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from .architectures import check_moefied
 from .controls import selecting
 from .evaluation import Sweep, evaluate
-from .flops import ffn_flops, routed_flops
+from .flops import ffn_flops, routed_costs
 from .modeling.allocation import setting_name
 from .quality import is_causal
 
@@ -43,7 +43,7 @@ def cost_of(model: PreTrainedModel, share: float) -> float:
     """FLOPs of the routed FFNs at a share of the experts, relative to dense."""
     with selecting(model, k=share):
         sites = model.moe_sites()
-        return sum(routed_flops(site, site.act.k) for site in sites) / sum(map(ffn_flops, sites))
+        return sum(routed_costs(sites, {site.name: site.act.k for site in sites})) / sum(map(ffn_flops, sites))
 
 
 def search(

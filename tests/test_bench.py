@@ -137,6 +137,16 @@ def test_a_checkpoint_has_its_own_ffns(little, tmp_path, router, monkeypatch):
     assert one["settings"]["selection"] == "TopK(k=3)"
 
 
+def test_ffns_that_do_not_run_alone_are_refused(tmp_path):
+    model = tiny_model("llama-without-biases", "AutoModelForCausalLM")
+    selection = {"type": "top_k", "k": 2, "allocation": "uniform"}
+    config = MoeficationConfig(expert_size=8, splitter="random", router="pre_gated", selection=selection)
+    moefy_(model, config, text_batches(20, rows=8, length=16), progress=False)
+    model.save_pretrained(tmp_path / "moe")
+    with pytest.raises(ValueError, match="one router for all layers, so that none runs alone"):
+        bench_ffns(Settings(checkpoint=str(tmp_path / "moe"), rounds=2), (3,), progress=False)
+
+
 FORMS = ["bert", "gpt2", "opt", "phi3", "modernbert", "t5", "t5-gated"]
 SETTINGS = {
     "top_k": {},

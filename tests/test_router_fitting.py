@@ -55,10 +55,13 @@ def batches():
 def by_hand(model, found: ModelProfile, position: int, k: int) -> dict[str, float]:
     """What a router captures of its targets on the held-out last tenth, with loops over tokens and experts."""
     site, inputs = model.moe_sites()[position], found.sites[position].inputs
-    held_out = inputs[len(inputs) - len(inputs) // 10 :]
+    router, read = site.act.router, inputs
+    if type(router).__name__ == "PreGatedRouter":  # of the first layer, for all
+        router, read = model.moe_sites()[0].act.router, found.sites[0].inputs
+    held_out = slice(len(inputs) - len(inputs) // 10, None)
     kind = site.act.router.targets.__name__
     captured = oracle = total = 0.0
-    for x in held_out:
+    for x, seen in zip(inputs[held_out], read[held_out], strict=True):
         neurons = torch.relu(site.up.weight @ x + site.up.bias)
         target, whole = [], site.down.weight @ neurons
         for expert in range(EXPERTS):
@@ -72,7 +75,7 @@ def by_hand(model, found: ModelProfile, position: int, k: int) -> dict[str, floa
             target.append(float(found_by[kind]))
         if kind == "prior_affinity":
             target = [each / sum(target) for each in target]
-        scores = site.act.router(x).tolist()
+        scores = router(seen).tolist()
         order = sorted(range(EXPERTS), key=lambda expert, scores=scores: -scores[expert])
         captured += sum(target[expert] for expert in order[:k])
         oracle += sum(sorted(target)[-k:])

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..controls import selecting
 from ..modeling.ffn_sites import FfnSite
 from ..profiling import observed
+from ..reading import ReadInputs, kept
 from .sums import Examples, Groups, NeuronSums, TextBatch, UseSums
 from .texts import TextStream
 from .words import KINDS, token_kinds
@@ -98,11 +99,11 @@ class LayerSums:
         self.cross: torch.Tensor | None = None  # (E of the layer before, E) tokens that use both
 
     def update_(self, x: torch.Tensor, neurons: torch.Tensor, batch: TextBatch) -> torch.Tensor:
-        """x (T, d), neurons (T, f) of all experts -> (T, E) float: the experts that the router selects."""
+        """x (T, d) that the router reads, neurons (T, f) of all experts -> (T, E) float: the experts it selects."""
         act, dense = self.site.act, self.site.act.selection
         act.selection = self.selection  # the model runs all experts; what would it select?
         try:
-            keep = act.keep(x)
+            keep = kept(act, x)
         finally:
             act.selection = dense
         keep = torch.ones(len(x), act.num_experts, dtype=torch.bool) if keep is None else keep
@@ -141,13 +142,13 @@ def measure(
     slots = {"token": len(words), "kind": len(KINDS)}
     classes = {name: len(found.classes) for name in ("class", "shuffled")} if stream.labelled else {}
     layers = [LayerSums(site, slots, classes, stream.max_length, seed + i) for i, site in enumerate(sites)]
-    shuffled = Shuffled(found.classes, seed)
+    shuffled, reading = Shuffled(found.classes, seed), ReadInputs(sites)
     batch: TextBatch
     before: torch.Tensor
 
     def seen(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
         nonlocal before
-        used = layers[position].update_(x, neurons, batch)
+        used = layers[position].update_(reading.of(position, x), neurons, batch)
         if position:
             cross, pairs = layers[position].cross, (before.t() @ used).double()
             layers[position].cross = pairs if cross is None else cross + pairs
@@ -182,9 +183,10 @@ def measure_load(model: PreTrainedModel, stream: TextStream) -> list[list[float]
     """For each routed FFN, how many tokens its router sends to each expert as the model runs."""
     sites = model.moe_sites()
     loads = [torch.zeros(site.act.num_experts, dtype=torch.float64) for site in sites]
+    reading = ReadInputs(sites)
 
     def seen(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
-        keep = sites[position].act.keep(x)
+        keep = kept(sites[position].act, reading.of(position, x))
         loads[position] += len(x) if keep is None else keep.sum(0).double().cpu()
 
     with observed(model, sites, seen) as run:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..architectures import check_moefied
 from ..modeling.allocation import MEASURED
 from ..modeling.ffn_sites import FfnSite, find_sites
+from ..reading import read_at
 
 # config fields that say how wide FFNs are, over all supported model types
 WIDTHS = (
@@ -32,7 +33,8 @@ def prune(model: PreTrainedModel, experts: Mapping[int, Iterable[int]]) -> PreTr
 
     Raises:
         ValueError: the model is not MoEfied; not every FFN is routed, or has equally many experts to prune; an expert
-            does not exist or is a shared one; the routers mix experts (`mlp`), or the config does not say how wide
+            does not exist or is a shared one; the routers mix experts (`mlp`), or one for all layers would lose
+            different ones; or the config does not say how wide
             the FFNs are; nothing is made then.
     """
     kept, config = check_prunable(model, experts)
@@ -58,8 +60,14 @@ def check_prunable(model: PreTrainedModel, experts: Mapping[int, Iterable[int]])
         ValueError: see `prune`.
     """
     check_moefied(model)
-    kept = kept_experts(model, experts)
-    for site in model.moe_sites():
+    kept, sites = kept_experts(model, experts), model.moe_sites()
+    for position, read in enumerate(read_at(sites)):
+        if kept[position] != kept[read]:
+            raise ValueError(
+                f"layers {read} and {position} have one router, which chooses the same of their experts: prune the "
+                "same in both"
+            )
+    for site in sites:
         for param in site.act.router.parameters():
             if tuple(param.shape) != (site.act.router.num_experts, site.sizes[0]):
                 kind = type(site.act.router).__name__

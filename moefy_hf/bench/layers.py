@@ -18,6 +18,7 @@ from ..execution import ACTIVATIONS, SparseFfn, misfit
 from ..modeling.ffn_sites import FfnSite, FfnWeights
 from ..modeling.moefied import is_moefied
 from ..modeling.routed_activation import outlet_to
+from ..reading import scorer
 from .presets import preset_config, shape_of
 from .settings import DTYPES, Settings
 
@@ -79,11 +80,16 @@ def checkpoint_layers(settings: Settings, least_bytes: int) -> list[Layer]:
 def load_moefied(settings: Settings) -> PreTrainedModel:
     """
     Raises:
-        ValueError: the checkpoint is not MoEfied.
+        ValueError: the checkpoint is not MoEfied, or its FFNs cannot run alone.
     """
     model = load_checkpoint(settings.source, dtype=DTYPES[settings.dtype]).eval()
     if not is_moefied(model):
         raise ValueError(f"{settings.source} is not MoEfied: moefy convert makes a checkpoint that is")
+    if any(scorer(site.act.router) is not site.act.router for site in model.moe_sites()):
+        raise ValueError(
+            f"the FFNs of {settings.source} have one router for all layers, so that none runs alone: measure the "
+            "whole model"
+        )
     if settings.share is not None:
         model.set_selection(k=float(settings.share), allocation="uniform")
     return model

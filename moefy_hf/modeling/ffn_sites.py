@@ -4,7 +4,7 @@ experts.
 Symbols: T tokens, d model width, f FFN width (neurons), E experts, m = f / E neurons per expert.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -192,6 +192,17 @@ def find_sites(model: nn.Module) -> list[FfnSite]:
     if not sites:
         raise ValueError(f"no FFN of a {model_type!r} model found; its modules are not laid out as {specs}")
     return sites
+
+
+def by_stack(sites: Iterable[FfnSite]) -> dict[str, list[FfnSite]]:
+    """FFNs by the name of the module that runs their layers one after another (an encoder, a decoder), in order: what
+    is around the outermost list of modules that an FFN is in."""
+    found: dict[str, list[FfnSite]] = {}
+    for site in sites:
+        parts = site.name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), 1)
+        found.setdefault(".".join(parts[: max(number - 1, 0)]), []).append(site)
+    return found
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto import modeling_auto
 
 from .allocation import changed, resolve_selection
-from .ffn_sites import FfnSite, find_sites
+from .ffn_sites import FfnSite, by_stack, find_sites
 from .interventions import scaled
+from .pre_gating import carry_passes_
 from .routed_activation import RoutedActivation, is_routed, outlet_to
 from .router_base import Router
 from .routers import ROUTERS
@@ -71,6 +72,7 @@ def install_(model: nn.Module) -> None:
             routed.compensate_(torch.zeros(site.sizes[1]))
         site.owner.register_forward_pre_hook(outlet_to(routed, site))
         site.owner.register_forward_hook(refuse_bypass(routed, site.name))
+    join_routers_(model, sites)
 
 
 def new_router(name: str, site: FfnSite, num_experts: int, shared: int) -> Router:
@@ -78,6 +80,17 @@ def new_router(name: str, site: FfnSite, num_experts: int, shared: int) -> Route
     router = ROUTERS[name].of(site.weights(), num_experts - shared)
     router.read_from_(site.weights, shared)
     return router.requires_grad_(False)  # unless their loss is on: an unused trainable parameter stalls DDP
+
+
+def join_routers_(model: nn.Module, sites: list[FfnSite]) -> None:
+    """Connect routers that hand something on to those of later layers.
+
+    Raises:
+        ValueError: the layers of a stack have different numbers of experts, and one router for all.
+    """
+    for stack, members in by_stack(sites).items():
+        type(members[0].act.router).join_(members, model.get_submodule(stack))
+    carry_passes_(model)
 
 
 def check_shared(shared: int, sites: list[FfnSite], sizes: list[tuple[int, int]]) -> None:
@@ -179,6 +192,10 @@ class MoefiedMixin:
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).connect_()  # quantisers replace Linears after __init__
         return loaded
+
+    def _set_gradient_checkpointing(self, *args, **kwargs):
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        carry_passes_(self)  # type: ignore[arg-type]
 
     def _get_name(self):  # Trainer's label smoother compares this with the library's causal LM names
         return self.stock_class().__name__

@@ -78,10 +78,15 @@ class RoutedActivation(nn.Module):
 
     def observe(self, linear: nn.Module, args: tuple) -> None:
         self.observed.x = args[0]
+        self.router.observe(args[0])
 
     def keep(self, x: torch.Tensor) -> torch.Tensor | None:
-        """(..., d) -> (..., E) bool: which experts run; None for all of them."""
-        return None if self.computes_all else self.chosen(self.router(x.detach()))
+        """(..., d) -> (..., E) bool: which experts run; None for all of them. x is what the FFN runs on now."""
+        if self.computes_all:
+            return None
+        scores = self.router(x.detach())
+        self.router.hand_on(scores)
+        return self.chosen(scores)
 
     def chosen(self, scores: torch.Tensor) -> torch.Tensor:
         """The router's scores (..., E - S) -> (..., E) bool: which experts run, the shared ones first."""

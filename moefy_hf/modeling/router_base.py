@@ -1,6 +1,6 @@
 """What routers have in common: the base class, where they start from, and what they are fitted to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import initialization as init
 
 if TYPE_CHECKING:  # ffn_sites needs this file
-    from .ffn_sites import FfnWeights
+    from .ffn_sites import FfnSite, FfnWeights
 
 
 def activation_mass(neurons: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -43,10 +43,13 @@ class Router(nn.Module):
     Attributes:
         begins_experts: whether what the router computes of an expert is part of what the expert computes, so that only
             experts that do not run cost it anything.
+        per_stack: whether one router chooses for all layers of a stack, so that experts with the same number must
+            correspond.
     """
 
     trainable = True
     begins_experts = False
+    per_stack = False
     targets = staticmethod(output_norm)  # neurons (T, E, m), down (d, E, m) -> (T, E)
 
     def __init__(self, hidden_size: int, num_experts: int):
@@ -60,6 +63,30 @@ class Router(nn.Module):
 
     def read_from_(self, ffn: "Callable[[], FfnWeights]", shared: int) -> None:
         """For routers that run part of their FFN: its weights as they are now, S shared experts first."""
+
+    @classmethod
+    def join_(cls, sites: "Sequence[FfnSite]", stack: nn.Module) -> None:
+        """For routers that hand something on: those of all routed FFNs of a stack, in forward order, are in place.
+
+        Raises:
+            ValueError: see `check_counts`.
+        """
+
+    @classmethod
+    def check_counts(cls, counts: Sequence[int], first: str) -> None:
+        """
+        Args:
+            counts: how many experts each FFN of a stack has; `first` names the first.
+
+        Raises:
+            ValueError: these routers cannot choose of so many.
+        """
+
+    def observe(self, x: torch.Tensor) -> None:
+        """The FFN is about to run on x (..., d), all its experts or some."""
+
+    def hand_on(self, scores: torch.Tensor) -> None:
+        """These are the scores (..., E) of what was observed."""
 
     def reset_parameters(self) -> None:
         """Initialise as transformers does a new module: tensors that a checkpoint has loaded stay as they are."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .pre_gating import PreGatedRouter
 from .router_base import Router, activation_mass, expert_centres, prior_affinity
 from .routers_from_neurons import AnalyticRouter, MeanGateRouter, PartialInputRouter, SimilarityRouter
 
@@ -180,6 +181,7 @@ ROUTERS: dict[str, type[Router]] = {
     "mlp": MLPRouter,
     "norm_regression": NormRegressionRouter,
     "relu_rmsnorm": ReluRmsNormRouter,
+    "pre_gated": PreGatedRouter,
     "analytic": AnalyticRouter,
     "mean_gate": MeanGateRouter,
     "partial_input": PartialInputRouter,

@@ -9,8 +9,10 @@ import torch
 from planted import CLASS, EXPERT, LAYER, TOKEN, number_tokenizer, planted_model, write_texts
 from tiny import convert, distance, run, tiny_inputs, tiny_model
 
+from moefy_hf import MoeficationConfig
 from moefy_hf.analysis import Analysis, TextStream, analyze
-from moefy_hf.analysis.measuring import measure, survey
+from moefy_hf.analysis.measuring import measure, measure_load, survey
+from moefy_hf.conversion import install_routers_
 
 
 def stream(path: str, model, **settings) -> TextStream:
@@ -152,3 +154,20 @@ def test_bad_input(model, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="holds no text"):
         analyze(model, tokenizer, stream(str(tmp_path / "empty.txt"), model))
+
+
+@torch.no_grad()
+def test_one_router_for_all_layers_is_asked_what_the_first_reads(tmp_path):
+    """So what layers would run is the same, and is what they do run."""
+    model = tiny_model("bert", "AutoModelForSequenceClassification", num_labels=3)
+    install_routers_(model, MoeficationConfig(expert_size=8, router="pre_gated").section())
+    model.set_selection(type="top_k", k=2, allocation="uniform")
+    path = write_texts(tmp_path / "texts.csv", 60)
+    with open(path, encoding="utf-8") as file:
+        tokens = sum(len(line.split(",")[0].split()) for line in file) - 1  # but for the header
+    loads = measure_load(model, stream(path, model))
+    assert loads[0] == loads[1] and sum(loads[0]) == 2 * tokens
+    found = measure(
+        model, number_tokenizer(), stream(path, model), survey(stream(path, model), 99, 3), torch.tensor([TOKEN])
+    )
+    assert [layer.views["routed"].load.tolist() for layer in found] == loads

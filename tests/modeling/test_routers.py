@@ -51,6 +51,7 @@ SCORES = {
     "mlp": lambda x, ffn: (F.normalize(x, dim=-1) @ centres(ffn).T).tanh(),
     "prior_approximate": lambda x, ffn: x @ centres(ffn).T,
     "sigmoid": lambda x, ffn: x @ centres(ffn).T,
+    "pre_gated": lambda x, ffn: x @ centres(ffn).T,
     "relu_rmsnorm": lambda x, ffn: x @ centres(ffn).T,
     "similarity": lambda x, ffn: torch.stack([F.cosine_similarity(x, centre, dim=-1) for centre in centres(ffn)], -1),
     "mean_gate": lambda x, ffn: x @ ffn.keys.view(E, M, D).mean(1).T,
