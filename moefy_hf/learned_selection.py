@@ -40,13 +40,14 @@ class LearnedSelectionCallback(ExtraLossCallback):
     The selection of the model is that threshold from the first step on. It is what evaluation computes and what
     checkpoints hold in both stages: weighting is for training mode, and never saved.
 
-    It differs from the paper in the 0.01, without which the second penalty has no bound where G meets tau, and in
-    where routers start: as `moefy_` has fitted them, not at random.
+    It differs from the paper in the 0.01, without which the second penalty has no bound where G meets tau; in where
+    routers start: as `moefy_` has fitted them, not at random; and in the default of `lam`, 0.5 there: on a small
+    classifier that weight drowned the task, and hardly an expert crossed the threshold, whatever `eta`.
 
     Args:
         eta: weight of the efficiency penalty, the budget's knob: the larger, the fewer experts.
         tau: the threshold, between 0 and 1.
-        lam: weight of the separability penalty, which keeps G away from tau.
+        lam: weight of the separability penalty, which keeps G away from tau, and experts on their side of it.
         until: the end of the first stage: a step (int), or a share of all steps (float in (0, 1]).
 
     With an adapter, put the routers into it: `LoraConfig(..., modules_to_save=["router"])`. Its checkpoints lack the
@@ -63,7 +64,7 @@ class LearnedSelectionCallback(ExtraLossCallback):
 
     name = "router_loss"
 
-    def __init__(self, eta: float, tau: float = 0.5, lam: float = 0.5, until: int | float = 0.5):
+    def __init__(self, eta: float, tau: float = 0.5, lam: float = 0.01, until: int | float = 0.5):
         for which, value in (("eta", eta), ("lam", lam)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{which} is a weight and must not be negative, got {value}")

@@ -186,7 +186,8 @@ def test_routers_move_in_the_first_stage_only(tmp_path):
     assert watch.soft == [[True] * 2] * 7 + [[False] * 2] * 5
     assert model.config.moefication["selection"] == HARD
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert all(entry["router_loss"] > 1 for entry in logs[:7]) and all(not entry["router_loss"] for entry in logs[7:])
+    costs = [entry["router_loss"] for entry in logs]
+    assert min(costs[:7]) > 0.1 and costs[7:] == [0.0] * 5
     assert all(0 <= entry["moe_experts"] <= 1 for entry in logs)
 
 
@@ -245,7 +246,7 @@ def share_of(model) -> float:
 
 def test_a_larger_eta_computes_less(tmp_path):
     shares = []
-    for eta in (0.0, 10.0, 100.0):
+    for eta in (0.0, 1.0, 10.0):
         model = moefied(dropout=0.0)
         trainer = trainer_for(model, tmp_path, [LearnedSelectionCallback(eta)], max_steps=40, learning_rate=1e-2)
         trainer.train()
