@@ -42,8 +42,8 @@ class LearnedSelectionCallback(ExtraLossCallback):
 
     It differs from the paper in the 0.01, without which the second penalty has no bound where G meets tau; in where
     routers start: as `moefy_` has fitted them, not at random; and in the default of `lam`, 0.5 there: on a small
-    classifier that weight drowned the task, and hardly an expert crossed the threshold, whatever `eta`. Whether the paper
-    still weights experts in its second stage we could not find out.
+    classifier that weight drowned the task, and hardly an expert crossed the threshold, whatever `eta`. Whether the
+    paper still weights experts in its second stage we could not find out.
 
     Args:
         eta: weight of the efficiency penalty, the budget's knob: the larger, the fewer experts.
