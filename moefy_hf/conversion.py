@@ -1,5 +1,6 @@
 """`moefy_`: a dense model becomes its MoEfied self, in place."""
 
+import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -187,6 +188,8 @@ def install_routers_(model: PreTrainedModel, section: dict[str, Any]) -> None:
     everything = {"type": "top_k", "k": 1.0, "allocation": "uniform"}
     model.config.moefication = {**section, "selection": everything, "compensation": False}
     model.__class__ = moefied_class(type(model))
+    with torch.device("meta"):  # transformers learns which outputs a class can record when one is made
+        type(model)(copy.deepcopy(model.config))
     install_(model)
     model.config.auto_map = model.auto_map()
     init_routers_(model, section["seed"])

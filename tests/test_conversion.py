@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from batches import real_count, text_batches
-from tiny import distance, run, tiny_inputs, tiny_model
+from tiny import TINY, distance, run, tiny_inputs, tiny_model
 from torch import nn
 
 from moefy_hf import MoeficationConfig, conversion, find_sites, moefied_class, moefy_, profile
@@ -494,3 +494,18 @@ def test_conversion_works_where_gradients_are_off():
     with torch.no_grad():
         report = moefy_(model, settings(router="linear", allocation="uniform"), data(), progress=False)
     assert any(fit.best_epoch > 0 for fit in report.fits)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_hidden_states_are_recorded_as_before(name):
+    model, inputs = tiny_model(name).eval(), tiny_inputs(name)
+    with torch.no_grad():
+        before = model(**inputs, output_hidden_states=True, output_attentions=False)
+        moefy_(model, MoeficationConfig(expert_size=SIZE, **FREE, selection={"type": "top_k", "k": 1.0}))
+        after = model(**inputs, output_hidden_states=True, output_attentions=False)
+    assert before.keys() == after.keys()
+    for key in before:
+        if "hidden_states" in key:
+            assert len(before[key]) == len(after[key]) and all(
+                torch.allclose(old, new, atol=1e-5) for old, new in zip(before[key], after[key], strict=True)
+            )
