@@ -104,7 +104,10 @@ def recovered_cells_of(directory: Path) -> list[dict[str, Any]]:
             cell | {"texts": {text: recovered[f"{text} at {row['k']}"] / dense[text] for text in dense if ours}}
         )
     texts = {text: control[text] / dense[text] for text in dense}  # as many tokens of each
-    trained = {"seed": settings["seed"], "method": {"recovery": recovery_of(settings)}, "router": "control"}
+    alike = {
+        name: value for name, value in recovery_of(settings).items() if name not in ("share", "distillation_weight")
+    }
+    trained = {"seed": settings["seed"], "method": {"recovery": alike}, "router": "control"}
     trained |= {"type": "top_k", "allocation": "uniform", "k": 1.0, "ffn_flops": 1.0, "texts": texts}
     return [*found, trained | {"relative_quality": math.exp(mean(map(math.log, texts.values())))}]
 

@@ -102,6 +102,19 @@ def test_the_readme_shows_perplexities(path, results):
     assert prose_facts.tables(KNOWN[path]) in results and KNOWN[path]["command"] in results
 
 
+def test_a_recovered_language_model_beside_a_dense_one_that_was_trained_as_long():
+    rows = KNOWN[ROOT / "model_cards" / "facts" / "smollm2_recovery.json"]["perplexities"]
+    (control,) = (row["relative_quality"] for row in rows if row["router"] == "control")
+    cost = {
+        row["k"]: f"{row['relative_quality'] / control - 1:.0%}".replace("%", " %")
+        for row in rows
+        if row["type"] == "level" and "recovery" in row["method"]
+    }
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"which without distillation comes to {control:.3f} of what it was" in text
+    assert f'"level" costs {cost[0.32]} at half of the FLOPs and {cost[0.66]} at three quarters' in text
+
+
 def analysis_of(name: str) -> tuple[dict, str]:
     """The facts of an analysis, and the README in one line."""
     path = ROOT / "model_cards" / "facts" / f"{name}.json"
