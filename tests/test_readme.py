@@ -115,6 +115,13 @@ def test_a_recovered_language_model_beside_a_dense_one_that_was_trained_as_long(
     assert f'"level" costs {cost[0.32]} at half of the FLOPs and {cost[0.66]} at three quarters' in text
 
 
+def test_a_conversion_takes_what_was_measured():
+    found = json.loads((ROOT / "model_cards" / "conversion.json").read_text())
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"takes {found['seconds']['all']} seconds and {found['peak_gigabytes']} GB for SmolLM2-135M" in text
+    assert f"({found['layers']} layers, {found['calibration_tokens']:,} tokens" in text
+
+
 def analysis_of(name: str) -> tuple[dict, str]:
     """The facts of an analysis, and the README in one line."""
     path = ROOT / "model_cards" / "facts" / f"{name}.json"
