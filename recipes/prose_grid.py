@@ -59,6 +59,7 @@ def main() -> None:
         if not 0 < budget <= 1:
             raise ValueError(f"budgets are shares of the FFNs' FLOPs in (0, 1], got {budget}")
     moe_args.allocation = "uniform"
+    moe_args.controls = [name for name in moe_args.controls if name != "none"]
     cells = [
         replace(moe_args, splitter=splitter, expert_size=size, router=router)
         for size in grid.expert_sizes

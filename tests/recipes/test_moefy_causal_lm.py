@@ -171,7 +171,8 @@ def test_a_grid_of_routers_and_splits_at_equal_flops(recipe, texts, tmp_path, ca
             oracle["ffn_flops"] == pytest.approx(k * size / 48) and 0 <= oracle["output_error"] < own["output_error"]
         )
     assert "| gate_clustering of 2 neurons, mean_gate | " in prose_facts.tables(found)
-    recipe(run, prose_grid.main, **settings, **grid | {"routers": ["linear", "analytic"]})  # goes on
+    other = grid | {"routers": ["linear", "analytic"], "splitters": ["gate_clustering", "random"]}
+    recipe(run, prose_grid.main, **settings | {"controls": ["none"]}, **other)  # goes on
     out = capsys.readouterr().out
     assert "gate_clustering-2-linear-0.5,0.9.json: done before" in out and "8 neurons, analytic router" in out
     model = AutoModelForCausalLM.from_pretrained(texts / "model")
