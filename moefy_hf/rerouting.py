@@ -41,6 +41,36 @@ def reroute_(
             profile or one that is too small, one router for layers with different numbers of experts or with code
             that came with a checkpoint, or a selection that depends on what was measured. The model is unchanged then.
     """
+    check_reroutable(model, router, profile)
+    section, sites = model.config.moefication, model.moe_sites()
+    orders = corresponding(sites, profile) if profile is not None and ROUTERS[router].per_stack else []
+    before, moved = [site.act.router for site in sites], list[tuple[FfnSite, torch.Tensor]]()
+    try:
+        for site, order in zip(sites, orders, strict=False):  # no orders: experts stay where they are
+            permute_neurons_(site, order)
+            moved.append((site, order))
+        for site in sites:
+            site.act.router = new_router(router, site, site.act.num_experts, site.act.shared)
+        join_routers_(model, sites)
+        init_routers_(model, seed)
+        fits = fit_routers(model, profile, seed=seed, progress=progress) if profile is not None else []
+    except BaseException:
+        for site, old in zip(sites, before, strict=True):
+            site.act.router = old
+        for site, order in moved:
+            permute_neurons_(site, order.argsort())
+        raise
+    section["router"] = router
+    for measured in OF_ROUTERS:
+        section.pop(measured, None)
+    return fits
+
+
+def check_reroutable(model: PreTrainedModel, router: str, profile: ModelProfile | None) -> None:
+    """
+    Raises:
+        ValueError: see `reroute_`.
+    """
     check_moefied(model)
     if router not in ROUTERS:
         raise ValueError(f"unknown router {router!r}; choose from {', '.join(ROUTERS)}")
@@ -63,27 +93,6 @@ def reroute_(
             "moefy_hf.load_checkpoint(name)"
         )
     check_counts(router, sites, [site.act.num_experts for site in sites])
-    orders = corresponding(sites, profile) if profile is not None and ROUTERS[router].per_stack else []
-    before, moved = [site.act.router for site in sites], list[tuple[FfnSite, torch.Tensor]]()
-    try:
-        for site, order in zip(sites, orders, strict=False):  # no orders: experts stay where they are
-            permute_neurons_(site, order)
-            moved.append((site, order))
-        for site in sites:
-            site.act.router = new_router(router, site, site.act.num_experts, site.act.shared)
-        join_routers_(model, sites)
-        init_routers_(model, seed)
-        fits = fit_routers(model, profile, seed=seed, progress=progress) if profile is not None else []
-    except BaseException:
-        for site, old in zip(sites, before, strict=True):
-            site.act.router = old
-        for site, order in moved:
-            permute_neurons_(site, order.argsort())
-        raise
-    section["router"] = router
-    for measured in OF_ROUTERS:
-        section.pop(measured, None)
-    return fits
 
 
 def corresponding(sites: list[FfnSite], profile: ModelProfile) -> list[torch.Tensor]:
