@@ -20,6 +20,7 @@ from .modeling.ffn_sites import FfnSite
 from .modeling.moefied import is_moefied
 from .profiling import real_tokens
 from .quality import unwrapped
+from .rerouting import OF_ROUTERS
 from .schedule import Phase, Timetable
 
 logger = logging.get_logger("moefy_hf")
@@ -95,7 +96,7 @@ class LearnedSelectionCallback(ExtraLossCallback):
         self.timetable, self.share_sum, self.shares = timetable, torch.zeros(()), 0
         super().on_train_begin(args, state, control, model, **kwargs)
         section = unwrapped(model).config.moefication
-        for measured in ("reach", "sensitivity"):  # with routers as they were
+        for measured in OF_ROUTERS:  # as they were
             section.pop(measured, None)
         self.enter(args, state, model)
 
