@@ -9,6 +9,7 @@ stand the controls, at its shares. Finished cells are not computed again. FACTS 
 prose_facts.py, which prints them: python recipes/prose_facts.py facts.json
 """
 
+import copy
 import json
 import sys
 from dataclasses import dataclass, field, replace
@@ -27,8 +28,7 @@ from stages import write_json
 from sweep import Calibration
 from transformers import PreTrainedModel, TrainingArguments
 
-from moefy_hf import evaluate, find_sites, moefy_, reroute_
-from moefy_hf.flops import ffn_flops, routed_flops
+from moefy_hf import evaluate, find_sites, moefy_, reroute_, share_within
 
 ROUTERLESS = (*CONVERSION, *RECOVERY, *SWEEP, "export", "generated_rows", "generated_tokens")
 UNUSED = {"dense": ROUTERLESS, "*-*.json": ROUTERLESS}  # a cell's name says how it was converted
@@ -40,6 +40,7 @@ class GridArguments:
     """The grid."""
 
     facts: str = field(metadata={"help": "JSON file that gets the figures"})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "seeds of texts, splits and routers"})
     expert_sizes: list[int] = field(default_factory=lambda: [4, 8, 16, 32], metadata={"help": "neurons per expert"})
     splitters: list[str] = field(
         default_factory=lambda: ["output_aware", "random"], metadata={"help": "splits to compare"}
@@ -67,20 +68,18 @@ def main() -> None:
         for router in grid.routers
     ]
     configs = [moefication_config(cell, training_args.seed) for cell in cells]
-    run = begin(model_args, data_args, moe_args, training_args, UNUSED)
-    dense = run.stages.run("dense", partial(save_dense, run, model_args, configs=configs))
-    calibration = Calibration(run, dense)
     rows: list[dict[str, Any]] = []
-    split: dict[str, PreTrainedModel] = {}  # the model as the last cell left it, by its split
-    for cell in cells:
-        shared = f"-{cell.shared_experts}-shared" if cell.shared_experts else ""
-        way = f"{cell.splitter}-{cell.expert_size}{shared}"
-        spent = ",".join(f"{budget:g}" for budget in grid.budgets)
-        controls = cell.controls if cell.router == grid.routers[0] else []
-        name = f"{way}-{cell.router}-{spent}.json"
-        found = run.stages.run(name, partial(measure, calibration, cell, controls, grid.budgets, way, split))
-        rows += cells_of(found, cell, training_args.seed)
-    calibration.close()
+    for seed in grid.seeds:
+        ours = copy.deepcopy(training_args)
+        ours.seed, ours.output_dir = seed, f"{training_args.output_dir}/seed_{seed}"
+        run = begin(model_args, data_args, copy.deepcopy(moe_args), ours, UNUSED)
+        dense = run.stages.run("dense", partial(save_dense, run, model_args, configs=configs))
+        calibration = Calibration(run, dense)
+        split: dict[str, PreTrainedModel] = {}  # the model as the last cell left it, by its split
+        for cell in cells:
+            found = run.stages.run(name_of(cell, grid), partial(measure, calibration, cell, grid, split))
+            rows += cells_of(found, cell, seed)
+        calibration.close()
     first = json.loads(found.read_text())
     facts = {
         "command": "python recipes/prose_grid.py " + " ".join(sys.argv[1:]),
@@ -96,18 +95,26 @@ def main() -> None:
     print(tables(facts))
 
 
+def way_of(cell: MoeficationArguments) -> str:
+    """How a cell is split."""
+    return f"{cell.splitter}-{cell.expert_size}" + (f"-{cell.shared_experts}-shared" if cell.shared_experts else "")
+
+
+def name_of(cell: MoeficationArguments, grid: GridArguments) -> str:
+    return f"{way_of(cell)}-{cell.router}-{','.join(f'{budget:g}' for budget in grid.budgets)}.json"
+
+
 def measure(
     calibration: Calibration,
     cell: MoeficationArguments,
-    controls: list[str],
-    budgets: list[float],
-    way: str,
+    grid: GridArguments,
     split: dict[str, PreTrainedModel],
     path: Path,
 ) -> None:
     """Put a router on a split, which is made where the cell before had another, and sweep it."""
     run: Any = calibration.run
-    print(f"{way} neurons, {cell.router} router", flush=True)
+    way, controls = way_of(cell), cell.controls if cell.router == grid.routers[0] else []
+    print(f"{way} neurons, {cell.router} router, seed {run.config.seed}", flush=True)
     with run.autocast():
         if way not in split:
             split.clear()
@@ -116,20 +123,20 @@ def measure(
             split[way] = model
         model = split[way]
         reroute_(model, cell.router, calibration.get(), seed=run.config.seed)
-        shares = [count for budget in budgets if (count := experts_within(model, budget)) is not None]
+        shares = [share for budget in grid.budgets if (share := nearest_share(model, budget)) is not None]
         held_out = run.held_out()
         found = evaluate(model, held_out, shares, controls=controls, allocations=["uniform"], local_tokens=LOCAL)
     found.save(path)
 
 
-def experts_within(model: PreTrainedModel, budget: float) -> int | None:
-    """The largest number of experts whose FLOPs, with the router's, do not pass the budget by more than half an
-    expert; None where the router alone does."""
-    site = find_sites(model)[0]
-    experts, dense = site.act.num_experts, ffn_flops(site)
-    slack = dense / experts / 2
-    fitting = [k for k in range(max(1, site.act.shared), experts) if routed_flops(site, k) <= budget * dense + slack]
-    return max(fitting, default=None)
+def nearest_share(model: PreTrainedModel, budget: float) -> float | None:
+    """The share of experts whose FLOPs, with the router's, do not pass the budget by more than half an expert; None
+    where the router and one expert do."""
+    half = 0.5 / find_sites(model)[0].act.num_experts
+    try:
+        return share_within(model, min(1.0, budget + half))
+    except ValueError:
+        return None
 
 
 def cells_of(path: Path, cell: MoeficationArguments, seed: int) -> list[dict[str, Any]]:

@@ -164,17 +164,20 @@ def test_a_grid_of_routers_and_splits_at_equal_flops(recipe, texts, tmp_path, ca
         )
     }
     for budget, size in ((0.5, 2), (0.9, 2), (0.5, 8), (0.9, 8)):
-        k = round((budget - 1 / (3 * size)) * 48 / size)
+        k = round((budget - 1 / (3 * size)) * 48 / size) / (48 / size)
         own, oracle = by["linear", size, "own", k], by["linear", size, "oracle", k]
         assert own["ffn_flops"] == pytest.approx(budget, abs=size / 48 / 2 + 1e-6)
         assert (
-            oracle["ffn_flops"] == pytest.approx(k * size / 48) and 0 <= oracle["output_error"] < own["output_error"]
+            oracle["ffn_flops"] == pytest.approx(k) and 0 <= oracle["output_error"] < own["output_error"]
         )
     assert "| gate_clustering of 2 neurons, mean_gate | " in prose_facts.tables(found)
-    other = grid | {"routers": ["linear", "analytic"], "splitters": ["gate_clustering", "random"]}
+    other = grid | {"routers": ["linear", "analytic"], "splitters": ["gate_clustering", "random"], "seeds": [0, 1]}
     recipe(run, prose_grid.main, **settings | {"controls": ["none"]}, **other)  # goes on
     out = capsys.readouterr().out
-    assert "gate_clustering-2-linear-0.5,0.9.json: done before" in out and "8 neurons, analytic router" in out
+    assert "gate_clustering-2-linear-0.5,0.9.json: done before" in out and "8 neurons, analytic router, seed 1" in out
+    both = json.loads(facts.read_text())["perplexities"]
+    split = [row for row in both if row["method"]["splitter"] == "random" and row["method"]["router"] == "linear"]
+    assert all(row["seeds"] == [0, 1] and row["relative_quality_sd"] > 0 for row in split)
     model = AutoModelForCausalLM.from_pretrained(texts / "model")
     moefy_(model, MoeficationConfig(expert_size=2, splitter="gate_clustering", router="mean_gate", selection=TOP_2))
     tokenizer = AutoTokenizer.from_pretrained(texts / "model")
