@@ -50,7 +50,7 @@ UNUSED = {
     **{f"{name}.json": (*unused, "controls", *GENERATED) for name, unused in MODELS.items()},
     **{f"generated_{name}.json": (*unused, "controls", "selections") for name, unused in MODELS.items()},
     "sweep.json": (*MODELS["moefied"], *GENERATED),
-    "*-*.json": ("splitter", "router", "router_settings", *RECOVERY),  # the cells of sweep.py
+    "*-*.json": ("splitter", "router", *RECOVERY),  # the cells of sweep.py
 }
 
 
