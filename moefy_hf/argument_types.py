@@ -10,6 +10,15 @@ def share_or_count(text: str) -> int | float:
         raise argparse.ArgumentTypeError(f"a share like 0.2 or a number of experts, got {text!r}") from None
 
 
+def setting(text: str) -> tuple[str, int | float]:
+    """NAME=NUMBER"""
+    name, _, value = text.partition("=")
+    try:
+        return name, int(value) if value.isdigit() else float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a setting and a number like rank=64 or inputs=0.4, got {text!r}") from None
+
+
 def positive(text: str) -> int:
     try:
         number = int(text)

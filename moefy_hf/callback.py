@@ -198,8 +198,8 @@ class MoEficationCallback(TrainerCallback, ExportableState):
     def check_same(self, section: Mapping[str, Any]) -> None:
         """Routers were made with these settings."""
         ours = self.config.section()
-        made = {"shared_experts": 0, **section}  # which the first format lacks
-        for key in ("num_experts", "expert_size", "router", "layers", "shared_experts"):
+        made = {"shared_experts": 0, "router_settings": {}, **section}  # which older formats lack
+        for key in ("num_experts", "expert_size", "router", "router_settings", "layers", "shared_experts"):
             if ours[key] != made[key]:
                 raise ValueError(
                     f"the model has routers already, made with {key}={made[key]!r}; the callback's config says "

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .analysis_commands import add_analysis
-from .argument_types import positive, share_or_count
+from .argument_types import positive, setting, share_or_count
 from .bench import PRESETS
 from .bench.command import run_bench
 from .bench.ffns import TOKENS
@@ -109,6 +109,14 @@ def add_conversion(convert_: argparse.ArgumentParser) -> None:
     convert_.add_argument("--num_experts", type=int, help="experts per FFN, instead of a size")
     convert_.add_argument("--splitter", default="coactivation", help=f"{', '.join(SPLITTERS)} (default: coactivation)")
     convert_.add_argument("--router", default="linear", help=f"{', '.join(ROUTERS)} (default: linear)")
+    convert_.add_argument(
+        "--router_settings",
+        type=setting,
+        nargs="+",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="of the router: rank of low_rank, hidden of norm_regression, inputs of partial_input",
+    )
     convert_.add_argument("--k", type=share_or_count, default=0.2, help="share or number of experts (default: 0.2)")
     convert_.add_argument("--allocation", choices=ALLOCATIONS, help=BUDGETS)
     convert_.add_argument("--selection", default="top_k", choices=list(SELECTIONS), help="(default: top_k)")

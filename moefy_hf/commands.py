@@ -116,6 +116,7 @@ def convert(args: Namespace) -> dict[str, Any]:
         expert_size=args.expert_size,
         splitter=args.splitter,
         router=args.router,
+        router_settings=dict(args.router_settings),
         selection=selection,
         shared_experts=args.shared_experts,
         compensation=args.compensation,

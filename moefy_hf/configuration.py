@@ -5,7 +5,7 @@ from typing import Any
 
 from .modeling.allocation import check_selection, count_experts, resolve_selection, setting_name
 from .modeling.moefied import FORMAT_VERSION
-from .modeling.routers import ROUTERS
+from .modeling.routers import router_class
 from .splitting import SPLITTERS
 
 
@@ -22,6 +22,9 @@ class MoeficationConfig:
             "prior_approximate", "sigmoid", "mlp", "norm_regression", "relu_rmsnorm"; and "pre_gated", one for all
             layers, so that experts are known ahead. Made of the experts' weights: "analytic", "mean_gate",
             "partial_input", "similarity"; and "random".
+        router_settings: what the router is made with, instead of its defaults: `{"rank": 64}` of "low_rank",
+            `{"hidden": 128}` of "norm_regression", `{"inputs": 0.4}` (share of the FFN's inputs that it reads) of
+            "partial_input".
         selection: `{"type": "top_k", "k": 0.2}`; k is a share of the experts (float), a count (int), or one of these
             per layer; `"allocation": "sensitivity"` spreads an average k over layers by their measured sensitivity,
             "angular" by how far they turn the hidden states, "uniform" gives each layer the same. Without
@@ -42,6 +45,7 @@ class MoeficationConfig:
     expert_size: int | None = 32
     splitter: str = "parameter_clustering"
     router: str = "linear"
+    router_settings: dict[str, Any] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=lambda: {"type": "top_k", "k": 0.2})
     shared_experts: int = 0
     compensation: bool = False
@@ -54,9 +58,9 @@ class MoeficationConfig:
             self.expert_size = None
         elif self.expert_size is None:
             raise ValueError("give num_experts or expert_size")
-        for what, name, registry in (("splitter", self.splitter, SPLITTERS), ("router", self.router, ROUTERS)):
-            if name not in registry:
-                raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(registry)}")
+        if self.splitter not in SPLITTERS:
+            raise ValueError(f"unknown splitter {self.splitter!r}; choose from {', '.join(SPLITTERS)}")
+        router_class(self.router, self.router_settings)
         if not isinstance(self.calibration_tokens, int) or self.calibration_tokens < 1:
             raise ValueError(f"calibration_tokens must be a positive integer, got {self.calibration_tokens!r}")
         shared = self.shared_experts

@@ -1,5 +1,8 @@
 """Give a converted model routers of another kind, to compare them on one split."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -10,7 +13,7 @@ from .convertible import check_counts
 from .modeling.ffn_sites import FfnSite, permute_neurons_
 from .modeling.moefied import join_routers_, new_router
 from .modeling.routed_activation import RoutedActivation
-from .modeling.routers import ROUTERS
+from .modeling.routers import ROUTERS, router_class
 from .modeling.selection import SELECTIONS
 from .profiling import ModelProfile, check_sample
 from .router_fitting import RouterFit, fit_routers
@@ -19,7 +22,13 @@ OF_ROUTERS = ("reach", "sensitivity")  # what a config holds of measurements wit
 
 
 def reroute_(
-    model: PreTrainedModel, router: str, profile: ModelProfile | None = None, *, seed: int = 0, progress: bool = True
+    model: PreTrainedModel,
+    router: str,
+    profile: ModelProfile | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
 ) -> list[RouterFit]:
     """Replace all routers of a MoEfied model, in place, by ones of another kind; the experts stay what they are, but
     for their order where one router is to choose for all layers.
@@ -31,17 +40,19 @@ def reroute_(
         router: of `ROUTERS`.
         profile: of this model's routed FFNs, with a sample, which the routers are fitted on; not needed by kinds that
             are not trained.
+        settings: as `MoeficationConfig(router_settings=...)`.
         seed: of the weights that routers begin with, and of the order of tokens in their fit.
 
     Returns:
         how well each layer's router finds its experts; empty without a profile.
 
     Raises:
-        ValueError: the model is not MoEfied, an unknown router (the valid ones are listed), one that is fitted and no
-            profile or one that is too small, one router for layers with different numbers of experts or with code
-            that came with a checkpoint, or a selection that depends on what was measured. The model is unchanged then.
+        ValueError: the model is not MoEfied, an unknown router or setting (the valid ones are listed), a router that
+            is fitted and no profile or one that is too small, one router for layers with different numbers of experts
+            or with code that came with a checkpoint, or a selection that depends on what was measured. The model is
+            unchanged then.
     """
-    check_reroutable(model, router, profile)
+    check_reroutable(model, router, profile, settings)
     section, sites = model.config.moefication, model.moe_sites()
     orders = corresponding(sites, profile) if profile is not None and ROUTERS[router].per_stack else []
     before, moved = [site.act.router for site in sites], list[tuple[FfnSite, torch.Tensor]]()
@@ -50,7 +61,7 @@ def reroute_(
             permute_neurons_(site, order)
             moved.append((site, order))
         for site in sites:
-            site.act.router = new_router(router, site, site.act.num_experts, site.act.shared)
+            site.act.router = new_router(router, site, site.act.num_experts, site.act.shared, settings)
         join_routers_(model, sites)
         init_routers_(model, seed)
         fits = fit_routers(model, profile, seed=seed, progress=progress) if profile is not None else []
@@ -60,20 +71,24 @@ def reroute_(
         for site, order in moved:
             permute_neurons_(site, order.argsort())
         raise
-    section["router"] = router
+    section["router"], section["router_settings"] = router, dict(settings or {})
     for measured in OF_ROUTERS:
         section.pop(measured, None)
     return fits
 
 
-def check_reroutable(model: PreTrainedModel, router: str, profile: ModelProfile | None) -> None:
+def check_reroutable(
+    model: PreTrainedModel,
+    router: str,
+    profile: ModelProfile | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """
     Raises:
         ValueError: see `reroute_`.
     """
     check_moefied(model)
-    if router not in ROUTERS:
-        raise ValueError(f"unknown router {router!r}; choose from {', '.join(ROUTERS)}")
+    router_class(router, settings)
     section, sites = model.config.moefication, model.moe_sites()
     selection = section["selection"]
     budget = "k" in selection and SELECTIONS[selection["type"]].dynamic

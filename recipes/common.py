@@ -59,6 +59,10 @@ class MoeficationArguments:
     expert_size: int = field(default=32, metadata={"help": "neurons per expert"})
     splitter: str = field(default="parameter_clustering", metadata={"help": ", ".join(SPLITTERS)})
     router: str = field(default="linear", metadata={"help": ", ".join(ROUTERS)})
+    router_settings: list[str] | None = field(
+        default=None,
+        metadata={"help": "NAME=NUMBER: rank of low_rank, hidden of norm_regression, inputs of partial_input"},
+    )
     shared_experts: int = field(
         default=0, metadata={"help": "experts that run for every token, made of the neurons that most tokens need"}
     )

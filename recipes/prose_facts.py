@@ -36,7 +36,10 @@ COMMON = (
     "max_seq_length",
 )
 BUDGETS = (0.25, 0.5, 0.75, 0.9, 1.0)  # shares of the FFNs' FLOPs that methods are compared at
-METHOD = ("splitter", "router", "expert_size", "num_experts", "shared_experts", "compensation", "calibration_tokens")
+METHOD = (
+    *("splitter", "router", "router_settings", "expert_size", "num_experts", "shared_experts", "compensation"),
+    "calibration_tokens",
+)
 
 
 def facts_of(directories: Sequence[Path]) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def cells_of(directory: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     sweep = json.loads((directory / "sweep.json").read_text())
     prose = json.loads((directory / "prose_moefied.json").read_text())["perplexity"]
     dense = json.loads((directory / "prose_dense.json").read_text())["perplexity"]
-    method = {name: settings[name] for name in METHOD}
+    method = {name: settings.get(name) for name in METHOD}
     found = []
     for row in sweep["rows"][1:]:
         own = row["router"] == "own"
@@ -89,7 +92,7 @@ def recovered_cells_of(directory: Path) -> list[dict[str, Any]]:
     if not {"recovered.json", "prose_recovered.json", "prose_control.json"} <= made.keys():
         return []
     settings = made["recovered.json"]
-    method = {name: settings[name] for name in METHOD} | {"recovery": recovery_of(settings)}
+    method = {name: settings.get(name) for name in METHOD} | {"recovery": recovery_of(settings)}
     dense, recovered, control = (
         json.loads((directory / f"prose_{name}.json").read_text())["perplexity"]
         for name in ("dense", "recovered", "control")
@@ -154,7 +157,8 @@ def label(row: dict[str, Any]) -> str:
     parts = [f"{method['splitter']} of {size}"]
     parts += [f"{method['shared_experts']} shared"] if method["shared_experts"] else []
     parts += ["compensated"] if method["compensation"] else []
-    parts.append(method["router"] if row["router"] == "own" else f"*{row['router']}*")
+    set_to = " ".join(["", *map(str, method.get("router_settings") or [])])
+    parts.append(method["router"] + set_to if row["router"] == "own" else f"*{row['router']}*")
     if row["type"] != "top_k":
         parts.append(row["type"])
     if recovery:

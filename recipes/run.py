@@ -1,6 +1,7 @@
 """A run of a classification recipe: what its stages share, and what is checked before the first of them."""
 
 import json
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from stages import Stages
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
 from moefy_hf import MoeficationConfig
+from moefy_hf.argument_types import setting
 from moefy_hf.controls import check_control
 from moefy_hf.facts import is_hub_id
 from moefy_hf.hub import check_repository
@@ -30,8 +32,8 @@ REPORTING = (
 )
 # arguments that a later stage reads first: changing them keeps what the earlier ones made
 CONVERSION = (
-    *("num_experts", "expert_size", "splitter", "router", "share", "allocation", "calibration_tokens"),
-    *("shared_experts", "compensation"),
+    *("num_experts", "expert_size", "splitter", "router", "router_settings", "shared_experts", "compensation"),
+    *("share", "allocation", "calibration_tokens"),
 )
 SWEEP = ("shares", "controls", "selections")
 RECOVERY = ("recovery_epochs", "recovery_parameters", "lora_rank", "distillation_weight", "schedule")
@@ -182,12 +184,24 @@ def moefication_config(moe_args: MoeficationArguments, seed: int) -> Moefication
         expert_size=moe_args.expert_size,
         splitter=moe_args.splitter,
         router=moe_args.router,
+        router_settings=router_settings(moe_args),
         selection=selection,
         shared_experts=moe_args.shared_experts,
         compensation=moe_args.compensation,
         calibration_tokens=moe_args.calibration_tokens,
         seed=seed,
     )
+
+
+def router_settings(moe_args: MoeficationArguments) -> dict[str, int | float]:
+    """
+    Raises:
+        ValueError: one that is no NAME=NUMBER.
+    """
+    try:
+        return dict(map(setting, moe_args.router_settings or []))
+    except ArgumentTypeError as error:
+        raise ValueError(f"router_settings: {error}") from None
 
 
 def check_sweep(moe_args: MoeficationArguments) -> None:

@@ -288,17 +288,18 @@ def test_with_what_trainers_do(settings, tmp_path):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", HEADS)
 def test_one_router_for_all_layers(name, tmp_path):
-    """Experts are split and aligned in training; layers that are recomputed choose as they did."""
+    """Experts are split and aligned in training; layers that are recomputed choose as they did. Once and before the
+    first step, for rounding would lead a later split elsewhere."""
     finished = []
     for checkpointing in (False, True):
-        model, callback = dense_model(name, dropout=0.0), callback_for("switchable", router="pre_gated")
+        model, callback = dense_model(name, dropout=0.0), callback_for("one_step", router="pre_gated")
         callback.calibration = text_batches(20, rows=8, labels=HEADS[name][1], classes=2)
-        trainer = trainer_for(model, tmp_path, callback, name, gradient_checkpointing=checkpointing, max_steps=16)
+        trainer = trainer_for(model, tmp_path, callback, name, gradient_checkpointing=checkpointing, max_steps=8)
         trainer.train()
-        assert model.config.moefication["splits"] > 0
+        assert model.config.moefication["splits"] == 1
         assert [site.act.router.position for site in model.moe_sites()] == [0, 1] * (len(model.moe_sites()) // 2)
         finished.append(losses_of(trainer))
-    assert finished[0] == pytest.approx(finished[1], rel=1e-3)
+    assert finished[0] == pytest.approx(finished[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, "switchable"], ids=["anneal", "switchable"])

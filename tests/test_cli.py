@@ -124,6 +124,21 @@ def test_convert_with_all_settings(dense, tmp_path):
     assert 0 < read_facts(tmp_path / "moe")["prediction"]["kl"] < 1
 
 
+def test_convert_with_a_router_of_ones_own_size(dense, tmp_path, capsys):
+    settings = ["--router", "low_rank", "--expert_size", "8", "--force", "--texts", str(dense / "texts.txt")]
+    folder = str(tmp_path / "moe")
+    for given, message in (("rank", "a setting and a number like rank=64"), ("inputs=0.3", "choose from rank")):
+        with pytest.raises(SystemExit) as error:
+            main(["convert", str(dense / "dense"), folder, *settings, "--router_settings", given])
+        assert error.value.code == 2 and message in capsys.readouterr().err
+    main(["convert", str(dense / "dense"), folder, *settings, "--router_settings", "rank=3"])
+    model = load_checkpoint(folder)
+    assert model.config.moefication["router_settings"] == {"rank": 3}
+    assert all(len(site.act.router.proj_in) == 3 for site in model.moe_sites())
+    main(["card", folder])
+    assert "| router | `low_rank` (rank 3) |" in (tmp_path / "moe" / "README.md").read_text()
+
+
 def test_convert_with_budgets_by_angles(dense, tmp_path):
     settings = ["--expert_size", "8", "--k", "0.5", "--allocation", "angular", "--force"]
     texts = ["--texts", str(dense / "texts.txt"), "--calibration_tokens", "400"]

@@ -56,6 +56,7 @@ def test_registered_names_are_accepted(splitter, router):
     [
         ({"splitter": "kmeans"}, SPLITTERS),
         ({"router": "softmax"}, ROUTERS),
+        ({"router": "partial_input", "router_settings": {"rank": 3}}, ROUTERS["partial_input"].settings),
         ({"selection": {"type": "best", "k": 0.2}}, SELECTIONS),
         ({"selection": {"k": 0.2}}, SELECTIONS),
         ({"selection": {"type": "top_k", "k": 0.2, "allocation": "greedy"}}, ALLOCATIONS),

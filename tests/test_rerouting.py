@@ -60,6 +60,18 @@ def test_a_saved_model_has_the_new_routers(found, tmp_path):
         assert torch.equal(site.act.router.centres, loaded.act.router.centres)
 
 
+def test_settings_of_a_router_stay_with_the_model(found, tmp_path):
+    model = converted("linear", found)
+    reroute_(model, "low_rank", found, settings={"rank": 3}, progress=False)
+    expected = converted("low_rank", found, router_settings={"rank": 3})
+    assert model.config.moefication == expected.config.moefication
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert {tuple(site.act.router.proj_in.shape) for site in again.moe_sites()} == {(3, again.config.hidden_size)}
+    reroute_(again, "similarity")
+    assert again.config.moefication["router_settings"] == {}
+
+
 def test_what_old_routers_measured_is_forgotten(found):
     model = converted("linear", found)
     measure_reach(model, found, ["threshold"], progress=False)
@@ -85,6 +97,14 @@ def test_bad_input_changes_nothing(router, changes, message, found):
         reroute_(model, router)
     assert model.config.moefication == before[1]
     assert all(torch.equal(model.state_dict()[name], old) for name, old in before[0].items())
+
+
+def test_a_setting_that_a_router_has_not_changes_nothing(found):
+    model = converted("linear", found)
+    old = [site.act.router for site in model.moe_sites()]
+    with pytest.raises(ValueError, match="PartialInputRouter has no setting 'rank': choose from inputs"):
+        reroute_(model, "partial_input", settings={"rank": 3})
+    assert [site.act.router for site in model.moe_sites()] == old and model.config.moefication["router"] == "linear"
 
 
 def test_a_profile_that_is_too_small(found, batches):

@@ -19,9 +19,9 @@ from .interventions import scaled
 from .pre_gating import carry_passes_
 from .routed_activation import RoutedActivation, is_routed, outlet_to
 from .router_base import Router
-from .routers import ROUTERS
+from .routers import router_class
 
-FORMAT_VERSION = 2  # 2: shared experts, mean compensation, selections beside top_k
+FORMAT_VERSION = 3  # 2: shared experts, mean compensation, selections beside top_k; 3: settings of routers
 
 
 def split_sizes(site: FfnSite, num_experts: int | None, expert_size: int | None) -> tuple[int, int]:
@@ -56,15 +56,15 @@ def install_(model: nn.Module) -> None:
             f"this checkpoint has moefication format {section['format_version']}, newer than {FORMAT_VERSION}: "
             "upgrade moefy-hf"
         )
-    if section["router"] not in ROUTERS:
-        raise ValueError(f"unknown router {section['router']!r}; choose from {', '.join(ROUTERS)}")
+    kind, settings = section["router"], section.get("router_settings")
+    router_class(kind, settings)  # finds what is wrong with them first
     sites = selected_sites(find_sites(model), section["layers"])
     sizes = [split_sizes(site, section["num_experts"], section["expert_size"]) for site in sites]
     shared = section.get("shared_experts", 0)
     check_shared(shared, sites, sizes)
     selections = resolve_selection(section["selection"], [experts for experts, _ in sizes], section, shared)
     for site, (num_experts, expert_size), selection in zip(sites, sizes, selections, strict=True):
-        router = new_router(section["router"], site, num_experts, shared)
+        router = new_router(kind, site, num_experts, shared, settings)
         routed = RoutedActivation(site.act, router, expert_size, selection, shared)
         site.replace_act(routed)
         routed.connect_(base_layer(site.first))
@@ -75,9 +75,11 @@ def install_(model: nn.Module) -> None:
     join_routers_(model, sites)
 
 
-def new_router(name: str, site: FfnSite, num_experts: int, shared: int) -> Router:
+def new_router(
+    name: str, site: FfnSite, num_experts: int, shared: int, settings: Mapping[str, Any] | None = None
+) -> Router:
     """One of `ROUTERS` for an FFN of E experts, the shared ones included; not initialised."""
-    router = ROUTERS[name].of(site.weights(), num_experts - shared)
+    router = router_class(name, settings).of(site.weights(), num_experts - shared, **(settings or {}))
     router.read_from_(site.weights, shared)
     return router.requires_grad_(False)  # unless their loss is on: an unused trainable parameter stalls DDP
 

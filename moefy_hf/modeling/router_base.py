@@ -1,7 +1,7 @@
 """What routers have in common: the base class, where they start from, and what they are fitted to."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,11 +45,14 @@ class Router(nn.Module):
             experts that do not run cost it anything.
         per_stack: whether one router chooses for all layers of a stack, so that experts with the same number must
             correspond.
+        settings: what can be set of it, keyword arguments of its `__init__`, with their defaults: whole numbers are
+            widths, from 1; others are shares, in (0, 1].
     """
 
     trainable = True
     begins_experts = False
     per_stack = False
+    settings: ClassVar[dict[str, Any]] = {}
     targets = staticmethod(output_norm)  # neurons (T, E, m), down (d, E, m) -> (T, E)
 
     def __init__(self, hidden_size: int, num_experts: int):
@@ -57,9 +60,25 @@ class Router(nn.Module):
         self.hidden_size, self.num_experts = hidden_size, num_experts
 
     @classmethod
-    def of(cls, ffn: "FfnWeights", num_experts: int) -> "Router":
+    def of(cls, ffn: "FfnWeights", num_experts: int, **settings: Any) -> "Router":
         """A router for an FFN of this kind and width; nothing is read from its weights."""
-        return cls(ffn.down.shape[0], num_experts)
+        return cls(ffn.down.shape[0], num_experts, **settings)
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: one that this kind of router has not, or out of range.
+        """
+        for name, value in settings.items():
+            if name not in cls.settings:
+                has = f"choose from {', '.join(cls.settings)}" if cls.settings else "it has none"
+                raise ValueError(f"{cls.__name__} has no setting {name!r}: {has}")
+            width, number = isinstance(cls.settings[name], int), isinstance(value, int | float)
+            fits = isinstance(value, int) and value >= 1 if width else number and 0 < value <= 1
+            if not fits or isinstance(value, bool):
+                valid = "a whole number from 1" if width else "a share in (0, 1]"
+                raise ValueError(f"{name} of {cls.__name__} must be {valid}, got {value!r}")
 
     def read_from_(self, ffn: "Callable[[], FfnWeights]", shared: int) -> None:
         """For routers that run part of their FFN: its weights as they are now, S shared experts first."""

@@ -5,7 +5,8 @@ does on each token. Weights are bare Parameters, so that no quantiser and no ada
 them.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -58,14 +59,14 @@ class SigmoidRouter(LinearRouter):
 
 
 class LowRankRouter(Router):
-    """scores = B A x through r = min(64, d, E) dimensions: what a linear router of many experts, down to single
+    """scores = B A x through min(`rank`, d, E) dimensions: what a linear router of many experts, down to single
     neurons, can afford (the predictors of PowerInfer). Starts from the SVD of the expert centres."""
 
-    RANK = 64
+    settings = {"rank": 64}
 
-    def __init__(self, hidden_size: int, num_experts: int):
+    def __init__(self, hidden_size: int, num_experts: int, rank: int = settings["rank"]):
         super().__init__(hidden_size, num_experts)
-        rank = min(self.RANK, hidden_size, num_experts)
+        rank = min(rank, hidden_size, num_experts)
         self.proj_in = nn.Parameter(torch.empty(rank, hidden_size))
         self.proj_out = nn.Parameter(torch.empty(num_experts, rank))
 
@@ -104,16 +105,16 @@ class MLPRouter(Router):
 
 
 class NormRegressionRouter(Router):
-    """scores = |W2 relu(W1 x + b1) + b2| through h = 128 dimensions: each expert's output norm itself, by squared
+    """scores = |W2 relu(W1 x + b1) + b2| through `hidden` dimensions: each expert's output norm itself, by squared
     error (D2DMoE, section 3.2)."""
 
-    HIDDEN = 128
+    settings = {"hidden": 128}
 
-    def __init__(self, hidden_size: int, num_experts: int):
+    def __init__(self, hidden_size: int, num_experts: int, hidden: int = settings["hidden"]):
         super().__init__(hidden_size, num_experts)
-        self.proj_in = nn.Parameter(torch.empty(self.HIDDEN, hidden_size))
-        self.bias_in = nn.Parameter(torch.empty(self.HIDDEN))
-        self.proj_out = nn.Parameter(torch.empty(num_experts, self.HIDDEN))
+        self.proj_in = nn.Parameter(torch.empty(hidden, hidden_size))
+        self.bias_in = nn.Parameter(torch.empty(hidden))
+        self.proj_out = nn.Parameter(torch.empty(num_experts, hidden))
         self.bias_out = nn.Parameter(torch.empty(num_experts))
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
@@ -188,3 +189,15 @@ ROUTERS: dict[str, type[Router]] = {
     "similarity": SimilarityRouter,
     "random": RandomRouter,
 }
+
+
+def router_class(name: Any, settings: Mapping[str, Any] | None = None) -> type[Router]:
+    """The router of that name, which can be made with these settings.
+
+    Raises:
+        ValueError: an unknown name or setting (the valid ones are listed), or a setting out of range.
+    """
+    if not isinstance(name, str) or name not in ROUTERS:
+        raise ValueError(f"unknown router {name!r}; choose from {', '.join(ROUTERS)}")
+    ROUTERS[name].check_settings(settings or {})
+    return ROUTERS[name]

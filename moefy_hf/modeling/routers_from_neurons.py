@@ -1,7 +1,7 @@
 """Routers that are made of the experts' own neurons: nothing is trained, and no data are needed."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,7 @@ class AnalyticRouter(Router):
         self.gate, self.gate_bias = rows(hidden_size) if gated else None, rows() if gated and bias else None
 
     @classmethod
-    def of(cls, ffn: "FfnWeights", num_experts: int) -> "AnalyticRouter":
+    def of(cls, ffn: "FfnWeights", num_experts: int, **settings: Any) -> "AnalyticRouter":
         return cls(ffn.down.shape[0], num_experts, ffn.act, ffn.gate is not None, ffn.up_bias is not None)
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ class AnalyticRouter(Router):
 
 class PartialInputRouter(Router):
     """scores = the norm of what each expert's neurons would give if the FFN read only the larger entries of x, a share
-    `INPUTS` of them, and zero for the others.
+    `inputs` of them, and zero for the others.
 
     That the small entries of a gated FFN's input hardly matter is TEAL's finding, which leaves them out; here they
     only do not choose, for the experts that run read the other entries, too. Neurons are taken as orthogonal in the
@@ -120,10 +120,11 @@ class PartialInputRouter(Router):
 
     trainable = False
     begins_experts = True
-    INPUTS = 0.4  # near the best for SwiGLU at half the FLOPs; reading more leaves less for the experts
+    settings = {"inputs": 0.4}  # near the best for SwiGLU at half the FLOPs; reading more leaves less for the experts
 
-    def __init__(self, hidden_size: int, num_experts: int):
+    def __init__(self, hidden_size: int, num_experts: int, inputs: float = settings["inputs"]):
         super().__init__(hidden_size, num_experts)
+        self.inputs = max(1, round(inputs * hidden_size))  # entries of x that are read
         self.ffn: tuple[Callable[[], FfnWeights], ...] = ()  # in a tuple: no child of this module
         self.shared = 0
 
@@ -138,17 +139,13 @@ class PartialInputRouter(Router):
             raise RuntimeError(f"this router runs part of its FFN, whose weights are {ffn.up.dtype}: quantised?")
         return ffn
 
-    def inputs(self) -> int:
-        """How many entries of x are read."""
-        return max(1, round(self.INPUTS * self.hidden_size))
-
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return self.score(x.float())
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
-        ffn, largest = self.weights(), x.abs().topk(self.inputs(), dim=-1, sorted=False).indices
+        ffn, largest = self.weights(), x.abs().topk(self.inputs, dim=-1, sorted=False).indices
         neurons = ffn.neurons(torch.zeros_like(x).scatter(-1, largest, x.gather(-1, largest))).float()  # (..., f)
         squares = neurons.square() * ffn.down.float().square().sum(0)
         experts = squares.unflatten(-1, (self.shared + self.num_experts, -1))[..., self.shared :, :]
@@ -160,4 +157,4 @@ class PartialInputRouter(Router):
     def flops(self) -> int:
         ffn = self.weights()
         neurons = ffn.down.shape[1] * self.num_experts // (self.shared + self.num_experts)
-        return 2 * self.inputs() * neurons * (1 if ffn.gate is None else 2)
+        return 2 * self.inputs * neurons * (1 if ffn.gate is None else 2)

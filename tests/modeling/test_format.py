@@ -25,7 +25,11 @@ from moefy_hf.modeling.moefied import FORMAT_VERSION
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 BY_SENSITIVITY = {"type": "threshold", "k": 0.25, "allocation": "sensitivity"}
 MADE: dict[str, tuple[str, dict, dict]] = {  # name -> head, changes to the tiny model, settings
-    "bert": ("AutoModelForSequenceClassification", {}, {"selection": BY_SENSITIVITY, "shared_experts": 1}),
+    "bert": (
+        "AutoModelForSequenceClassification",
+        {},
+        {"selection": BY_SENSITIVITY, "shared_experts": 1, "router": "low_rank", "router_settings": {"rank": 3}},
+    ),
     "llama": ("AutoModelForCausalLM", {}, {"selection": {"type": "top_k", "k": [2, 4]}, "compensation": True}),
     "t5": (
         "AutoModelForSeq2SeqLM",

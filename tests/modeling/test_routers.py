@@ -10,7 +10,7 @@ from torch import nn
 
 from moefy_hf.modeling.ffn_sites import FfnWeights
 from moefy_hf.modeling.router_base import activation_mass, expert_centres, output_norm, prior_affinity
-from moefy_hf.modeling.routers import ROUTERS, LowRankRouter
+from moefy_hf.modeling.routers import ROUTERS, LowRankRouter, router_class
 from moefy_hf.modeling.routers_from_neurons import AnalyticRouter, PartialInputRouter
 
 D, E, M = 6, 4, 3
@@ -153,6 +153,48 @@ def test_low_rank_is_the_best_of_its_rank(width, count, rank):
     values = torch.linalg.svdvals(wanted)
     assert (found - wanted).norm().item() == pytest.approx(values[rank:].norm().item(), rel=1e-3, abs=1e-5)
     assert router.flops() == 2 * rank * (width + count)
+
+
+SET = {  # other than the defaults
+    "low_rank": {"rank": 2},
+    "norm_regression": {"hidden": 5},
+    "partial_input": {"inputs": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_settings_change_what_a_router_costs(name):
+    ffn = experts(gated=True)
+    assert set(ROUTERS[name].settings) == set(SET.get(name, ()))
+    usual, ours = (ROUTERS[name].of(ffn, E, **settings) for settings in ({}, SET.get(name, {})))
+    for router in (usual, ours):
+        router.read_from_(lambda: ffn, 0)
+    costs = {
+        "low_rank": 2 * 2 * (D + E),
+        "norm_regression": 2 * 5 * (D + E),
+        "partial_input": 2 * (D // 2) * 2 * E * M,
+    }
+    assert ours.flops() == costs.get(name, usual.flops())
+    assert name not in SET or ours.flops() != usual.flops()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("low_rank", {"hidden": 3}, "LowRankRouter has no setting 'hidden': choose from rank"),
+        ("linear", {"rank": 3}, "LinearRouter has no setting 'rank': it has none"),
+        ("low_rank", {"rank": 0}, "rank of LowRankRouter must be a whole number from 1, got 0"),
+        ("low_rank", {"rank": True}, "got True"),
+        ("norm_regression", {"hidden": 2.5}, "whole number from 1, got 2.5"),
+        ("partial_input", {"inputs": 1.5}, r"inputs of PartialInputRouter must be a share in \(0, 1\], got 1.5"),
+        ("partial_input", {"inputs": "0.5"}, "got '0.5'"),
+        ("partial_input", {"inputs": float("nan")}, "got nan"),
+        (["linear"], {}, r"unknown router \['linear'\]; choose from linear"),
+    ],
+)
+def test_bad_settings_name_the_valid_ones(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        router_class(name, settings)
 
 
 def test_norm_regression_is_the_papers_network():
