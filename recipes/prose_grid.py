@@ -23,7 +23,7 @@ from common import MoeficationArguments, parse
 from moefy_causal_lm import CausalModelArguments, begin, save_dense
 from prose import ProseArguments
 from prose_facts import COMMON, METHOD, average, tables
-from run import CONVERSION, RECOVERY, SWEEP, moefication_config
+from run import CONVERSION, RECOVERY, SWEEP, moefication_config, router_settings
 from stages import write_json
 from sweep import Calibration
 from transformers import PreTrainedModel, TrainingArguments
@@ -31,7 +31,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from moefy_hf import evaluate, find_sites, moefy_, reroute_, share_within
 
 ROUTERLESS = (*CONVERSION, *RECOVERY, *SWEEP, "export", "generated_rows", "generated_tokens")
-UNUSED = {"dense": ROUTERLESS, "*-*.json": ROUTERLESS}  # a cell's name says how it was converted
+NAMED = tuple(name for name in ROUTERLESS if name != "router_settings")  # a cell's name says how it was converted
+UNUSED = {"dense": ROUTERLESS, "*-*.json": NAMED}
 LOCAL = 512  # tokens that each layer's output error is measured on
 
 
@@ -118,11 +119,12 @@ def measure(
     with run.autocast():
         if way not in split:
             split.clear()
-            model = run.load(calibration.dense)
-            moefy_(model, moefication_config(replace(cell, router="random"), run.config.seed), calibration.get())
-            split[way] = model
+            split[way] = run.load(calibration.dense)
+            moefy_(split[way], moefication_config(cell, run.config.seed), calibration.get())
+        else:
+            settings = router_settings(cell)
+            reroute_(split[way], cell.router, calibration.get(), settings=settings, seed=run.config.seed)
         model = split[way]
-        reroute_(model, cell.router, calibration.get(), seed=run.config.seed)
         shares = [share for budget in grid.budgets if (share := nearest_share(model, budget)) is not None]
         held_out = run.held_out()
         found = evaluate(model, held_out, shares, controls=controls, allocations=["uniform"], local_tokens=LOCAL)
