@@ -37,8 +37,8 @@ def run_kernel(ffn: "SparseFfn", x: torch.Tensor) -> torch.Tensor | None:
     """x (..., d) -> (..., d), by the C++ kernel; None where "auto" does better with all experts."""
     kernel = ffn.kernel()
     if kernel.routed and ffn.auto and ffn.act.selection.dynamic:
-        # How many experts these tokens need is known when they are routed; the average that was measured on others is
-        # no promise. So the kernel counts before an expert runs, and gives up: that costs what its router does
+        # How many experts these tokens need is known only when they are routed: an average that was measured on others
+        # would be no promise. The kernel counts them before any runs, and stops at too many: dense after its routing
         return kernel.within(x, largest_share(x))
     if kernel.routed:
         return kernel(x)[0]

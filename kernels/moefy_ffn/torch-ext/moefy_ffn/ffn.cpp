@@ -1,5 +1,5 @@
-// One routed FFN on a CPU: score the experts, select some per token, and compute those only. float32 or bfloat16 numbers;
-// sums are float32.
+// One routed FFN on a CPU: score the experts, select some per token, and compute those only. float32 or bfloat16
+// numbers; sums are float32.
 //
 // Weights are read where the model keeps them, a row of d numbers per neuron: expert e is the rows [e*m, (e+1)*m) of
 // up, gate and down. A block of tokens goes through these steps, each shared out over the threads:

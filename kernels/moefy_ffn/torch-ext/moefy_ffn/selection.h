@@ -98,7 +98,7 @@ struct Selector {
     double before = 0;
     for (auto end = heap.end(); end != heap.begin(); --end) {
       const int64_t e = ~0u - uint32_t(heap.front());
-      const float need = std::min(1 - (sum - float(before)) / floored(sum), 1.0f);
+      const float need = std::min(1 - (sum - float(before)) / floored(sum), 1.0f);  // sums differ by order
       if (!(need <= setting)) break;  // nan: none
       out[e] = first + e;
       before += strengths[e];
