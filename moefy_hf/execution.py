@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .architectures import check_code
-from .implementations import ACTIVATIONS, IMPLEMENTATIONS, MATRIX_ROUTERS
+from .implementations import ACTIVATIONS, IMPLEMENTATIONS, KERNEL_SELECTIONS, MATRIX_ROUTERS
 from .limits import INNER_DROPOUT, LIMITS, device_of, largest_share
 from .modeling.ffn_sites import FfnSite
 from .modeling.moefied import base_layer
@@ -26,6 +26,7 @@ logger = logging.get_logger("moefy_hf")
 
 TRITON_EXTRA = "pip install 'moefy-hf[triton]'"
 FEW_TOKENS = 4  # that indexing rows with torch pays for
+MANY_EXPERTS = "dense is as fast for so many experts and tokens"
 
 
 class SparseFfn:
@@ -69,7 +70,7 @@ class SparseFfn:
     def kernel(self) -> MoeFfn:
         """On the weights as they lie now: parameters may have been replaced since the last call, or the budget."""
         site, act = self.site, self.act
-        weight = None if act.selection.dynamic else self.matrix()
+        weight = self.matrix()
         parameters = (each for linear in self.linears for each in (linear.weight, linear.bias) if each is not None)
         state = (act.selection, type(act.router), *(each.data_ptr() for each in parameters), *self.versions())
         state = state if weight is None else (*state, weight.data_ptr())
@@ -79,26 +80,33 @@ class SparseFfn:
             kernel = MoeFfn(
                 weights.up,
                 weights.down.t(),
-                k=None if weight is None else act.k,
                 expert_size=act.expert_size,
                 activation=ACTIVATIONS[type(weights.act).__name__],
-                router=weight,
                 shared=act.shared,
                 gate=weights.gate,
                 up_bias=weights.up_bias,
                 gate_bias=weights.gate_bias,
                 down_bias=site.down.bias,
                 means=None if act.compensation is None else self.means(),
+                **({} if weight is None else self.routing(weight)),
             )
             self.prepared = prepared = (state, kernel)
         return prepared[1]
 
     def matrix(self) -> torch.Tensor | None:
-        """(E - S, d): the router, where it is one that the kernel multiplies by itself."""
+        """(E - S, d): the router, where it is one that the kernel multiplies by itself, and selects by."""
         router = self.act.router
-        weight = getattr(router, MATRIX_ROUTERS.get(type(router).__name__, ""), None)
+        weight = getattr(router, MATRIX_ROUTERS.get(type(router).__name__, ("", ""))[0], None)
         fits = weight is not None and weight.dtype in (torch.float32, self.linear.weight.dtype)
-        return weight if fits else None
+        return weight if fits and type(self.act.selection).__name__ in KERNEL_SELECTIONS else None
+
+    def routing(self, matrix: torch.Tensor) -> dict[str, Any]:
+        """What the kernel is told of the router and the selection."""
+        act = self.act
+        found = {"router": matrix, "selection": KERNEL_SELECTIONS[type(act.selection).__name__]}
+        if not act.selection.dynamic:
+            return found | {"k": act.k}
+        return found | {"setting": act.selection.setting, "strengths": MATRIX_ROUTERS[type(act.router).__name__][1]}
 
     def versions(self) -> tuple[int, ...]:
         """Of the tensors that a kernel holds a product of: it is stale where they change."""
@@ -116,9 +124,11 @@ class SparseFfn:
         return products.sum(-1).t().to(down.dtype).contiguous()
 
     def share(self, x: torch.Tensor) -> float:
-        """Of the experts, that these tokens compute."""
+        """Of the experts, that these tokens compute; 0 where `run_kernel` finds out."""
         act = self.act
         if act.selection.dynamic and x.device.type == "cpu":  # elsewhere the host would wait
+            if self.name == "cpu" and self.matrix() is not None:
+                return 0.0
             return float(self.keep(x).float().mean())
         return (act.k or 0) / act.num_experts  # unknown: sparse
 
@@ -136,8 +146,8 @@ class SparseFfn:
     def first(self, x: torch.Tensor) -> torch.Tensor:
         try:
             reason = self.reason(x)
-            if reason is None:
-                y = IMPLEMENTATIONS[self.name](self, x)
+            if reason is None and (y := IMPLEMENTATIONS[self.name](self, x)) is None:
+                reason = MANY_EXPERTS
         finally:
             self.calls.keep, self.calls.sparse = None, False  # also where the last call was interrupted
         if reason is not None:
@@ -199,7 +209,7 @@ class SparseFfn:
         if self.name == "torch" and x.numel() > FEW_TOKENS * x.shape[-1]:
             return "many tokens"
         if self.auto and self.share(x) > largest_share(x):
-            return "dense is as fast for so many experts and tokens"
+            return MANY_EXPERTS
         return None
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from .limits import largest_share
 from .modeling.routed_activation import RoutedActivation
 
 if TYPE_CHECKING:
@@ -21,19 +22,24 @@ ACTIVATIONS = {  # class of the activation module -> the kernel's name
     "ReLUSquaredActivation": "relu_squared",
     "QuickGELUActivation": "quick_gelu",
 }
-MATRIX_ROUTERS = {  # routers whose scores are W x -> where W is; the kernel multiplies and selects itself
-    "LinearRouter": "weight",
-    "MeanGateRouter": "weight",
-    "PriorApproximateRouter": "weight",
-    "RandomRouter": "weight",
-    "SigmoidRouter": "weight",
-    "SimilarityRouter": "centres",
+MATRIX_ROUTERS = {  # routers whose scores are W x -> where W is, and the strengths of scores; the kernel does it all
+    "LinearRouter": ("weight", "softmax"),
+    "MeanGateRouter": ("weight", "softmax"),
+    "PriorApproximateRouter": ("weight", "softmax"),
+    "RandomRouter": ("weight", "softmax"),
+    "SigmoidRouter": ("weight", "sigmoid"),
+    "SimilarityRouter": ("centres", "softmax"),
 }
+KERNEL_SELECTIONS = {"TopK": "top_k", "Threshold": "threshold", "TopP": "top_p", "Level": "level"}  # class -> its name
 
 
-def run_kernel(ffn: "SparseFfn", x: torch.Tensor) -> torch.Tensor:
-    """x (..., d) -> (..., d), by the C++ kernel."""
+def run_kernel(ffn: "SparseFfn", x: torch.Tensor) -> torch.Tensor | None:
+    """x (..., d) -> (..., d), by the C++ kernel; None where "auto" does better with all experts."""
     kernel = ffn.kernel()
+    if kernel.routed and ffn.auto and ffn.act.selection.dynamic:
+        # How many experts these tokens need is known only when they are routed: an average that was measured on others
+        # would be no promise. The kernel counts them before any runs, and stops at too many: dense after its routing
+        return kernel.within(x, largest_share(x))
     if kernel.routed:
         return kernel(x)[0]
     keep = ffn.keep(x)  # (..., E)

@@ -14,6 +14,9 @@ from tiny import NAMES, convert, distance, run, tiny_inputs, tiny_model
 
 from moefy_hf import MoeficationConfig, evaluate, execution, moefy_, profile
 from moefy_hf.execution import IMPLEMENTATIONS, SparseFfn
+from moefy_hf.implementations import MATRIX_ROUTERS
+from moefy_hf.modeling.router_base import Router
+from moefy_hf.modeling.routers import ROUTERS
 
 SIGMOID = "bert-sigmoid"  # an activation that no kernel has
 
@@ -25,16 +28,29 @@ def moefied(name: str, k: int = 2, **settings):
 
 
 def calls(monkeypatch) -> list[tuple]:
-    """The shapes that kernels are called with from here on."""
+    """The shapes of what kernels compute from here on."""
     found = []
     for name in IMPLEMENTATIONS:
         original = IMPLEMENTATIONS[name]
 
         def counted(ffn, x, original=original):
-            found.append(tuple(x.shape))
-            return original(ffn, x)
+            if (y := original(ffn, x)) is not None:
+                found.append(tuple(x.shape))
+            return y
 
         monkeypatch.setitem(execution.IMPLEMENTATIONS, name, counted)
+    return found
+
+
+def scorings(monkeypatch) -> list[str]:
+    """The routers that score in torch from here on."""
+    found, original = [], Router.forward
+
+    def counted(router, x):
+        found.append(type(router).__name__)
+        return original(router, x)
+
+    monkeypatch.setattr(Router, "forward", counted)
     return found
 
 
@@ -104,27 +120,36 @@ def test_routers_and_budgets(router, budget):
     assert distance(run(model, inputs), sparse) < 1e-5
 
 
-SELECTIONS = {"threshold": {"tau": 0.3}, "top_p": {"p": 0.5}, "level": {"level": 2.0}, "top_k": {"k": 3}}
+SELECTIONS = {"threshold": {"tau": 0.3}, "top_p": {"p": 0.5}, "level": {"level": 1.7}, "top_k": {"k": 3}}
+
+
+def select(model, selection: str, router: str = "random") -> None:
+    """Some experts, not all: sigmoids are larger than shares."""
+    settings = {"level": 0.8} if (selection, router) == ("level", "sigmoid") else SELECTIONS[selection]
+    model.set_selection(type=selection, **settings)
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "torch"])
 @pytest.mark.parametrize("compensated", [False, True])
 @pytest.mark.parametrize("shared", [0, 2])
 @pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_selections_shared_experts_and_compensation(name, selection, shared, compensated, implementation, monkeypatch):
+@pytest.mark.parametrize(("name", "router"), [("llama", "random"), ("gpt2", "random"), ("llama", "sigmoid")])
+def test_selections_shared_experts_and_compensation(
+    name, router, selection, shared, compensated, implementation, monkeypatch
+):
     model = tiny_model(name)
     config = MoeficationConfig(
-        expert_size=8, splitter="random", router="random", selection={"type": "top_k", "k": 3}, shared_experts=shared
+        expert_size=8, splitter="random", router=router, selection={"type": "top_k", "k": 3}, shared_experts=shared
     )
     moefy_(model, config, text_batches(2))
-    model.requires_grad_(False).set_selection(type=selection, **SELECTIONS[selection])
+    select(model.requires_grad_(False), selection, router)
     for site in model.moe_sites() if compensated else ():
         site.act.compensate_(torch.randn(site.sizes[1]))
     inputs = {"input_ids": tiny_inputs(name)["input_ids"][:1, :4]}
-    masked, found = run(model, inputs), calls(monkeypatch)
+    masked, found, scored = run(model, inputs), calls(monkeypatch), scorings(monkeypatch)
     model.set_moe_implementation(implementation)
     assert distance(run(model, inputs), masked) < 1e-5 and len(found) == 2
+    assert len(scored) == (0 if implementation == "cpu" else 2)  # else in the kernel's one call
     for site in model.moe_sites():  # means follow
         site.down.weight.mul_(2)
     after = run(model, inputs)
@@ -132,11 +157,40 @@ def test_selections_shared_experts_and_compensation(name, selection, shared, com
     assert distance(run(model, inputs), after) < 1e-5 < distance(masked, after)
 
 
+@pytest.mark.parametrize("router", [name for name in ROUTERS if not ROUTERS[name].begins_experts])
+@pytest.mark.parametrize("selection", [name for name in SELECTIONS if name != "top_k"])
+def test_every_router_and_dynamic_selection(selection, router, monkeypatch):
+    """In the kernel's call where the router is one matrix, by torch otherwise; each token scored once."""
+    model, inputs = tiny_model("llama"), tiny_inputs("llama")
+    moefy_(model, MoeficationConfig(expert_size=8, splitter="random", router=router), text_batches(2))
+    select(model.requires_grad_(False), selection, router)
+    masked, found, scored = run(model, inputs), calls(monkeypatch), scorings(monkeypatch)
+    model.set_moe_implementation("cpu")
+    assert distance(run(model, inputs), masked) < 1e-5 and len(found) == 2
+    assert len(scored) in ([0] if ROUTERS[router].__name__ in MATRIX_ROUTERS else [1, 2])  # a pre-gated layer waits
+
+
+@pytest.mark.parametrize("name", MATRIX_ROUTERS)
+def test_the_strengths_of_scores_are_as_listed(name):
+    (router,) = [each(8, 6) for each in ROUTERS.values() if each.__name__ == name]
+    weight, strengths = MATRIX_ROUTERS[name]
+    assert dict(router.named_parameters()).keys() == {weight} and getattr(router, weight).shape == (6, 8)
+    getattr(router, weight).data.normal_()
+    x = torch.randn(5, 8)
+    scores = x @ getattr(router, weight).T
+    torch.testing.assert_close(router(x), scores)
+    expected = {"softmax": scores.softmax(-1), "sigmoid": scores.sigmoid()}
+    assert torch.equal(router.strengths(scores), expected[strengths])
+    assert router.strengths(scores.bfloat16()).dtype == torch.float32  # rounded, they would tie
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("router_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "phi3"])
-def test_bfloat16(name, router_dtype):
+def test_bfloat16(name, router_dtype, selection):
     """As near to the float32 model as the masked bfloat16 model is."""
     model, inputs = moefied(name), tiny_inputs(name)
+    select(model, selection)
     exact = run(model, inputs)
     model.bfloat16()
     for site in model.moe_sites():
@@ -236,12 +290,17 @@ def test_auto_takes_what_there_is(monkeypatch):
     many = {name: each.repeat(2, 1) for name, each in inputs.items()}
     run(model, many)  # 28 tokens: dense is as fast
     assert len(found) == 2
-    model.set_selection(type="threshold", tau=0.9)  # nearly all experts
-    run(model, many)
-    assert len(found) == 2
+    scored = scorings(monkeypatch)
+    model.set_selection(type="threshold", tau=0.9)  # nearly all experts, which the kernel finds and computes nothing
+    dense = run(model, many)
+    assert len(found) == 2 and len(scored) == 2
     model.set_selection(type="threshold", tau=0.05)
     run(model, many)
-    assert len(found) == 4
+    assert len(found) == 4 and len(scored) == 2
+    model.set_selection(type="threshold", tau=0.9)
+    model.set_moe_implementation("masked")
+    assert all(torch.equal(a, b) for a, b in zip(run(model, many), dense, strict=True))
+    model.set_moe_implementation()
 
     def fails():
         raise BuildError("no compiler")
@@ -321,13 +380,21 @@ def test_threads_may_share_a_model():
     assert not wrong
 
 
-def test_generation_is_the_same():
+@pytest.mark.parametrize("router", ["linear", "sigmoid"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_generation_is_the_same(selection, router, monkeypatch):
     model = tiny_model("llama", "AutoModelForCausalLM", use_cache=True)
-    convert(model, 2)
+    moefy_(model, MoeficationConfig(expert_size=8, splitter="random", router=router), text_batches(2))
+    select(model, selection, router)
     prompt = tiny_inputs("llama")["input_ids"][:1, :4]
     masked = model.generate(prompt, do_sample=False, max_new_tokens=12)
-    model.set_moe_implementation("cpu")
-    assert torch.equal(model.generate(prompt, do_sample=False, max_new_tokens=12), masked)
+    for implementation in ("cpu", "auto"):
+        model.set_moe_implementation(implementation)
+        with monkeypatch.context() as context:
+            found, scored = calls(context), scorings(context)
+            assert torch.equal(model.generate(prompt, do_sample=False, max_new_tokens=12), masked)
+        assert len(found) == 24 if implementation == "cpu" else found
+        assert len(scored) == 24 - len(found)
 
 
 def test_without_the_package_there_is_a_clear_error(monkeypatch):

@@ -55,7 +55,7 @@ class SigmoidRouter(LinearRouter):
         return F.binary_cross_entropy_with_logits(scores.float(), relative_to_largest(targets))
 
     def strengths(self, scores: torch.Tensor) -> torch.Tensor:
-        return scores.sigmoid()
+        return scores.float().sigmoid()
 
 
 class LowRankRouter(Router):

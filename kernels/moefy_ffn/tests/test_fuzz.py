@@ -8,8 +8,9 @@ import os
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moefy_ffn import ACTIVATIONS, moe_ffn
+from moefy_ffn import ACTIVATIONS, STRENGTHS, moe_ffn
 from test_ffn import TOLERANCE, kept, made, reference
+from test_selections import check_choice
 
 LAYOUTS = {  # of x (tokens, d) -> the same numbers, laid out otherwise
     "contiguous": lambda x: x,
@@ -18,6 +19,11 @@ LAYOUTS = {  # of x (tokens, d) -> the same numbers, laid out otherwise
     "rows of a wider tensor": lambda x: torch.cat([x, torch.full_like(x, float("nan"))], -1)[:, : x.shape[1]],
     "one row for all": lambda x: x[:1].expand(x.shape),
 }
+SETTINGS = {
+    "threshold": st.floats(0, 1, width=32),
+    "top_p": st.floats(0, 1, width=32),
+    "level": st.floats(-1, 8, width=32),
+}
 SEARCH = bool(os.environ.get("HYPOTHESIS_SEARCH"))
 
 
@@ -25,7 +31,11 @@ SEARCH = bool(os.environ.get("HYPOTHESIS_SEARCH"))
 def cases(draw: st.DrawFn) -> dict:
     experts = draw(st.integers(1, 20))
     shared = draw(st.integers(0, min(3, experts - 1)))
+    selection = draw(st.sampled_from(["given", "top_k", *SETTINGS]))
     return {
+        "selection": selection,
+        "setting": draw(SETTINGS.get(selection, st.none())),
+        "strengths": draw(st.sampled_from(STRENGTHS)),
         "tokens": draw(st.one_of(st.integers(1, 12), st.sampled_from([31, 255, 256, 257, 300]))),
         "d": draw(st.integers(1, 130)),
         "experts": experts,
@@ -36,7 +46,6 @@ def cases(draw: st.DrawFn) -> dict:
         "gated": draw(st.booleans()),
         "biases": draw(st.sets(st.sampled_from(["up_bias", "gate_bias", "down_bias"]))),
         "means": draw(st.booleans()),
-        "given": draw(st.booleans()),
         "dtype": draw(st.sampled_from(list(TOLERANCE))),
         "layout": draw(st.sampled_from(sorted(LAYOUTS))),
         "threads": draw(st.integers(1, 3)),
@@ -56,18 +65,21 @@ def test_any_ffn_is_the_masked_one(case: dict):
     means = torch.randn(experts, d, generator=generator).to(case["dtype"]) if case["means"] else None
     called = inputs | {"activation": case["activation"], "means": means}
     how = {"expert_size": m, "threads": case["threads"]}
-    if case["given"]:
+    scores = inputs["x"].double() @ router.double().T
+    if case["selection"] == "given":
         slots = torch.stack([torch.randperm(experts, generator=generator)[: case["k"]] for _ in range(tokens)]).int()
         slots = slots.where(torch.rand(slots.shape, generator=generator) < 0.7, -1)
         y, _ = moe_ffn(**called, **how, experts=slots)
-    else:
+    elif case["selection"] == "top_k":
         y, slots = moe_ffn(**called, **how, k=case["k"], router=router, shared=case["shared"])
         assert slots.shape == (tokens, case["k"]) and (slots.diff() > 0).all() and (slots >= 0).all()
-        scores = torch.cat(
-            [torch.full((tokens, case["shared"]), torch.inf), inputs["x"].double() @ router.double().T], -1
-        )
+        scores = torch.cat([torch.full((tokens, case["shared"]), torch.inf), scores], -1)
         others = scores.masked_fill(kept(slots, experts), -torch.inf)
         assert (others.amax(-1) <= scores.gather(-1, slots.long()).amin(-1) + 1e-5).all()
+    else:
+        choice = {name: case[name] for name in ("selection", "setting", "strengths", "shared")}
+        y, slots = moe_ffn(**called, **how, **choice, router=router)
+        check_choice(slots, scores, **choice)
     called |= {"router": None, "keep": kept(slots, experts)}
     error = (y.double() - reference(**called)).abs()
     assert (error <= TOLERANCE[case["dtype"]] * (0.05 + sum_of_sizes(**called))).all()

@@ -11,9 +11,10 @@ import torch
 
 from .build import BuildError, library
 
-__all__ = ["ACTIVATIONS", "BuildError", "MoeFfn", "moe_ffn"]
+__all__ = ["ACTIVATIONS", "SELECTIONS", "STRENGTHS", "BuildError", "MoeFfn", "moe_ffn"]
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "relu_squared", "quick_gelu")  # in the order of activations.h
+SELECTIONS, STRENGTHS = ("top_k", "threshold", "top_p", "level"), ("softmax", "sigmoid")  # in that of selection.h
 
 
 class _Ffn(ctypes.Structure):
@@ -23,13 +24,21 @@ class _Ffn(ctypes.Structure):
             for name in ("router", "up", "gate", "down", "up_bias", "gate_bias", "base", "means")
         ),
         *((name, ctypes.c_int64) for name in ("d", "num_experts", "expert_size", "shared")),
-        *((name, ctypes.c_int32) for name in ("activation", "is_bfloat16", "router_is_bfloat16")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("activation", "is_bfloat16", "router_is_bfloat16", "selection", "strengths")
+        ),
+        ("setting", ctypes.c_float),
     ]
 
 
+_POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
+_ARGUMENTS = (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _POINTER, _COUNT, ctypes.c_int32)
+
+
 class MoeFfn:
-    """A routed FFN's weights, checked once: calling it with x (..., d) gives the output (..., d) of the k selected
-    experts of each token, and which ran (..., k) int32.
+    """A routed FFN's weights, checked once: calling it with x (..., d) gives the output (..., d) of the experts that
+    each token selects, and which ran (..., K) int32: K is k, or E with -1 in the slots of experts that did not.
 
     FFN(x) = down^T act(up x + up_bias) + down_bias; gated, down^T (act(gate x + gate_bias) * (up x + up_bias)) +
     down_bias; over the neurons of the selected experts, expert e owning neurons [e * expert_size, (e + 1) *
@@ -38,15 +47,21 @@ class MoeFfn:
     Args:
         up, gate, down: (f, d), a row per neuron, contiguous on the CPU; `down` is transposed nn.Linear's. They are
             read where they are: a change in place is seen.
-        router: (E - shared, d); the k experts of the largest scores run. Without, calls say which. It may be float32
+        router: (E - shared, d); its scores router x select. Without, calls say which experts run. It may be float32
             in a bfloat16 FFN.
+        k: how many run with "top_k": those of the largest scores.
+        selection: one of `SELECTIONS`. "threshold": experts at least 1 - setting times as strong as the token's
+            strongest; "top_p": the strongest, until together they have the share `setting` of the token's strength;
+            "level": those of at least the strength exp(-setting), which may be none.
+        strengths: one of `STRENGTHS`: what these make of scores.
         shared: experts 0 to shared - 1 run for every token; k counts them.
         means: (E, d) what each expert adds to the output of a token that does not run it; copied.
         threads: of a call; by default those of torch.
 
     Raises:
         BuildError: the kernel cannot be compiled here.
-        ValueError: a tensor of another dtype, device, shape or layout, an unknown activation, or k out of range.
+        ValueError: a tensor of another dtype, device, shape or layout, an unknown name, k out of range, or a selection
+            other than "top_k" without a router or with k or without a setting.
     """
 
     def __init__(
@@ -59,6 +74,9 @@ class MoeFfn:
         activation: str,
         router: torch.Tensor | None = None,
         shared: int = 0,
+        selection: str = "top_k",
+        setting: float | None = None,
+        strengths: str = "softmax",
         gate: torch.Tensor | None = None,
         up_bias: torch.Tensor | None = None,
         gate_bias: torch.Tensor | None = None,
@@ -69,10 +87,17 @@ class MoeFfn:
         f, d = up.shape
         if up.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"up must be torch.float32 or torch.bfloat16, got {up.dtype}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
-        experts = f // expert_size
-        if f % expert_size or (router is not None and (k is None or not 0 <= shared <= k <= experts or k == 0)):
+        codes = {
+            "activation": _code("activation", activation, ACTIVATIONS),
+            "selection": _code("selection", selection, SELECTIONS),
+            "strengths": _code("strengths", strengths, STRENGTHS),
+        }
+        experts, dynamic = f // expert_size, selection != "top_k"
+        if dynamic != (setting is not None) or (dynamic and (k is not None or router is None)):
+            told = f"{selection!r} with k={k}, setting={setting}"
+            raise ValueError(f"{told}: top_k has k, others a router and a setting")
+        slots = experts if dynamic else k
+        if f % expert_size or (router is not None and (not slots or not 0 <= shared <= slots <= experts)):
             sizes = f"{f} neurons and {shared} shared experts"
             raise ValueError(f"k={k} of experts of {expert_size} neurons does not fit {sizes}")
         shapes = {"up": (up, (f, d)), "gate": (gate, (f, d)), "down": (down, (f, d)), "down_bias": (down_bias, (d,))}
@@ -86,15 +111,15 @@ class MoeFfn:
         if means is not None:  # all of them, of which experts that run take theirs away
             means = means.clone()
             base = (means.double().sum(0) + (0 if down_bias is None else down_bias)).to(up.dtype)
-        self.d, self.k, self.dtype, self.routed, self.threads = d, k, up.dtype, router is not None, threads
+        self.d, self.slots, self.dtype, self.routed, self.threads = d, slots, up.dtype, router is not None, threads
         self.kept = (router, up, gate, down, up_bias, gate_bias, base, means)
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in self.kept)
-        halves = (up.dtype == torch.bfloat16, router is not None and router.dtype == torch.bfloat16)
-        sizes = (d, experts, expert_size, shared)
-        self.struct = _Ffn(*pointers, *sizes, ACTIVATIONS.index(activation), *halves)
+        codes["is_bfloat16"] = up.dtype == torch.bfloat16
+        codes["router_is_bfloat16"] = router is not None and router.dtype == torch.bfloat16
+        self.struct = _Ffn(*pointers, d, experts, expert_size, shared, **codes, setting=setting or 0.0)
         self.pointer = ctypes.byref(self.struct)
         self.run = library().moefy_ffn
-        self.run.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
+        self.run.argtypes, self.run.restype = _ARGUMENTS, ctypes.c_bool
 
     def __call__(self, x: torch.Tensor, experts: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """experts: (..., K) int32, where there is no router; K is any, an expert comes at most once per token, and
@@ -106,21 +131,46 @@ class MoeFfn:
         """
         if self.routed == (experts is not None):
             raise ValueError("give a router or experts")
-        x = x.contiguous()
-        _check("x", x, (self.dtype,), (*x.shape[:-1], self.d))
+        x = self.checked(x)
         if experts is None:
-            experts = torch.empty((*x.shape[:-1], self.k), dtype=torch.int32)
+            experts = self.slots_for(x)
         else:
             experts = experts.contiguous()
             _check("experts", experts, (torch.int32,), (*x.shape[:-1], experts.shape[-1]))
             low, high = (int(each) for each in experts.aminmax()) if experts.numel() else (-1, -1)
             if low < -1 or high >= self.struct.num_experts:
                 raise ValueError(f"experts must lie in [-1, {self.struct.num_experts}), got {low} to {high}")
-        y, tokens = torch.empty_like(x), x.numel() // self.d
-        if tokens:
-            threads = self.threads or torch.get_num_threads()
-            self.run(self.pointer, x.data_ptr(), experts.data_ptr(), experts.shape[-1], y.data_ptr(), tokens, threads)
+        y = torch.empty_like(x)
+        self.compute(x, experts, y, most=-1)
         return y, experts
+
+    def within(self, x: torch.Tensor, share: float) -> torch.Tensor | None:
+        """The output for x (..., d) by the router, or None where its tokens select more than this share of the
+        experts, on average: then nothing is computed but scores.
+
+        Raises:
+            ValueError: x of another dtype, device or shape, or no router.
+        """
+        if not self.routed:
+            raise ValueError("a share is for FFNs with a router")
+        x = self.checked(x)
+        y = torch.empty_like(x)
+        most = int(share * self.struct.num_experts * (x.numel() // self.d))
+        return y if self.compute(x, self.slots_for(x), y, most) else None
+
+    def checked(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        _check("x", x, (self.dtype,), (*x.shape[:-1], self.d))
+        return x
+
+    def slots_for(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.empty((*x.shape[:-1], self.slots), dtype=torch.int32)
+
+    def compute(self, x: torch.Tensor, experts: torch.Tensor, y: torch.Tensor, most: int) -> bool:
+        """See `ffn.cpp`."""
+        tokens, threads = x.numel() // self.d, self.threads or torch.get_num_threads()
+        places = (x.data_ptr(), experts.data_ptr(), experts.shape[-1], most, y.data_ptr())
+        return not tokens or self.run(self.pointer, *places, tokens, threads)
 
 
 def moe_ffn(
@@ -128,6 +178,12 @@ def moe_ffn(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One call of `MoeFfn(up, down, **settings)`, which is worth keeping for more of them."""
     return MoeFfn(up, down, **settings)(x, experts)
+
+
+def _code(what: str, name: str, names: tuple[str, ...]) -> int:
+    if name not in names:
+        raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(names)}")
+    return names.index(name)
 
 
 def _check(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:

@@ -1,18 +1,18 @@
-// One routed FFN on a CPU: score the experts, select k per token, and compute those only. float32 or bfloat16 numbers;
-// sums are float32.
+// One routed FFN on a CPU: score the experts, select some per token, and compute those only. float32 or bfloat16
+// numbers; sums are float32.
 //
 // Weights are read where the model keeps them, a row of d numbers per neuron: expert e is the rows [e*m, (e+1)*m) of
 // up, gate and down. A block of tokens goes through these steps, each shared out over the threads:
 //
-//   scores (T, E - S) -> k experts per token, S of them always -> pairs (token, expert), sorted by expert
+//   scores (T, E - S) -> experts of each token, S of them always -> pairs (token, expert), sorted by expert
 //   -> hidden (pairs, m) = act(gate x) * up x, an expert at a time -> y (T, d) += hidden * down, a slice of columns each
 //
 // Few tokens are bound by the memory that the selected rows come from, many by the arithmetic.
 
 #include <omp.h>
 
-#include "activations.h"
 #include "products.h"
+#include "selection.h"
 
 extern "C" {
 
@@ -23,7 +23,8 @@ struct Ffn {
   const void *up_bias, *gate_bias, *base;  // (f), (f), (d), or null
   const void *means;       // (E, d), or null: what an expert that runs takes away from `base`
   int64_t d, num_experts, expert_size, shared;
-  int32_t activation, is_bfloat16, router_is_bfloat16;
+  int32_t activation, is_bfloat16, router_is_bfloat16, selection, strengths;  // the last two: see selection.h
+  float setting;           // of a selection other than TOP_K
 };
 }
 
@@ -32,47 +33,6 @@ namespace {
 constexpr int64_t BLOCK = 256;  // tokens at once: their inputs and outputs stay in the cache
 constexpr int64_t SLICE = 64;   // columns of y are shared out in multiples of this
 constexpr int64_t STREAM = 8;   // rows of down that one token reads at once
-
-// The k best of n scores, as torch.topk: nan is larger than any number, of equals the first; in increasing order
-void select(const float *scores, int64_t n, int64_t k, int32_t first, int32_t *out, std::vector<uint32_t> &keys) {
-  keys.resize(n);
-  for (int64_t e = 0; e < n; ++e) {  // ordered as the scores are
-    uint32_t b;
-    memcpy(&b, scores + e, 4);
-    keys[e] = scores[e] != scores[e] ? ~0u : b & 0x80000000u ? ~b : b | 0x80000000u;
-  }
-  uint32_t least = 0;  // the key of the k-th best, from its highest bit on
-  for (int bit = 31; bit >= 0; --bit) {
-    const uint32_t tried = least | 1u << bit;
-    int32_t reached = 0;
-    for (const uint32_t key : keys) reached += key >= tried;
-    if (reached >= k) least = tried;
-    if (reached == k) break;
-  }
-  for (const uint32_t key : keys) k -= key > least;
-  for (int64_t e = 0; e < n; ++e)
-    if (keys[e] > least || (keys[e] == least && k-- > 0)) *out++ = first + e;
-}
-
-struct Pairs {  // of one block, sorted by expert
-  std::vector<int64_t> starts;  // (E + 1) where each expert's begin
-  std::vector<int32_t> tokens, used;  // used: the experts that have any
-
-  void sort(const int32_t *index, int64_t count, int64_t k, int64_t experts) {
-    starts.assign(experts + 1, 0);
-    used.clear();
-    for (int64_t i = 0; i < count * k; ++i)
-      if (index[i] >= 0) ++starts[index[i] + 1];
-    for (int64_t e = 0; e < experts; ++e) {
-      if (starts[e + 1]) used.push_back(e);
-      starts[e + 1] += starts[e];
-    }
-    tokens.resize(starts[experts]);
-    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-    for (int64_t i = 0; i < count * k; ++i)
-      if (index[i] >= 0) tokens[next[index[i]]++] = i / k;
-  }
-};
 
 // One FFN over blocks of tokens, its numbers of type P
 template <class P>
@@ -239,28 +199,37 @@ struct Blocks {
                 scores.data() + first, f.num_experts - f.shared, nullptr);
   }
 
-  // One thread's share of a block of tokens: in (count, d), index (count, k), out (count, d)
-  void run(const Number *in, int32_t *index, Number *out, int64_t count, int64_t worker, int64_t workers) {
-    const int64_t routed = f.num_experts - f.shared, slices = (d + SLICE - 1) / SLICE;
-    const int64_t begin = worker * slices / workers * SLICE, end = std::min((worker + 1) * slices / workers * SLICE, d);
-    std::vector<uint32_t> keys;
+  // What follows is one thread's share of a block of tokens
+
+  // in (count, d)
+  void stage(const Number *in, int64_t count) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < count; ++t) {
       P::stage(in + t * d, d, x.data() + t * padded);
       std::fill_n(y.data() + t * padded, padded, 0.0f);
       for (int64_t i = 0; i < d && !wide.empty(); ++i) wide[t * padded + i] = number(in[t * d + i]);
     }
-    if (f.router) {
-      const int64_t first = worker * routed / workers, last = (worker + 1) * routed / workers;
-      if (wide.empty()) score<P>(x, count, first, last);
-      else score<Float32>(wide, count, first, last);
+  }
+
+  // Of what is staged: index (count, k)
+  void choose(int32_t *index, int64_t count, int64_t worker, int64_t workers) {
+    const int64_t routed = f.num_experts - f.shared;
+    const int64_t first = worker * routed / workers, last = (worker + 1) * routed / workers;
+    if (wide.empty()) score<P>(x, count, first, last);
+    else score<Float32>(wide, count, first, last);
+    Selector selector{f.selection, f.strengths, f.setting, routed, k - f.shared};
 #pragma omp barrier
 #pragma omp for schedule(static)
-      for (int64_t t = 0; t < count; ++t) {
-        for (int64_t e = 0; e < f.shared; ++e) index[t * k + e] = e;
-        select(scores.data() + t * routed, routed, k - f.shared, f.shared, index + t * k + f.shared, keys);
-      }
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t e = 0; e < f.shared; ++e) index[t * k + e] = e;
+      selector.select(scores.data() + t * routed, f.shared, index + t * k + f.shared);
     }
+  }
+
+  // Of what is staged and chosen: out (count, d)
+  void compute(const int32_t *index, Number *out, int64_t count, int64_t worker, int64_t workers) {
+    const int64_t slices = (d + SLICE - 1) / SLICE;
+    const int64_t begin = worker * slices / workers * SLICE, end = std::min((worker + 1) * slices / workers * SLICE, d);
 #pragma omp single
     {
       pairs.sort(index, count, k, f.num_experts);
@@ -276,7 +245,8 @@ struct Blocks {
 };
 
 template <class P>
-void run(const Ffn &f, const void *x, int32_t *index, int64_t k, void *y, int64_t tokens, int32_t threads) {
+bool run(const Ffn &f, const void *x, int32_t *index, int64_t k, int64_t most, void *y, int64_t tokens,
+         int32_t threads) {
   typedef typename P::Number Number;
   Blocks<P> blocks{f, k};
   const int64_t block = std::min(tokens, BLOCK);
@@ -284,17 +254,36 @@ void run(const Ffn &f, const void *x, int32_t *index, int64_t k, void *y, int64_
   blocks.y.resize(block * blocks.padded);
   if (f.router) blocks.scores.resize(block * (f.num_experts - f.shared));
   if (f.router && f.router_is_bfloat16 != f.is_bfloat16) blocks.wide.resize(block * blocks.padded);
+  const bool limited = most >= 0;  // then all experts are chosen, and counted, before any of them runs
+  bool few = true;
 #pragma omp parallel num_threads(threads)
-  for (int64_t start = 0; start < tokens; start += block)
-    blocks.run((const Number *)x + start * f.d, index + start * k, (Number *)y + start * f.d,
-               std::min(block, tokens - start), omp_get_thread_num(), omp_get_num_threads());
+  {
+    const int64_t worker = omp_get_thread_num(), workers = omp_get_num_threads();
+    const auto in_blocks = [&](bool chooses, bool computes) {
+      for (int64_t start = 0; start < tokens; start += block) {
+        const int64_t count = std::min(block, tokens - start);
+        blocks.stage((const Number *)x + start * f.d, count);
+        if (chooses) blocks.choose(index + start * k, count, worker, workers);
+        if (computes) blocks.compute(index + start * k, (Number *)y + start * f.d, count, worker, workers);
+      }
+    };
+    if (limited) {
+      in_blocks(f.router, false);
+#pragma omp single
+      few = std::count_if(index, index + tokens * k, [](int32_t e) { return e >= 0; }) <= most;
+    }
+    if (few) in_blocks(f.router && !limited, true);
+  }
+  return few;
 }
 
 }  // namespace
 
-// x, y (tokens, d); index (tokens, k): the experts, written where there is a router, else read: -1 is no expert.
-extern "C" void moefy_ffn(const Ffn *ffn, const void *x, int32_t *index, int64_t k, void *y, int64_t tokens,
-                          int32_t threads) {
-  if (ffn->is_bfloat16) run<Bfloat16>(*ffn, x, index, k, y, tokens, threads);
-  else run<Float32>(*ffn, x, index, k, y, tokens, threads);
+// x, y (tokens, d); index (tokens, k): the experts, written where there is a router, else read: -1 is no expert. Where
+// a selection is not TOP_K, k is E. If they are more than `most` over all tokens, nothing is computed: false. No limit
+// is -1.
+extern "C" bool moefy_ffn(const Ffn *ffn, const void *x, int32_t *index, int64_t k, int64_t most, void *y,
+                          int64_t tokens, int32_t threads) {
+  if (ffn->is_bfloat16) return run<Bfloat16>(*ffn, x, index, k, most, y, tokens, threads);
+  return run<Float32>(*ffn, x, index, k, most, y, tokens, threads);
 }
