@@ -1,4 +1,4 @@
-"""The figures of the README and of the cards are those of the committed facts."""
+"""The figures of the README, of docs/results.md and of the cards are those of the committed facts."""
 
 import csv
 import json
@@ -27,12 +27,11 @@ ANALYSES = [path for path, facts in KNOWN.items() if "specialisation" in facts]
 
 @pytest.fixture(scope="module")
 def results():
-    text = (ROOT / "README.md").read_text()
-    return text[text.index("<!-- results -->") : text.index("<!-- /results -->")]
+    return (ROOT / "docs" / "results.md").read_text()
 
 
 @pytest.mark.parametrize("path", FACTS, ids=lambda path: path.stem)
-def test_the_readme_shows_the_facts(path, results):
+def test_the_results_show_the_facts(path, results):
     facts = json.loads(path.read_text())
     assert sweep_tables.tables(facts, ["relative_quality"]) in results
     assert facts["command"] in results
@@ -97,12 +96,43 @@ def test_whole_models_are_as_they_were_measured(name):
 
 
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: path.stem)
-def test_the_readme_shows_perplexities(path, results):
+def test_the_results_show_perplexities(path, results):
     """python recipes/prose_facts.py model_cards/facts/NAME.json"""
     assert prose_facts.tables(KNOWN[path]) in results and KNOWN[path]["command"] in results
 
 
-def test_a_recovered_language_model_beside_a_dense_one_that_was_trained_as_long():
+SUMMARY = {
+    "minilm_movie_recovery": ("MiniLM with ReLU, movie polarity", 0.2),
+    "minilm_r52_recovery": ("MiniLM with ReLU, Reuters R52", 0.2),
+    "vit_fashion_recovery": ("ViT, Fashion-MNIST", 0.2),
+    "t5_r8_recovery": ("T5, Reuters R8", 0.2),
+    "minilm_movie_gelu": ("MiniLM with GELU, movie polarity", 0.3),
+}
+
+
+@pytest.mark.parametrize("name", SUMMARY)
+def test_the_readme_sums_up(name):
+    (title, share), rows = SUMMARY[name], KNOWN[ROOT / "model_cards" / "facts" / f"{name}.json"]["rows"]
+    at = {row["router"]: row for row in rows if (row["share"], row["allocation"]) == (share, "sensitivity")}
+    cells = [at["linear"]["ffn_flops"], at["linear"]["relative_quality"], at["linear, recovered"]["relative_quality"]]
+    shown = (title, f"{cells[0]:.0%}", *(f"{cell:.1%}" for cell in cells[1:]))
+    assert f"| {' | '.join(shown)} |" in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_sums_up_the_language_model():
+    rows = KNOWN[ROOT / "model_cards" / "facts" / "smollm2_recovery.json"]["perplexities"]
+    found = {
+        ("recovery" in row["method"], row["k"]): row["relative_quality"] for row in rows if row["type"] == "level"
+    }
+    (control,) = (row["relative_quality"] for row in rows if row["router"] == "control")
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{found[False, 0.32]:.2f} times the dense perplexity at half of the FLOPs" in text
+    assert f"and {found[False, 0.66]:.2f} times at three quarters without training" in text
+    assert f"{found[True, 0.32]:.2f} and {found[True, 0.66]:.2f} times after 150,000 tokens" in text
+    assert f"trained as long: {control:.2f}" in text
+
+
+def test_a_recovered_language_model_beside_a_dense_one_that_was_trained_as_long(results):
     rows = KNOWN[ROOT / "model_cards" / "facts" / "smollm2_recovery.json"]["perplexities"]
     (control,) = (row["relative_quality"] for row in rows if row["router"] == "control")
     cost = {
@@ -110,7 +140,7 @@ def test_a_recovered_language_model_beside_a_dense_one_that_was_trained_as_long(
         for row in rows
         if row["type"] == "level" and "recovery" in row["method"]
     }
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = " ".join(results.split())
     assert f"which without distillation comes to {control:.3f} of what it was" in text
     assert f'"level" costs {cost[0.32]} at half of the FLOPs and {cost[0.66]} at three quarters' in text
 
@@ -172,7 +202,7 @@ def test_every_fact_is_shown():
     assert FACTS and EXPORTS and len(FACTS) + len(PROSE) + len(EXPORTS) + len(ANALYSES) == len(KNOWN)
 
 
-@pytest.mark.parametrize("path", ["README.md", "recipes/serving/README.md"])
+@pytest.mark.parametrize("path", ["README.md", "docs/results.md", "recipes/serving/README.md"])
 def test_links_lead_somewhere(path):
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / path).read_text())
     assert links and all((ROOT / path).parent.joinpath(link).exists() for link in links)

@@ -167,9 +167,7 @@ def test_a_grid_of_routers_and_splits_at_equal_flops(recipe, texts, tmp_path, ca
         k = round((budget - 1 / (3 * size)) * 48 / size) / (48 / size)
         own, oracle = by["linear", size, "own", k], by["linear", size, "oracle", k]
         assert own["ffn_flops"] == pytest.approx(budget, abs=size / 48 / 2 + 1e-6)
-        assert (
-            oracle["ffn_flops"] == pytest.approx(k) and 0 <= oracle["output_error"] < own["output_error"]
-        )
+        assert oracle["ffn_flops"] == pytest.approx(k) and 0 <= oracle["output_error"] < own["output_error"]
     assert "| gate_clustering of 2 neurons, mean_gate | " in prose_facts.tables(found)
     other = grid | {"routers": ["linear", "analytic"], "splitters": ["gate_clustering", "random"], "seeds": [0, 1]}
     recipe(run, prose_grid.main, **settings | {"controls": ["none"]}, **other)  # goes on
