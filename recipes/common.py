@@ -108,6 +108,9 @@ class MoeficationArguments:
             "penalty, instead of a fixed budget; needs router sigmoid"
         },
     )
+    learned_tau: float | None = field(
+        default=None, metadata={"help": "with learned_eta: experts of at least this strength run; 0.5 by default"}
+    )
     schedule: str | None = field(
         default=None,
         metadata={

@@ -36,6 +36,7 @@ COMMON = (
     "max_seq_length",
 )
 BUDGETS = (0.25, 0.5, 0.75, 0.9, 1.0)  # shares of the FFNs' FLOPs that methods are compared at
+LEARNED = ("learned_eta", "learned_tau")
 METHOD = ("splitter", "router", "expert_size", "num_experts", "shared_experts", "compensation", "calibration_tokens")
 
 
@@ -104,7 +105,7 @@ def recovered_cells_of(directory: Path) -> list[dict[str, Any]]:
         ours = row["k"] is None or (row["type"], row["allocation"]) == ("top_k", settings["allocation"])
         found.append(cell | {"texts": {text: recovered[f"{text} {at}"] / dense[text] for text in dense if ours}})
     texts = {text: control[text] / dense[text] for text in dense}  # as many tokens of each
-    other = ("share", "distillation_weight", "learned_eta")
+    other = ("share", "distillation_weight", *LEARNED)
     alike = {name: value for name, value in recovery_of(settings).items() if name not in other}
     trained = {"seed": settings["seed"], "method": {"recovery": alike}, "router": "control"}
     trained |= {"type": "top_k", "allocation": "uniform", "k": 1.0, "ffn_flops": 1.0, "texts": texts}
@@ -115,7 +116,7 @@ def recovery_of(settings: dict[str, Any]) -> dict[str, Any]:
     """What a recovery was, as far as figures depend on it."""
     names = ("recovery_parameters", "lora_rank", "distillation_weight", "learning_rate")
     tokens = round(settings["recovery_epochs"] * settings["train_tokens"])
-    learned = {name: settings[name] for name in ("learned_eta",) if settings.get(name) is not None}
+    learned = {name: settings[name] for name in LEARNED if settings.get(name) is not None}
     return {"tokens": tokens, "share": settings["share"], **{name: settings[name] for name in names}, **learned}
 
 

@@ -42,11 +42,15 @@ def check_recovery(moe_args: MoeficationArguments, training_args: TrainingArgume
     if moe_args.learned_eta is not None:
         check_learned(moe_args, moe_args.learned_eta)
         refuse_sharded(training_args, SHARDED)
+    elif moe_args.learned_tau is not None:
+        raise ValueError(f"learned_tau {moe_args.learned_tau} is a setting of learned_eta: give that, too")
 
 
 def check_learned(moe_args: MoeficationArguments, eta: float) -> None:
     if not 0 <= eta < math.inf:
         raise ValueError(f"learned_eta is a weight and must not be negative, got {eta}")
+    if moe_args.learned_tau is not None and not 0 < moe_args.learned_tau < 1:
+        raise ValueError(f"learned_tau must lie between 0 and 1, as strengths do, got {moe_args.learned_tau}")
     if moe_args.router != "sigmoid":
         raise ValueError(f"learned_eta needs router 'sigmoid', got {moe_args.router!r}")
     if not moe_args.recovery_epochs:
@@ -97,7 +101,10 @@ def penalties(moe_args: MoeficationArguments) -> list[TrainerCallback]:
 
 def recovering(moe_args: MoeficationArguments) -> TrainerCallback:
     """At the budget that the model has, or one that it learns; the latter trains the routers, too."""
-    return MoEficationCallback() if moe_args.learned_eta is None else LearnedSelectionCallback(moe_args.learned_eta)
+    if moe_args.learned_eta is None:
+        return MoEficationCallback()
+    settings = {} if moe_args.learned_tau is None else {"tau": moe_args.learned_tau}
+    return LearnedSelectionCallback(moe_args.learned_eta, **settings)
 
 
 def following(

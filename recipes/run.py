@@ -35,14 +35,15 @@ CONVERSION = (
 )
 SWEEP = ("shares", "controls", "selections")
 RECOVERY = (
-    *("recovery_epochs", "recovery_parameters", "lora_rank", "distillation_weight", "learned_eta", "schedule"),
+    *("recovery_epochs", "recovery_parameters", "lora_rank", "distillation_weight", "learned_eta", "learned_tau"),
+    "schedule",
 )
 MODELS = {  # what the training or conversion of each model does not read
     "dense": (*CONVERSION, *RECOVERY),
     "moefied": RECOVERY,
     "recovered": ("schedule",),
-    "control": (*CONVERSION, "distillation_weight", "learned_eta", "schedule"),
-    "scheduled": ("recovery_epochs", "recovery_parameters", "lora_rank", "learned_eta"),
+    "control": (*CONVERSION, "distillation_weight", "learned_eta", "learned_tau", "schedule"),
+    "scheduled": ("recovery_epochs", "recovery_parameters", "lora_rank", "learned_eta", "learned_tau"),
 }
 GENERATED = ("generated_rows", "generated_tokens")
 UNUSED = {

@@ -170,6 +170,8 @@ LEARNS = {"recovery_epochs": 1, "router": "sigmoid"}
         ({"schedule": "slowly"}, "unknown schedule 'slowly'.*anneal"),
         ({"learned_eta": -0.5} | LEARNS, "learned_eta is a weight and must not be negative, got -0.5"),
         ({"learned_eta": "nan"} | LEARNS, "learned_eta is a weight"),
+        ({"learned_eta": 1.0, "learned_tau": 1.0} | LEARNS, "learned_tau must lie between 0 and 1.*got 1.0"),
+        ({"learned_tau": 0.3} | LEARNS, "learned_tau 0.3 is a setting of learned_eta"),
         ({"learned_eta": 1.0, "recovery_epochs": 1}, "needs router 'sigmoid', got 'linear'"),
         ({"learned_eta": 1.0, "router": "sigmoid"}, "learned_eta 1.0 is a setting of recovery: give recovery_epochs"),
         ({"learned_eta": 1.0, "compensation": True} | LEARNS, "what compensation adds"),

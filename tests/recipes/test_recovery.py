@@ -58,17 +58,18 @@ def test_recovers_at_its_budget(recipe, tmp_path, parameters, capsys):
     assert "trained for as many steps as recovery: " in out and "| random | fixed random, recovered | " in out
 
 
+TAU = 0.4
 LEARNED = {"router": "sigmoid", "allocation": "sensitivity", "expert_size": 4}
 
 
 def read_by_hand(folder, texts) -> tuple[float, float]:
-    """(accuracy, share of experts with a strength of at least a half) on validation and test, text by text."""
+    """(accuracy, share of experts with a strength of at least TAU) on validation and test, text by text."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
     tokenizer, right, strong = AutoTokenizer.from_pretrained(folder), [], []
     for site in model.moe_sites():
         weight = site.act.router.weight.detach()
         site.first.register_forward_pre_hook(
-            lambda _, args, weight=weight: strong.append((args[0][0] @ weight.T).sigmoid() >= 0.5)
+            lambda _, args, weight=weight: strong.append((args[0][0] @ weight.T).sigmoid() >= TAU)
         )
     for split in ("validation", "test"):
         with open(texts / f"{split}.csv", newline="") as file:
@@ -83,7 +84,8 @@ def read_by_hand(folder, texts) -> tuple[float, float]:
 @pytest.mark.parametrize("parameters", ["all", "down", "lora"])
 def test_learns_its_budget(recipe, inputs, tmp_path, parameters, capsys):
     run = tmp_path / "run"
-    flags = ("--recovery_epochs", "2", "--recovery_parameters", parameters, "--learned_eta", "1")
+    flags = ("--recovery_epochs", "2", "--recovery_parameters", parameters)
+    flags += ("--learned_eta", "1", "--learned_tau", str(TAU))
     recipe(run, *flags, "--selections", "top_k", "level", **LEARNED)
     moved = changed(run, "moefied", "recovered")
     assert sum(key.endswith("router.weight") for key in moved) == 2
@@ -93,13 +95,13 @@ def test_learns_its_budget(recipe, inputs, tmp_path, parameters, capsys):
         assert any("attention.self.query" in key for key in moved)
     rows = Sweep.load(run / "recovered.json").rows
     (learned,) = (row for row in rows[1:] if "k" not in row)
-    assert (learned["router"], learned["type"], learned["level"]) == ("own", "level", math.log(2))
+    assert (learned["router"], learned["type"], learned["level"]) == ("own", "level", -math.log(TAU))
     assert rows.index(learned) == len(rows) - 1 == 2 * 2 * 2 + 1  # beside all budgets by all selections
     by_hand = read_by_hand(run / "recovered", Path(inputs["texts"]))
     assert 0.02 < learned["experts"] < 0.9
     assert (learned["accuracy"], learned["experts"]) == pytest.approx(by_hand, rel=1e-3)
     model = AutoModelForSequenceClassification.from_pretrained(run / "recovered", trust_remote_code=True)
-    assert model.config.moefication["selection"] == {"type": "level", "level": math.log(2)}
+    assert model.config.moefication["selection"] == {"type": "level", "level": -math.log(TAU)}
     spent = sum(site.act.k for site in model.moe_sites()) / 32  # on training texts
     assert spent == pytest.approx(learned["experts"], abs=0.1)
     model.set_selection(k=0.25, allocation="sensitivity")
@@ -108,7 +110,12 @@ def test_learns_its_budget(recipe, inputs, tmp_path, parameters, capsys):
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "| sigmoid, level, learned | " in line)
     assert line.replace(" ", "").strip("|").split("|")[2:].count(cell) == 1 and line.count(".") == 1
     card = (run / "recovered" / "README.md").read_text()
-    assert "| training: learned_eta | 1.0 |" in card and "by `level`" not in card and "`level`, level 0.69" in card
+    assert (
+        "| training: learned_eta | 1.0 |" in card
+        and "| training: learned_tau | 0.4 |" in card
+        and "by `level`" not in card
+        and "`level`, level 0.91" in card
+    )
     assert "moefication" not in json.loads((run / "control" / "config.json").read_text())
 
 
