@@ -14,7 +14,7 @@ from .evaluation import Sweep
 from .facts import is_hub_id, read_facts
 from .folders import write_whole
 from .modeling.allocation import setting_name
-from .plots import plot_experts
+from .plots import plot_experts, spread_of
 from .prediction import Prediction
 from .router_fitting import RouterFit
 from .tables import markdown
@@ -191,7 +191,7 @@ def eval_results(evaluation: dict[str, Any], task: str, sweep: Sweep) -> list[Ev
             dataset_name=data,
             dataset_split=evaluation.get("split"),
             metric_type=quality,
-            metric_name=f"{quality}, {row['experts']:.0%} of experts ({row['allocation']} budgets)",
+            metric_name=f"{quality}, {row['experts']:.0%} of experts ({spread_of(row)})",
             metric_value=row[quality],
         )
         for row in sweep.rows

@@ -16,6 +16,7 @@ from .architectures import check_code, check_moefied
 from .controls import BASELINES, check_control, routed_by, selecting
 from .flops import model_flops
 from .folders import write_whole
+from .modeling.allocation import check_selection
 from .modeling.ffn_sites import find_sites
 from .modeling.routed_activation import chosen as kept
 from .modeling.selection import SELECTIONS
@@ -49,11 +50,18 @@ class Setting:
 
 
 def settings_of(
-    kinds: Sequence[str], controls: Sequence[str], allocations: Sequence[str], shares: Sequence[int | float]
+    kinds: Sequence[str | Mapping[str, Any]],
+    controls: Sequence[str],
+    allocations: Sequence[str],
+    shares: Sequence[int | float],
 ) -> list[Setting]:
-    """The points of a sweep; controls always select "top_k"."""
-    routings = [(None, kind) for kind in kinds] + [(control, "top_k") for control in controls]
-    return [
+    """The points of a sweep; controls always select "top_k". Whole selections come last."""
+    whole = [{"allocation": "uniform", **kind} if "k" in kind else kind for kind in kinds if isinstance(kind, Mapping)]
+    for selection in whole:
+        check_selection(selection)
+    routings = [(None, kind) for kind in kinds if isinstance(kind, str)]
+    routings += [(control, "top_k") for control in controls]
+    swept = [
         Setting(control, (("type", kind), ("k", share), ("allocation", spread)))
         for allocation in allocations
         for control, kind in routings
@@ -61,6 +69,7 @@ def settings_of(
         if spread == allocation or spread not in allocations
         for share in shares
     ]
+    return [*swept, *(Setting(None, tuple(selection.items())) for selection in whole)]
 
 
 def local_figures(
@@ -175,7 +184,7 @@ def evaluate(
     shares: Iterable[int | float] = (0.1, 0.2, 0.3, 0.5),
     *,
     controls: Iterable[str] = ("oracle", "random"),
-    selections: Iterable[str] | None = None,
+    selections: Iterable[str | Mapping[str, Any]] | None = None,
     allocations: Iterable[str] | None = None,
     calibration: Iterable[Mapping[str, Any]] | None = None,
     local_tokens: int = 5_000,
@@ -191,7 +200,8 @@ def evaluate(
             neurons of the dense model at the same share of its FFNs' weights, "cats", "teal" and "wina" (see
             `moefy_hf.neuron_baselines`).
         selections: types that are swept, those that depend on the token at the same average number of experts
-            (`measure_reach` must have been called); by default that of the model. Controls always select "top_k".
+            (`measure_reach` must have been called); by default that of the model. Controls always select "top_k". A
+            whole selection, `{"type": "level", "level": 0.7}`, is one more row, which has no k.
         allocations: of "uniform", "sensitivity", "angular" and "global"; by default that of the model. "top_k" is
             uniform where others are "global".
         calibration: batches, some thousand tokens, that thresholds of these are set on.

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .controls import CONTROLS
+from .modeling.allocation import setting_name
 
 if TYPE_CHECKING:
     from .evaluation import Sweep
@@ -25,13 +26,13 @@ def plot_sweep(sweep: "Sweep", path: str | Path) -> None:
     axes.axhline(dense[quality], color="#57606a", linestyle=":", label=f"dense: {dense[quality]:.4g}")
     lines: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        lines.setdefault((row["router"], row.get("type", "top_k"), row["allocation"]), []).append(row)
-    for (router, kind, allocation), line in lines.items():
+        lines.setdefault((row["router"], row.get("type", "top_k"), spread_of(row)), []).append(row)
+    for (router, kind, spread), line in lines.items():
         line.sort(key=lambda row: row["ffn_flops"])
         name = sweep.facts.get("router", "router") if router == "own" else router
         name += " (control)" if router in CONTROLS else ""
         name += f", {kind}" if kind in DYNAMIC else ""
-        style, marker = STYLES.get(allocation, ("--", "s"))
+        style, marker = STYLES.get(spread.removesuffix(" budgets"), ("--", "s"))
         axes.plot(
             [row["ffn_flops"] for row in line],
             [row[quality] for row in line],
@@ -39,7 +40,7 @@ def plot_sweep(sweep: "Sweep", path: str | Path) -> None:
             marker=DYNAMIC.get(kind, marker),
             color=COLOURS[router],
             markersize=4,
-            label=f"{name}, {allocation} budgets",
+            label=f"{name}, {spread}",
         )
     if quality == "perplexity":
         axes.set_yscale("log")
@@ -49,6 +50,16 @@ def plot_sweep(sweep: "Sweep", path: str | Path) -> None:
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=160)
+
+
+def spread_of(row: dict[str, Any]) -> str:
+    """How a row of a sweep says what each layer computes: by budgets, or by a setting."""
+    if "allocation" in row:
+        return f"{row['allocation']} budgets"
+    name = str(setting_name(row["type"]))
+    value = row[name]
+    values = ", ".join(f"{each:.3g}" for each in (value if isinstance(value, list) else [value]))
+    return f"{name} {values}"
 
 
 def plot_bench(found: dict[str, Any], path: str | Path) -> None:

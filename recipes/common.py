@@ -105,6 +105,16 @@ class MoeficationArguments:
     distillation_weight: float = field(
         default=0.0, metadata={"help": "in recovery and schedule: weight of the divergence from the dense model"}
     )
+    learned_eta: float | None = field(
+        default=None,
+        metadata={
+            "help": "in recovery: learn how many experts each token needs (LTE), with this weight of the efficiency "
+            "penalty, instead of a fixed budget; needs router sigmoid"
+        },
+    )
+    learned_tau: float | None = field(
+        default=None, metadata={"help": "with learned_eta: experts of at least this strength run; 0.5 by default"}
+    )
     schedule: str | None = field(
         default=None,
         metadata={

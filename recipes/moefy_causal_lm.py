@@ -23,7 +23,7 @@ import real_inputs
 import torch
 from common import CollatedBatches, MoeficationArguments, load_tokenizer, parse
 from datasets import concatenate_datasets
-from pipeline import convert, recover, save, show, sweep
+from pipeline import budgets, convert, recover, save, show, sweep
 from prose import ProseArguments, collate, load_prose
 from publishing import publish
 from run import MODELS, UNUSED, Run, begin_stages, models_of, public
@@ -34,7 +34,6 @@ from moefy_hf import MoeficationConfig, export
 from moefy_hf.convertible import check_convertible
 from moefy_hf.export_targets import TARGETS
 from moefy_hf.exporting import check_expressible, choose_target
-from moefy_hf.modeling.moefied import is_moefied
 from moefy_hf.quality import Quality, predictions
 
 PROSE = ("held_out_name", "held_out_splits", "held_out_tokens", "generated_rows", "generated_tokens", "export")
@@ -175,17 +174,14 @@ def read_prose(run: ProseRun, data: ProseArguments, name: str, path: Path) -> No
     model = run.load(run.stages.directory / name, trust_remote_code=own_code)
     model.eval()
     found: dict[str, Any] = {"perplexity": {}, "continuations": continuations(run, data, model)}
-    for share in run.moe_args.shares if is_moefied(model) else [None]:
-        if share is not None:
-            model.set_selection(k=share)
+    for budget in budgets(run, model):
         for text, rows in run.held_out_texts().items():
             quality = Quality()
             with run.autocast():
                 for batch in run.batches(rows, False, 0):
                     logits, labels = predictions(model, batch)
                     quality.update_(logits, logits, labels)
-            key = text if share is None else f"{text} at {share}"
-            found["perplexity"][key] = quality.figures()["perplexity"]
+            found["perplexity"][f"{text}{budget}"] = quality.figures()["perplexity"]
     write_json(path, found)
 
 

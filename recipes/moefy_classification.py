@@ -4,8 +4,9 @@
 
 Stages, each skipped when its result is there: dense/ (the fine-tuned dense model), moefied/ (the converted model),
 sweep.json and sweep.png (quality at several budgets). With --recovery_epochs also recovered/ (the converted model,
-fine-tuned at its budget), control/ (the dense one, trained for as many steps) and their figures. With --schedule also
-scheduled/: the dense model's training once more, in which a MoEficationCallback profiles, splits, routes and anneals.
+fine-tuned at its budget, or at one that it learns: --learned_eta), control/ (the dense one, trained for as many steps)
+and their figures. With --schedule also scheduled/: the dense model's training once more, in which a
+MoEficationCallback profiles, splits, routes and anneals.
 Any setting of the YAML file can be given on the command line:
 
     ... --model_name_or_path google-bert/bert-base-uncased --dataset_name stanfordnlp/sst2 --text_column sentence \\

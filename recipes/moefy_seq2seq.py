@@ -19,7 +19,7 @@ import real_inputs
 import torch
 from common import CollatedBatches, MoeficationArguments, load_splits, override, parse
 from datasets import DatasetDict
-from pipeline import classify
+from pipeline import budgets, classify
 from run import Run, begin_stages, models_of
 from stages import write_json
 from transformers import (
@@ -33,8 +33,6 @@ from transformers import (
     Seq2SeqTrainingArguments,
     T5Config,
 )
-
-from moefy_hf.modeling.moefied import is_moefied
 
 
 @dataclass
@@ -179,9 +177,7 @@ def generate(run: Run, data: Seq2SeqDataArguments, name: str, path: Path) -> Non
     """Share of targets that a model generates exactly, at every share of the experts."""
     scores: dict[str, float] = {}
     model = run.load(run.stages.directory / name, trust_remote_code=True).eval()
-    for share in run.moe_args.shares if is_moefied(model) else [None]:
-        if share is not None:
-            model.set_selection(k=share)
+    for budget in budgets(run, model):
         right = total = 0
         for batch in run.held_out(data.generated_rows):
             inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
@@ -189,7 +185,7 @@ def generate(run: Run, data: Seq2SeqDataArguments, name: str, path: Path) -> Non
                 ids = model.generate(**inputs, max_new_tokens=data.max_target_length, do_sample=False)
             pairs = zip(decoded(run.processor, ids.cpu()), decoded(run.processor, batch["labels"]), strict=True)
             right, total = right + sum(ours == theirs for ours, theirs in pairs), total + len(ids)
-        scores[name if share is None else f"{name} at {share}"] = right / total
+        scores[f"{name}{budget}"] = right / total
     write_json(path, scores)
 
 

@@ -1,24 +1,27 @@
 """The stages of a recipe: train dense, convert, sweep, recover; or MoEfy while training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from publishing import describe_conversion, describe_quality, describe_training, publish
-from recovery import check_schedule, finished_model, following, penalties, prepare, recovery_arguments
+from recovery import check_schedule, finished_model, following, penalties, prepare, recovering, recovery_arguments
 from recovery_facts import facts_of
 from run import Run, models_of, swept
 from stages import write_json
 from sweep_tables import tables
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
-from moefy_hf import MoEficationCallback, Sweep, evaluate, measure_reach, moefy_, relufy_
+from moefy_hf import MoEficationCallback, Sweep, evaluate, measure_reach, moefy_, profile, relufy_
+from moefy_hf.budgets import allocate_budgets
 from moefy_hf.convertible import check_convertible
+from moefy_hf.modeling.allocation import MEASURED
 from moefy_hf.modeling.moefied import is_moefied
 from moefy_hf.prediction import predict_quality
 from moefy_hf.quality import Quality, predictions
+from moefy_hf.reach import TOKENS
 
 
 def classify(run: Run, make: Callable[[], PreTrainedModel], activation: str | None) -> None:
@@ -105,11 +108,13 @@ def convert(run: Run, dense: Path, path: Path) -> None:
 
 
 def sweep(run: Run, moefied: Path, path: Path, controls: Sequence[str] = ()) -> None:
-    """Validation and test together, under autocast where training was."""
+    """Validation and test together, under autocast where training was; a selection that was learned, too."""
     model = run.load(moefied, trust_remote_code=True)
+    own = model.config.moefication["selection"]
     with run.autocast():
         kinds = run.moe_args.selections
         measure_reach(model, run.calibration(), [kind for kind in kinds if kind != "top_k"])
+        kinds = kinds if "k" in own else [*kinds, own]
         settings = {"controls": controls, "selections": kinds, "allocations": swept(run.moe_args)}
         settings["calibration"] = run.calibration()
         found = evaluate(model, run.held_out(), run.moe_args.shares, **settings)
@@ -118,7 +123,8 @@ def sweep(run: Run, moefied: Path, path: Path, controls: Sequence[str] = ()) -> 
 
 
 def recover(run: Run, dense: Path, moefied: Path) -> None:
-    """Fine-tune the converted model at its budget, and the dense one for as many steps beside it."""
+    """Fine-tune the converted model at its budget, or until it has learned one, and the dense one for as many steps
+    beside it."""
     moe_args, training_args = run.moe_args, recovery_arguments(run.training_args, run.moe_args)
 
     def converted() -> PreTrainedModel:
@@ -128,7 +134,7 @@ def recover(run: Run, dense: Path, moefied: Path) -> None:
         return prepare(run.auto.from_pretrained(dense), moe_args, run.task_type)
 
     def callbacks() -> list[TrainerCallback]:
-        return following(MoEficationCallback(), run.auto, moe_args, dense)
+        return following(recovering(moe_args), run.auto, moe_args, dense)
 
     recovered = train(run, "recovered", training_args, converted, callbacks)
     trained_on = train(run, "control", training_args, control, partial(penalties, moe_args))
@@ -150,9 +156,37 @@ def accuracy(run: Run, folder: Path) -> float:
 
 
 def save_trained(run: Run, model: PreTrainedModel, path: Path, name: str) -> None:
+    if is_moefied(model) and "k" not in model.config.moefication["selection"]:
+        measure_again(run, model)
     save(model, run.processor, path)
     if is_moefied(model):
         describe_training(run, path, name)
+
+
+def measure_again(run: Run, model: PreTrainedModel) -> None:
+    """What budgets need and training the routers has made void; the model keeps the selection it has learned."""
+    section, allocation = model.config.moefication, run.moe_args.allocation
+    learned = dict(section["selection"])
+    with profile(model, run.calibration(), max_tokens=TOKENS, layers=section["layers"]) as found:
+        measure_reach(model, found, [learned["type"]])
+        if allocation in MEASURED:
+            allocate_budgets(model, found.batches, run.moe_args.share, allocation)
+    model.set_selection(**learned)
+
+
+def budgets(run: Run, model: PreTrainedModel) -> Iterator[str]:
+    """Set what a model is read at, one after the other, and say what it is called: the selection it has learned, and
+    shares of the experts; nothing where it is dense."""
+    if not is_moefied(model):
+        yield ""
+        return
+    changes: dict[str, Any] = {}
+    if "k" not in model.config.moefication["selection"]:
+        yield " as learned"
+        changes = {"type": "top_k", "allocation": run.moe_args.allocation}
+    for share in run.moe_args.shares:
+        model.set_selection(k=share, **changes)
+        yield f" at {share}"
 
 
 def save(model: PreTrainedModel, processor: Any, path: Path) -> None:

@@ -36,6 +36,7 @@ COMMON = (
     "max_seq_length",
 )
 BUDGETS = (0.25, 0.5, 0.75, 0.9, 1.0)  # shares of the FFNs' FLOPs that methods are compared at
+LEARNED = ("learned_eta", "learned_tau")
 METHOD = (
     *("splitter", "router", "router_settings", "expert_size", "num_experts", "shared_experts", "compensation"),
     "calibration_tokens",
@@ -100,16 +101,15 @@ def recovered_cells_of(directory: Path) -> list[dict[str, Any]]:
     whole = json.loads((directory / "sweep.json").read_text())["rows"][0]["perplexity"]
     found = []
     for row in json.loads((directory / "recovered.json").read_text())["rows"][1:]:
-        cell = {name: row[name] for name in ("router", "type", "allocation", "k", "ffn_flops")}
+        row = {"allocation": "learned", "k": None} | row
+        cell = {name: row[name] for name in ("router", "type", "allocation", "k", "experts", "ffn_flops")}
         cell |= {"seed": settings["seed"], "method": method, "relative_quality": row["perplexity"] / whole}
-        ours = row["type"] == "top_k" and row["allocation"] == settings["allocation"]
-        found.append(
-            cell | {"texts": {text: recovered[f"{text} at {row['k']}"] / dense[text] for text in dense if ours}}
-        )
+        at = "as learned" if row["k"] is None else f"at {row['k']}"
+        ours = row["k"] is None or (row["type"], row["allocation"]) == ("top_k", settings["allocation"])
+        found.append(cell | {"texts": {text: recovered[f"{text} {at}"] / dense[text] for text in dense if ours}})
     texts = {text: control[text] / dense[text] for text in dense}  # as many tokens of each
-    alike = {
-        name: value for name, value in recovery_of(settings).items() if name not in ("share", "distillation_weight")
-    }
+    other = ("share", "distillation_weight", *LEARNED)
+    alike = {name: value for name, value in recovery_of(settings).items() if name not in other}
     trained = {"seed": settings["seed"], "method": {"recovery": alike}, "router": "control"}
     trained |= {"type": "top_k", "allocation": "uniform", "k": 1.0, "ffn_flops": 1.0, "texts": texts}
     return [*found, trained | {"relative_quality": math.exp(mean(map(math.log, texts.values())))}]
@@ -119,7 +119,8 @@ def recovery_of(settings: dict[str, Any]) -> dict[str, Any]:
     """What a recovery was, as far as figures depend on it."""
     names = ("recovery_parameters", "lora_rank", "distillation_weight", "learning_rate")
     tokens = round(settings["recovery_epochs"] * settings["train_tokens"])
-    return {"tokens": tokens, "share": settings["share"], **{name: settings[name] for name in names}}
+    learned = {name: settings[name] for name in LEARNED if settings.get(name) is not None}
+    return {"tokens": tokens, "share": settings["share"], **{name: settings[name] for name in names}, **learned}
 
 
 def average(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -130,6 +131,8 @@ def average(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for found in groups.values():
         row = {name: found[0][name] for name in ("method", "router", "type", "allocation", "k")}
+        if row["k"] is None:  # what was learned differs between seeds
+            row["k"] = mean(cell["experts"] for cell in found)
         row["seeds"] = sorted({cell["seed"] for cell in found})
         for name in ("relative_quality", "ffn_flops", "output_error"):
             if name in found[0]:
@@ -162,7 +165,8 @@ def label(row: dict[str, Any]) -> str:
     if row["type"] != "top_k":
         parts.append(row["type"])
     if recovery:
-        parts.append(f"recovered at {recovery['share']:.0%} of the experts on {recovery['tokens']:,} tokens")
+        at = "with learned budgets" if "learned_eta" in recovery else f"at {recovery['share']:.0%} of the experts"
+        parts.append(f"recovered {at} on {recovery['tokens']:,} tokens")
     return ", ".join(parts) + ("" if row["allocation"] == "uniform" else f", {row['allocation']} budgets")
 
 

@@ -11,7 +11,8 @@ from moefy_hf.facts import read_facts
 # settings of a training that a reader of its card wants to know
 TRAINING = (
     *("recovery_epochs", "recovery_parameters", "schedule", "num_train_epochs", "distillation_weight"),
-    *("sparsity_penalty", "sparsity_weight", "learning_rate", "per_device_train_batch_size", "seed"),
+    *("learned_eta", "learned_tau", "sparsity_penalty", "sparsity_weight", "learning_rate"),
+    *("per_device_train_batch_size", "seed"),
 )
 
 

@@ -1,4 +1,5 @@
-"""Recovery: fine-tune a converted model at its budget, and the dense one for as many steps as a control."""
+"""Recovery: fine-tune a converted model at its budget or until it has learned one, and the dense one for as many steps
+as a control."""
 
 import copy
 import math
@@ -10,14 +11,22 @@ from common import MoeficationArguments
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from moefy_hf import DistillationCallback, MoEficationCallback, SparsityPenaltyCallback, find_sites
+from moefy_hf import (
+    DistillationCallback,
+    LearnedSelectionCallback,
+    MoEficationCallback,
+    SparsityPenaltyCallback,
+    find_sites,
+)
 from moefy_hf.callback import refuse_sharded
+from moefy_hf.learned_selection import SHARDED
+from moefy_hf.modeling.moefied import is_moefied
 from moefy_hf.schedule import Timetable, make_schedule
 
 PARAMETERS = ("all", "down", "lora")
 
 
-def check_recovery(moe_args: MoeficationArguments) -> None:
+def check_recovery(moe_args: MoeficationArguments, training_args: TrainingArguments) -> None:
     """Find bad settings before any work."""
     if moe_args.recovery_parameters not in PARAMETERS:
         raise ValueError(
@@ -30,6 +39,24 @@ def check_recovery(moe_args: MoeficationArguments) -> None:
         make_schedule(moe_args.schedule)
     if moe_args.lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {moe_args.lora_rank}")
+    if moe_args.learned_eta is not None:
+        check_learned(moe_args, moe_args.learned_eta)
+        refuse_sharded(training_args, SHARDED)
+    elif moe_args.learned_tau is not None:
+        raise ValueError(f"learned_tau {moe_args.learned_tau} is a setting of learned_eta: give that, too")
+
+
+def check_learned(moe_args: MoeficationArguments, eta: float) -> None:
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"learned_eta is a weight and must not be negative, got {eta}")
+    if moe_args.learned_tau is not None and not 0 < moe_args.learned_tau < 1:
+        raise ValueError(f"learned_tau must lie between 0 and 1, as strengths do, got {moe_args.learned_tau}")
+    if moe_args.router != "sigmoid":
+        raise ValueError(f"learned_eta needs router 'sigmoid', got {moe_args.router!r}")
+    if not moe_args.recovery_epochs:
+        raise ValueError(f"learned_eta {eta} is a setting of recovery: give recovery_epochs, too")
+    if moe_args.compensation:
+        raise ValueError("learned_eta moves what compensation adds: leave out one of them")
 
 
 def check_schedule(moe_args: MoeficationArguments, training_args: TrainingArguments, rows: int) -> None:
@@ -51,8 +78,9 @@ def recovery_arguments(training_args: TrainingArguments, moe_args: MoeficationAr
 def prepare(model: PreTrainedModel, moe_args: MoeficationArguments, task_type: str | None) -> PreTrainedModel:
     """Choose what is trained: everything, the FFNs' output projections only, or a LoRA on every Linear."""
     if moe_args.recovery_parameters == "lora":
-        lora = LoraConfig(r=moe_args.lora_rank, target_modules="all-linear", task_type=task_type)
-        return get_peft_model(model, lora)
+        learned = ["router"] if moe_args.learned_eta is not None and is_moefied(model) else None
+        settings = {"target_modules": "all-linear", "modules_to_save": learned, "task_type": task_type}
+        return get_peft_model(model, LoraConfig(r=moe_args.lora_rank, **settings))
     if moe_args.recovery_parameters == "down":
         model.requires_grad_(False)
         for site in find_sites(model):
@@ -71,8 +99,16 @@ def penalties(moe_args: MoeficationArguments) -> list[TrainerCallback]:
     return [SparsityPenaltyCallback(moe_args.sparsity_penalty, moe_args.sparsity_weight)]
 
 
+def recovering(moe_args: MoeficationArguments) -> TrainerCallback:
+    """At the budget that the model has, or one that it learns; the latter trains the routers, too."""
+    if moe_args.learned_eta is None:
+        return MoEficationCallback()
+    settings = {} if moe_args.learned_tau is None else {"tau": moe_args.learned_tau}
+    return LearnedSelectionCallback(moe_args.learned_eta, **settings)
+
+
 def following(
-    callback: MoEficationCallback, auto: Any, moe_args: MoeficationArguments, dense: Path
+    callback: TrainerCallback, auto: Any, moe_args: MoeficationArguments, dense: Path
 ) -> list[TrainerCallback]:
     """The callback, and what pulls its model towards sparsity and the dense model."""
     callbacks = [callback, *penalties(moe_args)]

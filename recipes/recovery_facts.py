@@ -7,8 +7,9 @@
     python recipes/recovery_facts.py facts.json outputs/recovery_0 outputs/recovery_1 outputs/recovery_2
 
 Accuracies are relative to the dense model that was converted. A line "linear, recovered" is the linear router in the
-model fine-tuned after conversion, "linear, anneal" in one that was MoEfied while training (--schedule anneal); the
-dense model trained for as many steps as recovery is named above the table.
+model fine-tuned after conversion, "linear, anneal" in one that was MoEfied while training (--schedule anneal),
+"sigmoid, level, learned" is the selection that a model has learned (--learned_eta), in the column of the share of
+experts it computes; the dense model trained for as many steps as recovery is named above the table.
 """
 
 import json
@@ -98,9 +99,9 @@ def cells_of(directory: Path, made: dict[str, dict], models: Collection[str]) ->
         for row in read(name)["rows"]:
             if row["router"] == "own":
                 other = {key: value for key, value in row.items() if key not in OF_ITSELF}
-                rows.append(
-                    other | {"router": f"{router_of(row, router)}, {how}", "relative_quality": row["accuracy"] / dense}
-                )
+                label = f"{router_of(row, router)}, {how if 'k' in row else 'learned'}"
+                rows.append({"allocation": "learned", **other, "router": label})
+                rows[-1]["relative_quality"] = row["accuracy"] / dense
     return [{**row, "seed": settings["seed"], "splitter": settings["splitter"]} for row in rows]
 
 

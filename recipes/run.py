@@ -36,13 +36,16 @@ CONVERSION = (
     *("share", "allocation", "calibration_tokens"),
 )
 SWEEP = ("shares", "controls", "selections")
-RECOVERY = ("recovery_epochs", "recovery_parameters", "lora_rank", "distillation_weight", "schedule")
+RECOVERY = (
+    *("recovery_epochs", "recovery_parameters", "lora_rank", "distillation_weight", "learned_eta", "learned_tau"),
+    "schedule",
+)
 MODELS = {  # what the training or conversion of each model does not read
     "dense": (*CONVERSION, *RECOVERY),
     "moefied": RECOVERY,
     "recovered": ("schedule",),
-    "control": (*CONVERSION, "distillation_weight", "schedule"),
-    "scheduled": ("recovery_epochs", "recovery_parameters", "lora_rank"),
+    "control": (*CONVERSION, "distillation_weight", "learned_eta", "learned_tau", "schedule"),
+    "scheduled": ("recovery_epochs", "recovery_parameters", "lora_rank", "learned_eta", "learned_tau"),
 }
 GENERATED = ("generated_rows", "generated_tokens")
 UNUSED = {
@@ -142,7 +145,7 @@ def begin_stages(
     if moe_args.controls == ["none"]:
         moe_args.controls = []
     check_sweep(moe_args)
-    check_recovery(moe_args)
+    check_recovery(moe_args, training_args)
     check_push(training_args)
     settings = run_settings(*others, moe_args, training_args)
     ignored = [

@@ -26,6 +26,7 @@ BUDGETS = {  # allocation -> what budgets by it are called, in the order of a ce
     "uniform": "uniform budgets",
     "sensitivity": "budgets by sensitivity",
     "angular": "budgets by angular distance",
+    "learned": "budgets as learned",
 }
 TRAINED_ON = "dense, trained on"  # the control of recovery
 DENSE = ("dense", TRAINED_ON)
@@ -38,13 +39,15 @@ def own_name(router: str) -> str:
 
 
 def average(cells: list[dict]) -> list[dict]:
-    """Mean over seeds of every (split, router, allocation, share), and the standard deviation of each figure."""
+    """Mean over seeds of every (split, router, allocation, share), and the standard deviation of each figure. A share
+    that nobody has set is what was computed."""
     groups: dict[tuple, list[dict]] = {}
     for cell in cells:
-        key = (cell["splitter"], cell["router"], cell.get("allocation", ""), cell.get("k", 1.0))
+        key = (cell["splitter"], cell["router"], cell.get("allocation", ""), cell.get("k"))
         groups.setdefault(key, []).append(cell)
     rows = []
     for (splitter, router, allocation, share), found in groups.items():
+        share = mean(cell.get("experts", 1.0) for cell in found) if share is None else share
         row = {"splitter": splitter, "router": router, "allocation": allocation, "share": share}
         row["seeds"] = [cell["seed"] for cell in found]
         for name in AVERAGED:

@@ -16,6 +16,7 @@ from moefy_hf.controls import CONTROLS, control_router, routed_by, selecting
 from moefy_hf.evaluation import chunks_of, local_figures
 from moefy_hf.modeling.moefied import is_moefied
 from moefy_hf.modeling.routed_activation import RoutedActivation
+from moefy_hf.plots import spread_of
 from moefy_hf.quality import is_causal, predictions
 
 EXPERTS, SIZE = 6, 8
@@ -93,6 +94,32 @@ def test_quality_is_that_of_a_direct_computation(name):
         assert half["relative_quality"] == pytest.approx(half[quality] / first[quality])
     else:
         assert "relative_quality" not in half and name == "t5"
+
+
+def test_a_whole_selection_is_measured_as_it_is():
+    """Also where nobody has measured what it spends; the model's own selection is another."""
+    model, batches = routed()[0], data()
+    whole = [{"type": "threshold", "tau": 0.3}, {"type": "top_k", "k": [1, 5]}]
+    settings = {"controls": ["random"], "allocations": ["uniform"], "progress": False}
+    sweep = evaluate(model, batches, [2], selections=["top_k", *whole], **settings)
+    assert [row.get("type", "dense") for row in sweep.rows] == ["dense", "top_k", "top_k", "threshold", "top_k"]
+    *_, threshold, each = sweep.rows
+    assert threshold["tau"] == 0.3 and not {"k", "allocation"} & threshold.keys()
+    assert (each["k"], each["allocation"], each["k_per_layer"]) == ([1, 5], "uniform", [1, 5])
+    expected, labels = flat_predictions(model_at(model, k=EXPERTS), "bert", batches)
+    for selection, row in zip(whole, (threshold, each), strict=True):
+        logits, _ = flat_predictions(model_at(model, **selection), "bert", batches)
+        by_hand = figures_by_hand(logits, expected, labels)
+        assert {key: row[key] for key in QUALITY} == pytest.approx(by_hand, rel=1e-4, abs=1e-6)
+    assert 1 / EXPERTS < threshold["experts"] < 1
+    assert threshold["experts"] == pytest.approx(sum(threshold["k_per_layer"]) / (2 * EXPERTS))
+    assert "| threshold |  | " in sweep.table()
+
+
+def model_at(model, **selection):
+    other = copy.deepcopy(model)
+    other.set_selection(**selection)
+    return other
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -414,6 +441,9 @@ def assert_same(before: dict, after: dict) -> None:
         ({"shares": [1.5]}, "1.5"),
         ({"shares": [7]}, "1 to 6"),
         ({"shares": ["all"]}, "all"),
+        ({"selections": [{"type": "threshold"}]}, "takes either tau or a budget k"),
+        ({"selections": [{"type": "threshold", "tau": 2.0}]}, "from 0 to 1, got 2.0"),
+        ({"selections": [{"tau": 0.5}]}, "unknown selection None"),
     ],
 )
 def test_bad_settings_are_found_before_any_work(settings, message):
@@ -561,7 +591,9 @@ def test_plot(tmp_path):
     model, _ = routed()
     allocate_budgets(model, data(), 0.5, progress=False)
     settings = {"controls": CONTROLS, "allocations": ["uniform", "sensitivity"], "local_tokens": 0}
-    sweep = evaluate(model, data(count=1), [1, 2], **settings, progress=False)
+    kinds = ["top_k", {"type": "level", "level": [0.5, 1.25]}]
+    sweep = evaluate(model, data(count=1), [1, 2], selections=kinds, **settings, progress=False)
+    assert spread_of(sweep.rows[1]) == "uniform budgets" and spread_of(sweep.rows[-1]) == "level 0.5, 1.25"
     for quality in ("accuracy", "perplexity"):
         sweep.facts["quality"] = quality
         sweep.plot(tmp_path / f"{quality}.png")

@@ -146,6 +146,29 @@ def test_recovery_on_a_token_budget(recipe, tmp_path):
     assert "recovered at 50% of the experts on 24,000 tokens |" in shown and "the dense model, trained on 24" in shown
 
 
+def test_a_learned_selection_stands_beside_budgets(recipe, tmp_path):
+    run = tmp_path / "run"
+    settings = {"controls": ["none"], "shares": [0.5], "router": "sigmoid", "learned_eta": 0.1}
+    recipe(run, recovery_epochs=6, recovery_parameters="lora", gradient_accumulation_steps=1, **settings)
+    learned = json.loads((run / "recovered.json").read_text())["rows"][-1]
+    assert learned["type"] == "level" and 0 < learned["experts"] < 1
+    found, dense = (
+        json.loads((run / f"prose_{name}.json").read_text())["perplexity"] for name in ("recovered", "dense")
+    )
+    assert set(found) == {f"{text} {at}" for text in ("whales", "angels") for at in ("as learned", "at 0.5")}
+    both = torch.tensor([found[f"{text} as learned"] for text in ("whales", "angels")]).log().mean().exp()
+    assert float(both) == pytest.approx(learned["perplexity"], rel=1e-4)
+    facts = prose_facts.facts_of([run])
+    (row,) = (row for row in facts["perplexities"] if row["allocation"] == "learned")
+    assert (row["type"], row["k"]) == ("level", learned["experts"]) and row["method"]["recovery"]["learned_eta"] == 0.1
+    assert row["texts"]["whales"] == found["whales as learned"] / dense["whales"]
+    (control,) = (row for row in facts["perplexities"] if row["router"] == "control")
+    assert "learned_eta" not in control["method"]["recovery"]
+    shown = prose_facts.tables(facts)
+    assert "sigmoid, level, recovered with learned budgets on 12,000 tokens, learned budgets | " in shown
+    assert f"learned budgets | {learned['experts']:.0%} | {row['texts']['whales']:.3f} | " in shown
+
+
 def test_a_grid_of_routers_and_splits_at_equal_flops(recipe, texts, tmp_path, capsys):
     run, facts = tmp_path / "run", tmp_path / "facts" / "grid.json"
     settings = {"facts": str(facts), "budgets": [0.5, 0.9], "controls": ["oracle"], "shares": [0.5]}

@@ -146,6 +146,9 @@ def test_a_foreign_folder_is_refused(recipe, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+LEARNS = {"recovery_epochs": 1, "router": "sigmoid"}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -165,6 +168,14 @@ def test_a_foreign_folder_is_refused(recipe, tmp_path):
         ({"recovery_epochs": -1.0}, "must not be negative"),
         ({"lora_rank": 0}, "at least 1"),
         ({"schedule": "slowly"}, "unknown schedule 'slowly'.*anneal"),
+        ({"learned_eta": -0.5} | LEARNS, "learned_eta is a weight and must not be negative, got -0.5"),
+        ({"learned_eta": "nan"} | LEARNS, "learned_eta is a weight"),
+        ({"learned_eta": 1.0, "learned_tau": 1.0} | LEARNS, "learned_tau must lie between 0 and 1.*got 1.0"),
+        ({"learned_tau": 0.3} | LEARNS, "learned_tau 0.3 is a setting of learned_eta"),
+        ({"learned_eta": 1.0, "recovery_epochs": 1}, "needs router 'sigmoid', got 'linear'"),
+        ({"learned_eta": 1.0, "router": "sigmoid"}, "learned_eta 1.0 is a setting of recovery: give recovery_epochs"),
+        ({"learned_eta": 1.0, "compensation": True} | LEARNS, "what compensation adds"),
+        ({"learned_eta": 1.0, "fsdp": "full_shard"} | LEARNS, "FSDP keeps parameters in shards"),
     ],
 )
 def test_mistakes_are_named_before_training(recipe, tmp_path, settings, message):

@@ -55,6 +55,14 @@ def test_a_model_from_nothing(recipe, tmp_path, parameters, monkeypatch, capsys)
     assert scores["dense"] > 0.6 and all(0 <= score <= 1 for score in scores.values())
 
 
+def test_targets_are_generated_at_what_was_learned(recipe, tmp_path):
+    run = tmp_path / "run"
+    recipe(run, learned_eta=0.1, router="sigmoid", num_train_epochs=2)
+    scores = recovery_facts.generated_by(run)
+    at = [*(f"moefied at {k}" for k in (0.1, 0.2, 0.3)), *(f"recovered at {k}" for k in (0.1, 0.2, 0.3))]
+    assert set(scores) == {"dense", "control", "recovered as learned", *at}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -1,13 +1,18 @@
 """Recovery after conversion: what is trained, what is kept, and that it helps."""
 
+import csv
 import json
+import math
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import recovery_facts
 import sweep_tables
+import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moefy_hf import Sweep
 from moefy_hf.modeling.moefied import is_moefied
@@ -51,6 +56,63 @@ def test_recovers_at_its_budget(recipe, tmp_path, parameters, capsys):
     assert "num_train_epochs" not in card  # those of the dense model
     out = capsys.readouterr().out
     assert "trained for as many steps as recovery: " in out and "| random | fixed random, recovered | " in out
+
+
+TAU = 0.4
+LEARNED = {"router": "sigmoid", "allocation": "sensitivity", "expert_size": 4}
+
+
+def read_by_hand(folder, texts) -> tuple[float, float]:
+    """(accuracy, share of experts with a strength of at least TAU) on validation and test, text by text."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    tokenizer, right, strong = AutoTokenizer.from_pretrained(folder), [], []
+    for site in model.moe_sites():
+        weight = site.act.router.weight.detach()
+        site.first.register_forward_pre_hook(
+            lambda _, args, weight=weight: strong.append((args[0][0] @ weight.T).sigmoid() >= TAU)
+        )
+    for split in ("validation", "test"):
+        with open(texts / f"{split}.csv", newline="") as file:
+            for row in csv.DictReader(file):
+                inputs = tokenizer(row["text"], truncation=True, max_length=10, return_tensors="pt")
+                with torch.no_grad():
+                    found = int(model(**inputs).logits.argmax())
+                right.append(("bad", "good")[found] == row["label"])
+    return sum(right) / len(right), float(torch.cat(strong).float().mean())
+
+
+@pytest.mark.parametrize("parameters", ["all", "down", "lora"])
+def test_learns_its_budget(recipe, inputs, tmp_path, parameters, capsys):
+    run = tmp_path / "run"
+    flags = ("--recovery_epochs", "2", "--recovery_parameters", parameters)
+    flags += ("--learned_eta", "1", "--learned_tau", str(TAU))
+    recipe(run, *flags, "--selections", "top_k", "level", **LEARNED)
+    moved = changed(run, "moefied", "recovered")
+    assert sum(key.endswith("router.weight") for key in moved) == 2
+    if parameters == "down":
+        assert all("router" in key or ".output.dense." in key and "attention" not in key for key in moved)
+    else:
+        assert any("attention.self.query" in key for key in moved)
+    rows = Sweep.load(run / "recovered.json").rows
+    (learned,) = (row for row in rows[1:] if "k" not in row)
+    assert (learned["router"], learned["type"], learned["level"]) == ("own", "level", -math.log(TAU))
+    assert rows.index(learned) == len(rows) - 1 == 2 * 2 * 2 + 1  # beside all budgets by all selections
+    by_hand = read_by_hand(run / "recovered", Path(inputs["texts"]))
+    assert 0.02 < learned["experts"] < 0.9
+    assert (learned["accuracy"], learned["experts"]) == pytest.approx(by_hand, rel=1e-3)
+    model = AutoModelForSequenceClassification.from_pretrained(run / "recovered", trust_remote_code=True)
+    assert model.config.moefication["selection"] == {"type": "level", "level": -math.log(TAU)}
+    spent = sum(site.act.k for site in model.moe_sites()) / 32  # on training texts
+    assert spent == pytest.approx(learned["experts"], abs=0.1)
+    model.set_selection(k=0.25, allocation="sensitivity")
+    assert sum(site.act.k for site in model.moe_sites()) == pytest.approx(8, abs=1)
+    cell = f"{100 * learned['accuracy'] / Sweep.load(run / 'sweep.json').rows[0]['accuracy']:.1f}"
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "| sigmoid, level, learned | " in line)
+    assert line.replace(" ", "").strip("|").split("|")[2:].count(cell) == 1 and line.count(".") == 1
+    card = (run / "recovered" / "README.md").read_text()
+    for part in ("| training: learned_eta | 1.0 |", "| training: learned_tau | 0.4 |", "`level`, level 0.91"):
+        assert part in card
+    assert "moefication" not in json.loads((run / "control" / "config.json").read_text())
 
 
 def test_a_second_run_skips_it(recipe, tmp_path, capsys):
@@ -97,6 +159,44 @@ def test_facts_are_means_over_runs(recipe, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="these facts have linear, linear, recovered"):
         sweep_tables.main()
     assert f"as recovery: {100 * row['accuracy']:.1f} ± " in out and "| coactivation | linear, recovered |" in out
+
+
+def test_a_larger_eta_is_another_recovery_and_computes_less(recipe, tmp_path):
+    shares = {}
+    for eta in ("0", "10"):
+        run = tmp_path / f"run_{eta}"
+        if shares:
+            shutil.copytree(tmp_path / "run_0", run)
+            with pytest.raises(ValueError, match=r"other settings \(learned_eta changed\)"):
+                recipe(run, "--recovery_epochs", "3", "--learned_eta", eta, **LEARNED)
+            shutil.rmtree(run / "recovered")
+            (run / "recovered.json").unlink()
+        recipe(run, "--recovery_epochs", "3", "--learned_eta", eta, **LEARNED)  # all else is taken over
+        shares[eta] = Sweep.load(run / "recovered.json").rows[-1]["experts"]
+    assert shares["0"] > 1.5 * shares["10"]
+    assert not changed(tmp_path, "run_0/control", "run_10/control")
+
+
+def test_what_seeds_have_learned_is_averaged(recipe, tmp_path):
+    runs = [tmp_path / f"run_{seed}" for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        recipe(run, "--recovery_epochs", "1", "--learned_eta", "1", "--controls", "none", seed=seed, **LEARNED)
+    facts = recovery_facts.facts_of(runs)
+    learned = [Sweep.load(run / "recovered.json").rows[-1] for run in runs]
+    assert learned[0]["experts"] != learned[1]["experts"]
+    (row,) = (row for row in facts["rows"] if row["router"] == "sigmoid, level, learned")
+    assert row["seeds"] == [0, 1] and row["allocation"] == "learned"
+    assert row["share"] == row["experts"] == pytest.approx(sum(each["experts"] for each in learned) / 2)
+    dense = [Sweep.load(run / "sweep.json").rows[0]["accuracy"] for run in runs]
+    relative = [row["accuracy"] / whole for row, whole in zip(learned, dense, strict=True)]
+    assert row["relative_quality"] == pytest.approx(sum(relative) / 2)
+    shown = sweep_tables.tables(facts, ["relative_quality"])
+    assert "uniform budgets / budgets by sensitivity / budgets as learned:" in shown
+    assert f" {row['share']:.0%} |" in shown and f"| {100 * row['relative_quality']:.1f} ± " in shown
+    assert all(each["share"] == 1 for each in facts["rows"] if "dense" in each["router"])
+    assert {each["router"] for each in facts["rows"]} == {
+        *("dense", "dense, trained on", "sigmoid", "sigmoid, recovered", "sigmoid, level, learned")
+    }
 
 
 def test_facts_need_finished_runs_that_differ_only_in_their_seed(recipe, tmp_path, monkeypatch):

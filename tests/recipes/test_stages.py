@@ -138,7 +138,7 @@ DECISIVE = {
     "dense": TRAINED,
     "moefied": TRAINED | {*CONVERSION},
     "sweep.json": TRAINED | {*CONVERSION, *SWEEP},
-    "recovered": TRAINED | {*CONVERSION, "recovery_epochs", "recovery_parameters", "lora_rank", "distillation_weight"},
+    "recovered": TRAINED | {*CONVERSION, *RECOVERY} - {"schedule"},
     "control": TRAINED | {"recovery_epochs", "recovery_parameters", "lora_rank"},
     "scheduled": TRAINED | {*CONVERSION, "schedule", "distillation_weight"},
     "scheduled.json": TRAINED | {*CONVERSION, "schedule", "distillation_weight", "shares", "selections"},
