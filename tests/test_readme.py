@@ -152,6 +152,12 @@ def test_a_conversion_takes_what_was_measured():
     assert f"({found['layers']} layers, {found['calibration_tokens']:,} tokens" in text
 
 
+def test_the_recipe_for_prose_takes_what_was_measured():
+    seconds = json.loads((ROOT / "model_cards" / "prose_recipe.json").read_text())["seconds"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"for serving engines, in {seconds / 60:.0f} minutes on 2 cores" in text
+
+
 def analysis_of(name: str) -> tuple[dict, str]:
     """The facts of an analysis, and the README in one line."""
     path = ROOT / "model_cards" / "facts" / f"{name}.json"
