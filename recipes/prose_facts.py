@@ -25,6 +25,7 @@ from recovery_facts import made_in
 from stages import write_json
 
 from moefy_hf.controls import BASELINES
+from moefy_hf.tables import markdown
 
 # what runs must have in common, and what tells their methods from each other
 COMMON = (
@@ -148,16 +149,15 @@ def nearest(row: dict[str, Any]) -> float:
     return min(BUDGETS, key=lambda budget: abs(row["ffn_flops"] - budget))
 
 
-def label(row: dict[str, Any]) -> str:
-    """What a line of the table is about."""
+def label(row: dict[str, Any], sized: bool = True) -> str:
+    """What a line of a table is about, with or without the size of the experts."""
     method = row["method"]
     recovery = method.get("recovery")
     if row["router"] == "control":
         return f"the dense model, trained on {recovery['tokens']:,} tokens, too"
     if not method:
         return f"*{row['router']}*, of the dense model"
-    size = f"{method['expert_size']} neurons" if method["num_experts"] is None else f"1/{method['num_experts']}"
-    parts = [f"{method['splitter']} of {size}"]
+    parts = [f"{method['splitter']} of {size_of(row)}" if sized else method["splitter"]]
     parts += [f"{method['shared_experts']} shared"] if method["shared_experts"] else []
     parts += ["compensated"] if method["compensation"] else []
     set_to = " ".join(["", *map(str, method.get("router_settings") or [])])
@@ -170,36 +170,65 @@ def label(row: dict[str, Any]) -> str:
     return ", ".join(parts) + ("" if row["allocation"] == "uniform" else f", {row['allocation']} budgets")
 
 
+def size_of(row: dict[str, Any]) -> str:
+    """Of the experts that a line is about, if it is about any."""
+    method = row["method"]
+    if "num_experts" not in method:
+        return ""
+    return f"{method['expert_size']} neurons" if method["num_experts"] is None else f"1/{method['num_experts']}"
+
+
 def tables(facts: dict[str, Any]) -> str:
-    """Perplexity relative to dense, and the FFNs' FLOPs, near each budget; then each text by itself."""
+    """Perplexity relative to dense, and the FFNs' FLOPs, near each budget; then each text by itself. Where methods are
+    compared with experts of several sizes, a table for each budget."""
     rows, texts = facts["perplexities"], facts["texts"]
     data = facts["held_out_name"] or facts["held_out_splits"]
     known = ", ".join(f"{text} {perplexity:.2f}" for text, perplexity in texts.items())
     known = f" ({known})" if known else ""
-    lines = [
+    parts = [
         f"{' and '.join(data)}, {facts['positions']:,} tokens: dense perplexity {facts['dense']:.2f}{known}.",
-        "",
+        "Perplexity relative to dense (FFN FLOPs relative to dense, routers included):",
     ]
-    lines += ["Perplexity relative to dense (FFN FLOPs relative to dense, routers included):", ""]
-    lines += ["| method | " + " | ".join(f"{budget:.0%}" for budget in BUDGETS) + " |"]
-    lines.append("|---" * (1 + len(BUDGETS)) + "|")
-    for name in dict.fromkeys(map(label, rows)):
-        cells = []
-        for budget in BUDGETS:
-            ours = [row for row in rows if label(row) == name and nearest(row) == budget]
-            row = min(ours, key=lambda row: abs(row["ffn_flops"] - budget), default=None)
-            spread = f" ± {row['relative_quality_sd']:.3f}" if row and "relative_quality_sd" in row else ""
-            cells.append(f"{row['relative_quality']:.3f}{spread} ({row['ffn_flops']:.0%})" if row else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    own = [row for row in rows if row["texts"]]
-    if not own:
-        return "\n".join(lines)
-    lines += ["", "Each text, the models' own routers:", "", "| method | share | " + " | ".join(texts) + " |"]
-    lines.append("|---" * (2 + len(texts)) + "|")
-    for row in own:
-        cells = " | ".join(f"{row['texts'][text]:.3f}" for text in texts)
-        lines.append(f"| {label(row)} | {row['k']:.0%} | {cells} |")
-    return "\n".join(lines)
+    sized = {(label(row, sized=False), size_of(row)) for row in rows}
+    parts += by_size(rows) if len(sized) > len({name for name, _ in sized}) else [by_budget(rows)]
+    if own := [row for row in rows if row["texts"]]:
+        lines = [
+            {"method": label(row), "share": f"{row['k']:.0%}", **{text: f"{row['texts'][text]:.3f}" for text in texts}}
+            for row in own
+        ]
+        parts += ["Each text, the models' own routers:", markdown(lines)]
+    return "\n\n".join(parts)
+
+
+def by_budget(rows: Sequence[dict[str, Any]]) -> str:
+    names = dict.fromkeys(map(label, rows))
+    of = {name: [row for row in rows if label(row) == name] for name in names}
+    return markdown([{"method": name, **{f"{each:.0%}": shown(of[name], each) for each in BUDGETS}} for name in names])
+
+
+def by_size(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A table for each budget, a column for each size of the experts."""
+    names = dict.fromkeys(label(row, sized=False) for row in rows)
+    sizes = dict.fromkeys(map(size_of, rows))
+    of: dict[tuple[str, str], list[dict[str, Any]]] = {(name, size): [] for name in names for size in sizes}
+    for row in rows:
+        of[label(row, sized=False), size_of(row)].append(row)
+    tables = []
+    for budget in (budget for budget in BUDGETS if any(nearest(row) == budget for row in rows)):
+        head = f"{budget:.0%} of the FLOPs, experts of"
+        lines = [{head: name, **{size: shown(of[name, size], budget) for size in sizes}} for name in names]
+        tables.append(markdown(lines))
+    return tables
+
+
+def shown(rows: Sequence[dict[str, Any]], budget: float) -> str:
+    """The one nearest to a budget, if any is nearer to it than to others."""
+    ours = [row for row in rows if nearest(row) == budget]
+    row = min(ours, key=lambda row: abs(row["ffn_flops"] - budget), default=None)
+    if row is None:
+        return ""
+    spread = f" ± {row['relative_quality_sd']:.3f}" if "relative_quality_sd" in row else ""
+    return f"{row['relative_quality']:.3f}{spread} ({row['ffn_flops']:.0%})"
 
 
 def main() -> None:

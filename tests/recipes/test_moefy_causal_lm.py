@@ -191,7 +191,14 @@ def test_a_grid_of_routers_and_splits_at_equal_flops(recipe, texts, tmp_path, ca
         own, oracle = by["linear", size, "own", k], by["linear", size, "oracle", k]
         assert own["ffn_flops"] == pytest.approx(budget, abs=size / 48 / 2 + 1e-6)
         assert oracle["ffn_flops"] == pytest.approx(k) and 0 <= oracle["output_error"] < own["output_error"]
-    assert "| gate_clustering of 2 neurons, mean_gate | " in prose_facts.tables(found)
+    shown = prose_facts.tables(found)
+    own = [row for row in rows if row["method"]["router"] == "mean_gate"]
+    most = [
+        max((row for row in own if row["method"]["expert_size"] == size), key=lambda row: row["k"]) for size in (2, 8)
+    ]
+    cells = [f"{row['relative_quality']:.3f} ({row['ffn_flops']:.0%})" for row in most]
+    assert "| 90% of the FLOPs, experts of | 2 neurons | 8 neurons |" in shown
+    assert f"| gate_clustering, mean_gate | {' | '.join(cells)} |" in shown
     other = grid | {"routers": ["linear", "analytic"], "splitters": ["gate_clustering", "random"], "seeds": [0, 1]}
     recipe(run, prose_grid.main, **settings | {"controls": ["none"]}, **other)  # goes on
     out = capsys.readouterr().out
