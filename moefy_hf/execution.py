@@ -94,8 +94,11 @@ class SparseFfn:
         return prepared[1]
 
     def matrix(self) -> torch.Tensor | None:
-        """(E - S, d): the router, where it is one that the kernel multiplies by itself, and selects by."""
+        """(E - S, d): the router, where it is one that the kernel multiplies by itself, and selects by; not where
+        hooks want its scores, as those do that count experts."""
         router = self.act.router
+        if router._forward_hooks or router._forward_pre_hooks:
+            return None
         weight = getattr(router, MATRIX_ROUTERS.get(type(router).__name__, ("", ""))[0], None)
         fits = weight is not None and weight.dtype in (torch.float32, self.linear.weight.dtype)
         return weight if fits and type(self.act.selection).__name__ in KERNEL_SELECTIONS else None

@@ -11,7 +11,7 @@ from .architectures import check_moefied
 from .conversion import init_routers_
 from .convertible import check_counts
 from .modeling.ffn_sites import FfnSite, permute_neurons_
-from .modeling.moefied import join_routers_, new_router
+from .modeling.moefied import FORMAT_VERSION, join_routers_, new_router
 from .modeling.routed_activation import RoutedActivation
 from .modeling.routers import ROUTERS, router_class
 from .modeling.selection import SELECTIONS
@@ -71,7 +71,7 @@ def reroute_(
         for site, order in moved:
             permute_neurons_(site, order.argsort())
         raise
-    section["router"], section["router_settings"] = router, dict(settings or {})
+    section.update(router=router, router_settings=dict(settings or {}), format_version=FORMAT_VERSION)
     for measured in OF_ROUTERS:
         section.pop(measured, None)
     return fits

@@ -3,10 +3,12 @@
     python recipes/prose_grid.py --config recipes/configs/smollm2/moefication.yaml --output_dir outputs/smollm2_grid \\
         --expert_sizes 4 8 16 32 --routers linear analytic --facts facts.json
 
-The model is profiled once, split in every way, and every router is fitted on every split. Each is swept at the shares
-of experts with which it, the router included, has each budget of the FFNs' FLOPs; beside the first router of a split
-stand the controls, at its shares. Finished cells are not computed again. FACTS gets every figure in the form of
-prose_facts.py, which prints them: python recipes/prose_facts.py facts.json
+For every seed the model is profiled once, split in every way, and every router is fitted on every split. Each is swept
+at the shares of experts with which it, the router included, has each budget of the FFNs' FLOPs; beside the first
+router of a split stand the controls, at its shares. All routers have the same --router_settings. Finished cells are
+not computed again. FACTS gets every figure in the form of prose_facts.py, which prints them:
+
+    python recipes/prose_facts.py facts.json
 """
 
 import copy
@@ -31,8 +33,12 @@ from transformers import PreTrainedModel, TrainingArguments
 from moefy_hf import evaluate, find_sites, moefy_, reroute_, share_within
 
 ROUTERLESS = (*CONVERSION, *RECOVERY, *SWEEP, "export", "generated_rows", "generated_tokens")
-NAMED = tuple(name for name in ROUTERLESS if name != "router_settings")  # a cell's name says how it was converted
-UNUSED = {"dense": ROUTERLESS, "*-*.json": NAMED}
+UNNAMED = ("router_settings", "calibration_tokens")  # a cell's name says how else it was converted
+UNUSED = {"dense": ROUTERLESS, "*-*.json": tuple(name for name in ROUTERLESS if name not in UNNAMED)}
+REFUSED = {
+    "num_experts": "the sizes of a grid's experts are its expert_sizes",
+    "compensation": "means are those of one router, and a grid compares several",
+}
 LOCAL = 512  # tokens that each layer's output error is measured on
 
 
@@ -57,9 +63,7 @@ def main() -> None:
     model_args, data_args, moe_args, training_args, grid = parse(
         (CausalModelArguments, ProseArguments, MoeficationArguments, TrainingArguments, GridArguments), __doc__
     )
-    for budget in grid.budgets:
-        if not 0 < budget <= 1:
-            raise ValueError(f"budgets are shares of the FFNs' FLOPs in (0, 1], got {budget}")
+    check(grid, moe_args)
     moe_args.allocation = "uniform"
     moe_args.controls = [name for name in moe_args.controls if name != "none"]
     cells = [
@@ -73,7 +77,7 @@ def main() -> None:
     for seed in grid.seeds:
         ours = copy.deepcopy(training_args)
         ours.seed, ours.output_dir = seed, f"{training_args.output_dir}/seed_{seed}"
-        run = begin(model_args, data_args, copy.deepcopy(moe_args), ours, UNUSED)
+        run = begin(model_args, data_args, copy.deepcopy(cells[0]), ours, UNUSED)
         dense = run.stages.run("dense", partial(save_dense, run, model_args, configs=configs))
         calibration = Calibration(run, dense)
         split: dict[str, PreTrainedModel] = {}  # the model as the last cell left it, by its split
@@ -94,6 +98,15 @@ def main() -> None:
     Path(grid.facts).parent.mkdir(parents=True, exist_ok=True)
     write_json(Path(grid.facts), facts)
     print(tables(facts))
+
+
+def check(grid: GridArguments, moe_args: MoeficationArguments) -> None:
+    for budget in grid.budgets:
+        if not 0 < budget <= 1:
+            raise ValueError(f"budgets are shares of the FFNs' FLOPs in (0, 1], got {budget}")
+    for name, reason in REFUSED.items():
+        if value := getattr(moe_args, name):
+            raise ValueError(f"{name}={value}: {reason}")
 
 
 def way_of(cell: MoeficationArguments) -> str:

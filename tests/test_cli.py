@@ -135,6 +135,9 @@ def test_convert_with_a_router_of_ones_own_size(dense, tmp_path, capsys):
     model = load_checkpoint(folder)
     assert model.config.moefication["router_settings"] == {"rank": 3}
     assert all(len(site.act.router.proj_in) == 3 for site in model.moe_sites())
+    capsys.readouterr()
+    main(["inspect", folder])
+    assert "split, low_rank router (rank 3), " in capsys.readouterr().out
     main(["card", folder])
     assert "| router | `low_rank` (rank 3) |" in (tmp_path / "moe" / "README.md").read_text()
 

@@ -269,16 +269,26 @@ def test_what_cannot_be_sparse_is_masked(reason, monkeypatch):
 
 
 def test_figures_are_the_same():
-    """A sweep of a sparse model: quality by its own routers and by controls, and what each layer loses."""
-    sweeps = []
-    for name in ("masked", "cpu"):
-        model = tiny_model("llama", "AutoModelForCausalLM")
-        convert(model, 2)
-        model.set_moe_implementation(name)
-        sweeps.append(evaluate(model, text_batches(4, labels="causal"), (2, 3), controls=["oracle"], progress=False))
-    for a, b in zip(*(sweep.rows for sweep in sweeps), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
-        assert a.get("output_error") == pytest.approx(b.get("output_error"), abs=1e-5)
+    """A sweep of a sparse model: quality by its own routers and by controls, what each layer loses, and how many
+    experts run where that depends on the token."""
+    kinds = ["top_k", {"type": "threshold", "tau": 0.3}, {"type": "level", "level": 1.7}]
+    settings = {"controls": ["oracle"], "selections": kinds, "progress": False}
+    masked, *others = (
+        evaluate(model, text_batches(4, labels="causal"), (2, 3), **settings).rows
+        for model in map(causal_run_by, ("masked", "cpu", "auto"))
+    )
+    for rows in others:
+        for a, b in zip(masked, rows, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+            assert a.get("output_error") == pytest.approx(b.get("output_error"), abs=1e-5)
+            assert a.get("k_per_layer") == b.get("k_per_layer")
+
+
+def causal_run_by(implementation: str):
+    model = tiny_model("llama", "AutoModelForCausalLM")
+    convert(model, 2)
+    model.set_moe_implementation(implementation)
+    return model
 
 
 def test_auto_takes_what_there_is(monkeypatch):

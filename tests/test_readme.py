@@ -210,8 +210,18 @@ def test_every_fact_is_shown():
 
 @pytest.mark.parametrize("path", ["README.md", "docs/results.md", "recipes/serving/README.md"])
 def test_links_lead_somewhere(path):
-    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / path).read_text())
-    assert links and all((ROOT / path).parent.joinpath(link).exists() for link in links)
+    links = re.findall(r"\]\(([^):]+)\)", (ROOT / path).read_text())
+    assert links
+    for link in links:
+        file, _, section = link.partition("#")
+        target = (ROOT / path).parent / file if file else ROOT / path
+        assert target.exists() and (not section or section in sections(target)), link
+
+
+def sections(path: Path) -> list[str]:
+    """What links call the headings of a Markdown file."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,16 @@ def test_settings_of_a_router_stay_with_the_model(found, tmp_path):
     assert again.config.moefication["router_settings"] == {}
 
 
+def test_a_model_of_an_older_format_is_of_this_one_then(found):
+    """Else code of that format would read it, and make routers without their settings."""
+    model = converted("linear", found)
+    del model.config.moefication["router_settings"]
+    model.config.moefication["format_version"] = 2
+    reroute_(model, "partial_input", settings={"inputs": 0.5})
+    expected = converted("partial_input", found, router_settings={"inputs": 0.5})
+    assert model.config.moefication == expected.config.moefication
+
+
 def test_what_old_routers_measured_is_forgotten(found):
     model = converted("linear", found)
     measure_reach(model, found, ["threshold"], progress=False)

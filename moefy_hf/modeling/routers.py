@@ -195,9 +195,12 @@ def router_class(name: Any, settings: Mapping[str, Any] | None = None) -> type[R
     """The router of that name, which can be made with these settings.
 
     Raises:
-        ValueError: an unknown name or setting (the valid ones are listed), or a setting out of range.
+        ValueError: an unknown name or setting (the valid ones are listed), a setting out of range, or settings that
+            have no names.
     """
     if not isinstance(name, str) or name not in ROUTERS:
         raise ValueError(f"unknown router {name!r}; choose from {', '.join(ROUTERS)}")
+    if not isinstance(settings, Mapping | None):
+        raise ValueError(f"settings of a router are a mapping like {{'rank': 64}}, got {settings!r}")
     ROUTERS[name].check_settings(settings or {})
     return ROUTERS[name]

@@ -190,6 +190,7 @@ def test_settings_change_what_a_router_costs(name):
         ("partial_input", {"inputs": "0.5"}, "got '0.5'"),
         ("partial_input", {"inputs": float("nan")}, "got nan"),
         (["linear"], {}, r"unknown router \['linear'\]; choose from linear"),
+        ("low_rank", ["rank=3"], r"a mapping like {'rank': 64}, got \['rank=3'\]"),
     ],
 )
 def test_bad_settings_name_the_valid_ones(name, settings, message):

@@ -205,7 +205,7 @@ def test_a_grid_of_routers_and_splits_at_equal_flops(recipe, texts, tmp_path, ca
     assert "gate_clustering-2-linear-0.5,0.9.json: done before" in out and "8 neurons, analytic router, seed 1" in out
     both = json.loads(facts.read_text())["perplexities"]
     split = [row for row in both if row["method"]["splitter"] == "random" and row["method"]["router"] == "linear"]
-    assert all(row["seeds"] == [0, 1] and row["relative_quality_sd"] > 0 for row in split)
+    assert len(split) == 4 and all(row["seeds"] == [0, 1] and row["relative_quality_sd"] > 0 for row in split)
     model = AutoModelForCausalLM.from_pretrained(texts / "model")
     moefy_(model, MoeficationConfig(expert_size=2, splitter="gate_clustering", router="mean_gate", selection=TOP_2))
     tokenizer = AutoTokenizer.from_pretrained(texts / "model")
@@ -218,18 +218,33 @@ def test_a_grid_of_routers_and_splits_at_equal_flops(recipe, texts, tmp_path, ca
     assert row["relative_quality"] == pytest.approx(by["mean_gate", 2, "own", k]["relative_quality"], rel=1e-5)
 
 
+def test_cells_of_a_grid_are_of_what_their_name_does_not_say(recipe, tmp_path):
+    run, facts = tmp_path / "run", tmp_path / "grid.json"
+    grid = {"splitters": ["random"], "routers": ["low_rank"], "expert_sizes": [8], "budgets": [0.5]}
+    grid["facts"] = str(facts)
+    recipe(run, prose_grid.main, **grid, controls=["none"], router_settings=["rank=3"])
+    assert "| random of 8 neurons, low_rank rank=3 | " in prose_facts.tables(json.loads(facts.read_text()))
+    for name, value in (("router_settings", ["rank=2"]), ("calibration_tokens", 400)):
+        changed = {"controls": ["none"], "router_settings": ["rank=3"], name: value}
+        with pytest.raises(ValueError, match=rf"results of other settings \({name} changed\)"):
+            recipe(run, prose_grid.main, **grid, **changed)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"budgets": [0.5, 1.5]}, "in \\(0, 1\\], got 1.5"),
         ({"routers": ["linaer"]}, "unknown router 'linaer'"),
         ({"expert_sizes": [7]}, "48 neurons.*size 7"),
+        ({"num_experts": 6}, "num_experts=6: .*expert_sizes"),
+        ({"compensation": True}, "compensation=True: "),
+        ({"routers": ["low_rank", "linear"], "router_settings": ["rank=3"]}, "LinearRouter has no setting 'rank'"),
     ],
 )
 def test_mistakes_in_a_grid(recipe, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         recipe(tmp_path / "run", prose_grid.main, facts=str(tmp_path / "facts.json"), **settings)
-    assert not (tmp_path / "run" / "dense").exists() and not (tmp_path / "facts.json").exists()
+    assert not list((tmp_path / "run").rglob("dense")) and not (tmp_path / "facts.json").exists()
 
 
 def test_blocks(texts):
