@@ -147,7 +147,11 @@ def add_sweep(sweep_: argparse.ArgumentParser) -> None:
         "or perplexity of at most 1.05 of it",
     )
     sweep_.add_argument(
-        "--selections", nargs="+", choices=list(SELECTIONS), help="types to compare (default: the model's)"
+        "--selections",
+        nargs="+",
+        choices=list(SELECTIONS),
+        help="types to compare (default: the model's; one that has a "
+        "setting instead of a budget is measured as it is)",
     )
     known = ", ".join((*CONTROLS, *BASELINES))
     sweep_.add_argument("--controls", nargs="*", default=["oracle", "random"], help=f"of {known}")

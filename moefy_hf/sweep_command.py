@@ -31,9 +31,9 @@ def sweep(args: Namespace) -> dict[str, Any]:
     longest, tokenizer = length(args, model), load_tokenizer(args)
     batches = TextBatches(texts, tokenizer, labels=labels, max_length=longest, seed=args.seed)
     others = TextBatches(calibration, tokenizer, max_length=longest, seed=args.seed) if calibration else None
-    kinds = args.selections or [model.config.moefication["selection"]["type"]]
-    known = model.config.moefication.get("reach", {})
-    missing = [kind for kind in kinds if setting_name(kind) and kind not in known]
+    own, known = model.config.moefication["selection"], model.config.moefication.get("reach", {})
+    kinds = args.selections or [own["type"] if "k" in own or args.quality is not None else own]
+    missing = [kind for kind in kinds if setting_name(kind) and kind not in known]  # of types, not of settings
     if missing and others is None:
         raise ValueError(f"what {', '.join(missing)} spend is measured on other texts: give --calibration_texts")
     measure_reach(model, others or [], missing)

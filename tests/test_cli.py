@@ -221,6 +221,22 @@ def test_sweep_at_flops_and_with_other_selections(dense, copy, capsys):
     assert "what level spend is measured on other texts" in capsys.readouterr().err
 
 
+def test_sweep_of_a_model_with_a_setting(dense, copy, capsys):
+    model = load_checkpoint(copy)
+    model.set_selection(type="level", level=1.8)
+    model.save_pretrained(copy)
+    main(
+        ["sweep", str(copy), "--texts", str(dense / "texts.txt"), "--shares", "0.5", "--controls", "oracle", "--json"]
+    )
+    out = capsys.readouterr().out
+    rows = json.loads(out[out.index("{") :])["rows"]
+    assert [(row["router"], row.get("type"), row.get("k")) for row in rows[1:]] == [
+        ("oracle", "top_k", 0.5),
+        ("own", "level", None),
+    ]
+    assert rows[2]["level"] == 1.8 and 0 < rows[2]["experts"] < 1
+
+
 def test_sweep_for_a_quality(dense, copy, tmp_path, capsys):
     figures = tmp_path / "figures.json"
     texts = ["--texts", str(dense / "texts.txt"), "--output", str(figures)]
