@@ -125,16 +125,20 @@ def recovery_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def average(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
+    """Over seeds; of what several runs have of one seed, the one that was read text by text."""
+    groups: dict[str, dict[int, dict[str, Any]]] = {}
     for cell in cells:
         key = json.dumps([cell[name] for name in ("method", "router", "type", "allocation", "k")])
-        groups.setdefault(key, []).append(cell)
+        of_seed = groups.setdefault(key, {})
+        if cell["seed"] not in of_seed or cell["texts"]:
+            of_seed[cell["seed"]] = cell
     rows = []
-    for found in groups.values():
+    for group in groups.values():
+        found = list(group.values())
         row = {name: found[0][name] for name in ("method", "router", "type", "allocation", "k")}
         if row["k"] is None:  # what was learned differs between seeds
             row["k"] = mean(cell["experts"] for cell in found)
-        row["seeds"] = sorted({cell["seed"] for cell in found})
+        row["seeds"] = sorted(group)
         for name in ("relative_quality", "ffn_flops", "output_error"):
             if name in found[0]:
                 row[name] = mean(cell[name] for cell in found)

@@ -169,6 +169,19 @@ def test_a_learned_selection_stands_beside_budgets(recipe, tmp_path):
     assert f"learned budgets | {learned['experts']:.0%} | {row['texts']['whales']:.3f} | " in shown
 
 
+def test_what_two_runs_have_of_one_seed_counts_once():
+    cell = {"method": {}, "router": "own", "type": "top_k", "allocation": "uniform", "k": 0.5, "ffn_flops": 0.5}
+    read, swept, other = (
+        cell | {"seed": seed, "relative_quality": quality, "texts": texts}
+        for seed, quality, texts in ((0, 1.5, {"whales": 1.4}), (0, 1.5, {}), (1, 2.5, {"whales": 2.0}))
+    )
+    for cells in ([swept, read], [read, swept]):
+        (row,) = prose_facts.average(cells)
+        assert (row["seeds"], row["texts"]) == ([0], {"whales": 1.4}) and "relative_quality_sd" not in row
+    (row,) = prose_facts.average([read, swept, other])
+    assert row["seeds"] == [0, 1] and row["relative_quality"] == 2 and row["texts"]["whales"] == pytest.approx(1.7)
+
+
 def test_a_grid_of_routers_and_splits_at_equal_flops(recipe, texts, tmp_path, capsys):
     run, facts = tmp_path / "run", tmp_path / "facts" / "grid.json"
     settings = {"facts": str(facts), "budgets": [0.5, 0.9], "controls": ["oracle"], "shares": [0.5]}
