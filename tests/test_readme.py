@@ -152,6 +152,15 @@ def test_a_conversion_takes_what_was_measured():
     assert f"({found['layers']} layers, {found['calibration_tokens']:,} tokens" in text
 
 
+def test_what_means_and_budgets_by_angles_are_worth():
+    rows = KNOWN[ROOT / "model_cards" / "facts" / "smollm2_options.json"]["perplexities"]
+    own = [row for row in rows if (row["method"]["router"], row["router"]) == ("linear", "own")]
+    at_half = [row for row in own if row["k"] == 0.46]
+    found = {(row["method"]["compensation"], row["allocation"]): row["relative_quality"] for row in at_half}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"from {found[False, 'uniform']:.2f} to {found[True, 'angular']:.2f} times dense perplexity" in text
+
+
 def test_the_recipe_for_prose_takes_what_was_measured():
     seconds = json.loads((ROOT / "model_cards" / "prose_recipe.json").read_text())["seconds"]
     text = " ".join((ROOT / "README.md").read_text().split())
