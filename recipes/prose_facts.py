@@ -139,7 +139,7 @@ def average(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if row["k"] is None:  # what was learned differs between seeds
             row["k"] = mean(cell["experts"] for cell in found)
         row["seeds"] = sorted(group)
-        for name in ("relative_quality", "ffn_flops", "output_error"):
+        for name in ("relative_quality", "ffn_flops", "output_error", "budget"):
             if name in found[0]:
                 row[name] = mean(cell[name] for cell in found)
         if len(row["seeds"]) > 1:
@@ -150,7 +150,8 @@ def average(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def nearest(row: dict[str, Any]) -> float:
-    return min(BUDGETS, key=lambda budget: abs(row["ffn_flops"] - budget))
+    """The budget that a row belongs to."""
+    return row.get("budget") or min(BUDGETS, key=lambda budget: abs(row["ffn_flops"] - budget))
 
 
 def label(row: dict[str, Any], sized: bool = True) -> str:

@@ -24,7 +24,7 @@ import transformers
 from common import MoeficationArguments, parse
 from moefy_causal_lm import CausalModelArguments, begin, save_dense
 from prose import ProseArguments
-from prose_facts import COMMON, METHOD, average, tables
+from prose_facts import COMMON, METHOD, average, nearest, tables
 from run import CONVERSION, RECOVERY, SWEEP, moefication_config, router_settings
 from stages import write_json
 from sweep import Calibration
@@ -156,11 +156,10 @@ def nearest_share(model: PreTrainedModel, budget: float) -> float | None:
 
 def cells_of(path: Path, cell: MoeficationArguments, seed: int) -> list[dict[str, Any]]:
     names = ("router", "type", "allocation", "k", "ffn_flops", "relative_quality", "output_error")
-    method = {name: getattr(cell, name) for name in METHOD}
-    return [
-        {**{name: row[name] for name in names}, "seed": seed, "method": method, "texts": {}}
-        for row in json.loads(path.read_text())["rows"][1:]
-    ]
+    same: dict[str, Any] = {"seed": seed, "method": {name: getattr(cell, name) for name in METHOD}, "texts": {}}
+    rows = json.loads(path.read_text())["rows"][1:]
+    budgets = {row["k"]: nearest(row) for row in rows if row["router"] == "own"}  # controls stand beside the router
+    return [{**{name: row[name] for name in names}, **same, "budget": budgets[row["k"]]} for row in rows]
 
 
 if __name__ == "__main__":
