@@ -207,7 +207,7 @@ def prediction_of(found: dict[str, Any]) -> Prediction:
     return Prediction(**{each.name: found[each.name] for each in fields(Prediction) if each.name in found})
 
 
-def settings_of(section: dict[str, Any]) -> str:
+def router_settings_of(section: dict[str, Any]) -> str:
     settings = section.get("router_settings") or {}  # which older formats lack
     return f" ({', '.join(f'{name} {value}' for name, value in settings.items())})" if settings else ""
 
@@ -220,7 +220,7 @@ def summary(section: dict[str, Any], report: ConversionReport | None, facts: dic
     rows += [
         ("experts", f"{size} neurons each" if section["num_experts"] is None else f"{section['num_experts']} per FFN"),
         ("split", f"`{section['splitter']}`"),
-        ("router", f"`{section['router']}`" + settings_of(section)),
+        ("router", f"`{section['router']}`" + router_settings_of(section)),
         ("budget", budget(selection)),
     ]
     if report is not None and report.calibration_tokens:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrain
 from transformers.utils import logging
 
 from .architectures import checkpoint_class, load_checkpoint
-from .cards import is_rendered, moefied_config, settings_of, write_card
+from .cards import is_rendered, moefied_config, router_settings_of, write_card
 from .cett import cett_curves, ppl_activation
 from .configuration import MoeficationConfig
 from .conversion import moefy_
@@ -69,7 +69,7 @@ def show_inspected(found: dict[str, Any]) -> str:
         f"can be exported to {', '.join(found['export'])}" if section else "dense",
     ]
     if section:
-        router = f"{section['router']} router{settings_of(section)}"
+        router = f"{section['router']} router{router_settings_of(section)}"
         lines.append(f"MoEfied: {section['splitter']} split, {router}, {section['selection']}")
     lines += ["", "| FFN | d | neurons | gated | expert sizes |", "|---|---|---|---|---|"]
     for ffn in found["ffns"]:
