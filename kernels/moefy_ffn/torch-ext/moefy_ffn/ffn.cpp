@@ -5,7 +5,8 @@
 // up, gate and down. A block of tokens goes through these steps, each shared out over the threads:
 //
 //   scores (T, E - S) -> experts of each token, S of them always -> pairs (token, expert), sorted by expert
-//   -> hidden (pairs, m) = act(gate x) * up x, an expert at a time -> y (T, d) += hidden * down, a slice of columns each
+//   -> hidden (pairs, m) = act(gate x) * up x, an expert at a time (one token: all its neurons as one list)
+//   -> y (T, d) += hidden * down, a slice of columns each
 //
 // Few tokens are bound by the memory that the selected rows come from, many by the arithmetic.
 
@@ -32,7 +33,6 @@ namespace {
 
 constexpr int64_t BLOCK = 256;  // tokens at once: their inputs and outputs stay in the cache
 constexpr int64_t SLICE = 64;   // columns of y are shared out in multiples of this
-constexpr int64_t STREAM = 8;   // rows of down that one token reads at once
 
 // One FFN over blocks of tokens, its numbers of type P
 template <class P>
@@ -58,27 +58,50 @@ struct Blocks {
       rows.push_back(first + pairs.tokens[i] * padded);
   }
 
-  void product(const std::vector<const Token *> &inputs, const Number *w, const Number *bias, int64_t from,
-               std::vector<float> &out, const Number *next) const {
-    const int64_t count = inputs.size();
-    out.resize(count * m + LANES);
-    multiply<P>(inputs.data(), count, w + from * d, m, d, out.data(), m, next);
-    if (bias)
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t r = 0; r < m; ++r) out[i * m + r] += number(bias[from + r]);
+  // act(gate x) * up x (inputs, neurons) of the neurons that are listed; those in `next` come after them
+  void hidden_of(const std::vector<const Token *> &inputs, const std::vector<int64_t> &neurons,
+                 const std::vector<int64_t> &next, float *out) const {
+    thread_local std::vector<const Number *> rows;
+    thread_local std::vector<float> a, g;
+    const int64_t n = neurons.size();
+    rows.clear();
+    for (const int64_t each : neurons) rows.push_back(up + each * d);
+    if (gate)
+      for (const int64_t each : neurons) rows.push_back(gate + each * d);
+    for (const int64_t each : next) rows.push_back(up + each * d);
+    const auto product = [&](int64_t first, const void *bias, std::vector<float> &sums) {
+      sums.resize(inputs.size() * n + LANES);
+      multiply<P>(inputs.data(), inputs.size(), rows.data() + first, n, rows.size() - first, d, sums.data(), n);
+      for (size_t i = 0; bias && i < inputs.size(); ++i)
+        for (int64_t r = 0; r < n; ++r) sums[i * n + r] += number(((const Number *)bias)[neurons[r]]);
+    };
+    product(0, f.up_bias, a);
+    if (gate) product(n, f.gate_bias, g);
+    activate(a.data(), gate ? g.data() : nullptr, inputs.size() * n, f.activation, out);
   }
 
-  void hidden_of(int64_t position) {
-    const int32_t e = pairs.used[position];
-    const int64_t from = e * m;
-    const Number *next = position + 1 < int64_t(pairs.used.size()) ? up + pairs.used[position + 1] * m * d : nullptr;
+  void neurons_of(size_t position, std::vector<int64_t> &neurons) const {
+    if (position >= pairs.used.size()) return;
+    for (int64_t r = 0; r < m; ++r) neurons.push_back(pairs.used[position] * m + r);
+  }
+
+  void hidden_of_expert(int64_t position) {
     thread_local std::vector<const Token *> inputs;
-    thread_local std::vector<float> a, g;
+    thread_local std::vector<int64_t> neurons, next;
+    const int32_t e = pairs.used[position];
     places<const Token *>(inputs, x.data(), e);
-    product(inputs, up, (const Number *)f.up_bias, from, a, gate ? gate + from * d : next);
-    if (gate) product(inputs, gate, (const Number *)f.gate_bias, from, g, next);
-    activate(a.data(), gate ? g.data() : nullptr, inputs.size() * m, f.activation,
-             hidden.data() + pairs.starts[e] * m);
+    neurons.clear(), next.clear();
+    neurons_of(position, neurons);
+    neurons_of(position + 1, next);
+    hidden_of(inputs, neurons, next, hidden.data() + pairs.starts[e] * m);
+  }
+
+  // Of a block of one token, whose experts' neurons are one list
+  void hidden_of_token(int64_t worker, int64_t workers) {
+    std::vector<int64_t> neurons;
+    for (size_t position = 0; position < pairs.used.size(); ++position) neurons_of(position, neurons);
+    const int64_t n = neurons.size(), first = n * worker / workers, last = n * (worker + 1) / workers;
+    hidden_of({x.data()}, {neurons.begin() + first, neurons.begin() + last}, {}, hidden.data() + first);
   }
 
   // Rows of down with their factors for T tokens, without those whose neuron is exactly zero for all of them
@@ -156,7 +179,7 @@ struct Blocks {
     }
   }
 
-  // The same for a block of one token: all its experts' rows are known, and read as STREAM streams
+  // The same for a block of one token: all its experts' rows are known, and read as STREAMS streams
   void output_of(int64_t begin, int64_t end) {
     thread_local Sum<1> sum;
     sum.clear();
@@ -166,10 +189,10 @@ struct Blocks {
     }
     float *const out[] = {y.data()};
     const int64_t rows = sum.steps() * P::STEP;
-    for (int64_t r = 0; r < rows; r += STREAM) {
-      const int64_t count = std::min(STREAM, rows - r), after = r + count;
-      add_rows<P, 1>(out, sum.rows.data() + r, count / P::STEP, sum.factors.data() + r / P::STEP, begin, end,
-                     sum.rows.data() + after, std::min(STREAM, rows - after));
+    for (int64_t r = 0; r < rows; r += STREAMS) {
+      const int64_t count = std::min(STREAMS, rows - r);
+      add_rows<P, 1>(out, sum.rows.data() + r, count / P::STEP, sum.factors.data() + r / P::STEP, begin, end, nullptr,
+                     0);  // nothing fetched ahead: so many long streams are foreseen by the processor
     }
   }
 
@@ -195,8 +218,10 @@ struct Blocks {
   void score(const std::vector<typename R::Token> &staged, int64_t count, int64_t first, int64_t last) {
     std::vector<const typename R::Token *> inputs;
     for (int64_t t = 0; t < count; ++t) inputs.push_back(staged.data() + t * padded);
-    multiply<R>(inputs.data(), count, (const typename R::Number *)f.router + first * d, last - first, d,
-                scores.data() + first, f.num_experts - f.shared, nullptr);
+    std::vector<const typename R::Number *> rows;
+    for (int64_t e = first; e < last; ++e) rows.push_back((const typename R::Number *)f.router + e * d);
+    multiply<R>(inputs.data(), count, rows.data(), rows.size(), rows.size(), d, scores.data() + first,
+                f.num_experts - f.shared);
   }
 
   // What follows is one thread's share of a block of tokens
@@ -235,10 +260,15 @@ struct Blocks {
       pairs.sort(index, count, k, f.num_experts);
       hidden.resize(pairs.tokens.size() * m);
     }
+    if (count == 1) {
+      hidden_of_token(worker, workers);
+#pragma omp barrier
+      output_of(begin, end);
+    } else {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < int64_t(pairs.used.size()); ++i) hidden_of(i);
-    if (count == 1) output_of(begin, end);
-    else outputs_of(begin, end);
+      for (int64_t i = 0; i < int64_t(pairs.used.size()); ++i) hidden_of_expert(i);
+      outputs_of(begin, end);
+    }
     for (int64_t t = 0; t < count; ++t) put(t, begin, end, out + t * d);
 #pragma omp barrier
   }

@@ -1,7 +1,7 @@
 // The two products of an expert, on rows as the model keeps them: x w^T, a dot product each, and h w, a sum of rows.
 //
-// Rows are read from memory that no cache holds: while some are multiplied, the next ones are fetched into the cache,
-// in even portions.
+// Rows come from memory that no cache holds: while some are multiplied, the next ones are fetched into the cache, in
+// even portions.
 
 #pragma once
 
@@ -10,23 +10,12 @@
 
 #include "vectors.h"
 
-// Rows at a time: they and the next ones stay in the cache. Few tokens wait for memory, and do better close behind it
-inline int64_t chunk_of(int64_t tokens) { return tokens > 2 * TOKENS ? 32 : 16; }
-
 template <class Number>
-struct Ahead {  // consecutive rows to fetch
-  const Number *rows;
-  int64_t count;
-
-  Ahead part(int64_t piece, int64_t pieces, int64_t d) const {
-    const int64_t first = count * piece / pieces;
-    return {rows + first * d, count * (piece + 1) / pieces - first};
-  }
-};
+using Rows = const Number *const *;  // where each row is
 
 template <class Number>
 inline void fetch(const Number *p) {
-  __builtin_prefetch(p, 0, 2);
+  __builtin_prefetch(p, 0, 3);
 }
 
 // n tokens, in portions that differ by one at most
@@ -36,50 +25,76 @@ inline void in_groups(int64_t n, Do &&each) {
   for (int64_t g = 0; g < groups; ++g) each(n * g / groups, n * (g + 1) / groups, g, groups);
 }
 
-// out[t * stride + r] = x[t] . w[r] for T tokens and R consecutive rows of w; `x` is staged: zero beyond d
+// f(n), as a constant where n is MANY, which it mostly is
+template <int MANY, class Do>
+inline void with_count(int64_t n, Do &&each) {
+  if (n == MANY) each(std::integral_constant<int64_t, MANY>{});
+  else each(n);
+}
+
+// Rows that are multiplied at once, by T tokens: STREAMS, where the registers have room for as many sums of each
+constexpr int64_t STREAMS = 8;
+constexpr int rows_of(int T) { return T * STREAMS + T + 1 <= 2 * LANES ? STREAMS : ROWS; }
+
+// Rows that tokens in these groups go over, each reading part of as many that come next: all stay in the cache. One
+// group waits for memory, and does best close behind it
+inline int64_t chunk_of(int64_t tokens) { return tokens > 2 * TOKENS ? 32 : tokens > TOKENS ? 16 : STREAMS; }
+
+// out[t * stride + r] = x[t] . rows[r] for T tokens and R rows; `x` is staged: zero beyond d
 template <class P, int T, int R>
-inline void dots(const typename P::Token *const *x, const typename P::Number *w, int64_t d, float *out,
-                 int64_t stride, Ahead<typename P::Number> ahead) {
+inline void dots(const typename P::Token *const *x, Rows<typename P::Number> rows, int64_t d, float *out,
+                 int64_t stride, Rows<typename P::Number> ahead, int64_t ahead_count) {
   constexpr int64_t COLUMNS = P::WIDTH * LANES;
   vec sums[T][R] = {};
-  const auto step = [&](int64_t i, const typename P::Number *rows, int64_t row_stride) {
+  const auto step = [&](int64_t i, Rows<typename P::Number> from, int64_t at) {
     typename P::Piece tokens[T];
     for (int t = 0; t < T; ++t) tokens[t] = P::token(x[t] + i);
     for (int r = 0; r < R; ++r) {
-      const typename P::Piece row = P::row(rows + r * row_stride);
+      const typename P::Piece row = P::row(from[r] + at);
       for (int t = 0; t < T; ++t) P::dot(sums[t][r], tokens[t], row);
     }
   };
+  const typename P::Number *here[R];
+  std::copy(rows, rows + R, here);
   int64_t i = 0;
-  for (; i + COLUMNS <= d; i += COLUMNS) {
-    for (int64_t r = 0; r < ahead.count; ++r) fetch(ahead.rows + r * d + i);
-    step(i, w + i, d);
-  }
+  with_count<R>(ahead_count, [&](auto count) {
+    for (; i + COLUMNS <= d; i += COLUMNS) {
+      for (int64_t r = 0; r < count; ++r) fetch(ahead[r] + i);
+      step(i, here, i);
+    }
+  });
   if (i < d) {
-    typename P::Number rest[R * COLUMNS] = {};
-    for (int r = 0; r < R; ++r) std::copy(w + r * d + i, w + (r + 1) * d, rest + r * COLUMNS);
-    step(i, rest, COLUMNS);
+    typename P::Number rest[R][COLUMNS] = {};
+    for (int r = 0; r < R; ++r) {
+      std::copy(rows[r] + i, rows[r] + d, rest[r]);
+      here[r] = rest[r];
+    }
+    step(i, here, 0);
   }
-  for (int t = 0; t < T; ++t) {
-    vec four[4] = {};
-    for (int r = 0; r < R; ++r) four[r] = sums[t][r];
-    const quad found = sums_of(four);
-    for (int r = 0; r < R; ++r) out[t * stride + r] = found[r];
-  }
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; r += 4) {
+      vec four[4] = {};
+      for (int q = r; q < std::min(r + 4, R); ++q) four[q - r] = sums[t][q];
+      const quad found = sums_of(four);
+      for (int q = r; q < std::min(r + 4, R); ++q) out[t * stride + q] = found[q - r];
+    }
 }
 
-template <class P, int T>
-void dots_of(const typename P::Token *const *x, const typename P::Number *w, int64_t rows, int64_t d, float *out,
-             int64_t stride, Ahead<typename P::Number> ahead) {
-  int64_t r = 0;
-  for (; r + ROWS <= rows; r += ROWS)
-    dots<P, T, ROWS>(x, w + r * d, d, out + r, stride, ahead.part(r / ROWS, std::max<int64_t>(rows / ROWS, 1), d));
-  for (; r < rows; ++r) dots<P, T, 1>(x, w + r * d, d, out + r, stride, {w, 0});
+// The same for rows [first, n), R at once, then fewer
+template <class P, int T, int R = rows_of(T)>
+void dots_of(const typename P::Token *const *x, Rows<typename P::Number> rows, int64_t first, int64_t n, int64_t d,
+             float *out, int64_t stride, Rows<typename P::Number> ahead, int64_t ahead_count) {
+  int64_t r = first;
+  for (; r + R <= n; r += R) {
+    const int64_t from = ahead_count * r / n, to = ahead_count * (r + R) / n;
+    dots<P, T, R>(x, rows + r, d, out + r, stride, ahead + from, to - from);
+  }
+  if constexpr (R > 1) dots_of<P, T, (R > ROWS) ? ROWS : 1>(x, rows, r, n, d, out, stride, ahead, ahead_count);
 }
 
 // y[t] += the sum over n steps s of factors[s * T + t] times the s-th row (or pair of rows), for T tokens
 template <class P, int T, int C>
-inline void add_panel(float *const *y, int64_t at, const typename P::Number *const *rows, int64_t column, int64_t n,
+inline void add_panel(float *const *y, int64_t at, Rows<typename P::Number> rows, int64_t column, int64_t n,
                       const typename P::Factor *factors) {
   vec sums[T][C];
   for (int t = 0; t < T; ++t)
@@ -95,12 +110,43 @@ inline void add_panel(float *const *y, int64_t at, const typename P::Number *con
     for (int c = 0; c < C; ++c) store(y[t] + at + c * LANES, sums[t][c]);
 }
 
+// The same for N steps, where T * N factors fit the registers: each row is a stream of its own, to the end
+template <class P, int T, int N>
+inline void add_streams(float *const *y, Rows<typename P::Number> rows, const typename P::Factor *factors,
+                        int64_t begin, int64_t end, Rows<typename P::Number> ahead, int64_t ahead_count) {
+  const typename P::Number *here[N * P::STEP];
+  std::copy(rows, rows + N * P::STEP, here);
+  decltype(P::spread(*factors)) factor[N][T], read[P::WIDTH];
+  for (int s = 0; s < N; ++s)
+    for (int t = 0; t < T; ++t) factor[s][t] = P::spread(factors[s * T + t]);
+  with_count<STREAMS>(ahead_count, [&](auto count) {
+    for (int64_t i = begin; i < end; i += P::WIDTH * LANES) {
+      for (int64_t r = 0; r < count; ++r) fetch(ahead[r] + i);
+      vec sums[T][P::WIDTH];
+      for (int t = 0; t < T; ++t)
+        for (int w = 0; w < P::WIDTH; ++w) sums[t][w] = load<vec>(y[t] + i + w * LANES);
+      for (int s = 0; s < N; ++s) {
+        P::read(here + s * P::STEP, i, read);
+        for (int t = 0; t < T; ++t)
+          for (int w = 0; w < P::WIDTH; ++w) P::add(sums[t][w], factor[s][t], read[w]);
+      }
+      for (int t = 0; t < T; ++t)
+        for (int w = 0; w < P::WIDTH; ++w) store(y[t] + i + w * LANES, sums[t][w]);
+    }
+  });
+}
+
 // The same for columns [begin, end) of the rows
 template <class P, int T>
-void add_rows(float *const *y, const typename P::Number *const *rows, int64_t n, const typename P::Factor *factors,
-              int64_t begin, int64_t end, const typename P::Number *const *ahead, int64_t ahead_count) {
+void add_rows(float *const *y, Rows<typename P::Number> rows, int64_t n, const typename P::Factor *factors,
+              int64_t begin, int64_t end, Rows<typename P::Number> ahead, int64_t ahead_count) {
   constexpr int64_t PIECE = P::WIDTH * LANES, PANEL = ROWS * LANES, LINE = 64 / sizeof(typename P::Number);
   int64_t i = begin;
+  if constexpr (rows_of(T) == STREAMS)
+    if (n == STREAMS / P::STEP) {
+      i += (end - begin) / PIECE * PIECE;
+      add_streams<P, T, STREAMS / P::STEP>(y, rows, factors, begin, i, ahead, ahead_count);
+    }
   for (; i + PANEL <= end; i += PANEL) {
     for (int64_t r = 0; r < ahead_count; ++r)
       for (int64_t c = 0; c < PANEL; c += LINE) fetch(ahead[r] + i + c);
@@ -127,20 +173,18 @@ inline void with_tokens(int64_t tokens, Do &&each) {
   each(std::integral_constant<int, T>{});
 }
 
-// out (tokens, rows; a row of `stride` per token) = x w^T; `next` is read after these rows
+// out (tokens, n; a row of `stride` per token) = x w^T, for the first n rows of w; others, up to `all`, are read next
 template <class P>
-void multiply(const typename P::Token *const *x, int64_t tokens, const typename P::Number *w, int64_t rows, int64_t d,
-              float *out, int64_t stride, const typename P::Number *next) {
+void multiply(const typename P::Token *const *x, int64_t tokens, Rows<typename P::Number> w, int64_t n, int64_t all,
+              int64_t d, float *out, int64_t stride) {
   const int64_t chunk = chunk_of(tokens);
-  for (int64_t first = 0; first < rows; first += chunk) {
-    const int64_t count = std::min(chunk, rows - first), left = rows - first - count;
-    const Ahead<typename P::Number> ahead =
-        left ? Ahead<typename P::Number>{w + (first + count) * d, std::min(chunk, left)}
-             : Ahead<typename P::Number>{next, next ? std::min(chunk, rows) : 0};
+  for (int64_t first = 0; first < n; first += chunk) {
+    const int64_t last = std::min(first + chunk, n), ahead = std::min(chunk, all - last);
     in_groups(tokens, [&](int64_t begin, int64_t end, int64_t group, int64_t groups) {
+      const int64_t from = last + ahead * group / groups, to = last + ahead * (group + 1) / groups;
       with_tokens(end - begin, [&](auto size) {
-        dots_of<P, size>(x + begin, w + first * d, count, d, out + begin * stride + first, stride,
-                         ahead.part(group, groups, d));
+        dots_of<P, size>(x + begin, w + first, 0, last - first, d, out + begin * stride + first, stride, w + from,
+                         to - from);
       });
     });
   }
