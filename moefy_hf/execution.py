@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .architectures import check_code
-from .implementations import ACTIVATIONS, IMPLEMENTATIONS, KERNEL_SELECTIONS, MATRIX_ROUTERS
+from .implementations import ACTIVATIONS, IMPLEMENTATIONS, KERNEL_ROUTERS, KERNEL_SELECTIONS
 from .limits import INNER_DROPOUT, LIMITS, device_of, largest_share
 from .modeling.ffn_sites import FfnSite
 from .modeling.moefied import base_layer
@@ -70,10 +70,10 @@ class SparseFfn:
     def kernel(self) -> MoeFfn:
         """On the weights as they lie now: parameters may have been replaced since the last call, or the budget."""
         site, act = self.site, self.act
-        weight = self.matrix()
+        matrices = self.matrices()
         parameters = (each for linear in self.linears for each in (linear.weight, linear.bias) if each is not None)
         state = (act.selection, type(act.router), *(each.data_ptr() for each in parameters), *self.versions())
-        state = state if weight is None else (*state, weight.data_ptr())
+        state = (*state, *(each.data_ptr() for each in matrices.values()))
         prepared = self.prepared  # read once: another thread may replace it
         if prepared is None or prepared[0] != state:
             weights = site.weights()
@@ -88,28 +88,34 @@ class SparseFfn:
                 gate_bias=weights.gate_bias,
                 down_bias=site.down.bias,
                 means=None if act.compensation is None else self.means(),
-                **({} if weight is None else self.routing(weight)),
+                **self.routing(matrices),
             )
             self.prepared = prepared = (state, kernel)
         return prepared[1]
 
-    def matrix(self) -> torch.Tensor | None:
-        """(E - S, d): the router, where it is one that the kernel multiplies by itself, and selects by; not where
-        hooks want its scores, as those do that count experts."""
-        router = self.act.router
-        if router._forward_hooks or router._forward_pre_hooks:
-            return None
-        weight = getattr(router, MATRIX_ROUTERS.get(type(router).__name__, ("", ""))[0], None)
-        fits = weight is not None and weight.dtype in (torch.float32, self.linear.weight.dtype)
-        return weight if fits and type(self.act.selection).__name__ in KERNEL_SELECTIONS else None
+    def matrices(self) -> dict[str, torch.Tensor]:
+        """The router's, where it is one that the kernel runs by itself, and selects by; none where hooks want its
+        scores, as those do that count experts."""
+        router, selection = self.act.router, type(self.act.selection).__name__
+        known = KERNEL_ROUTERS.get(type(router).__name__)
+        if known is None or selection not in KERNEL_SELECTIONS or router._forward_hooks or router._forward_pre_hooks:
+            return {}
+        found = {"router": getattr(router, known.weight)}
+        if known.before is not None:
+            found["router_in"] = getattr(router, known.before)
+        dtypes = {each.dtype for each in found.values()}
+        return found if dtypes in ({torch.float32}, {self.linear.weight.dtype}) else {}
 
-    def routing(self, matrix: torch.Tensor) -> dict[str, Any]:
+    def routing(self, matrices: dict[str, torch.Tensor]) -> dict[str, Any]:
         """What the kernel is told of the router and the selection."""
         act = self.act
-        found = {"router": matrix, "selection": KERNEL_SELECTIONS[type(act.selection).__name__]}
+        if not matrices:
+            return {}
+        found = matrices | {"selection": KERNEL_SELECTIONS[type(act.selection).__name__]}
         if not act.selection.dynamic:
             return found | {"k": act.k}
-        return found | {"setting": act.selection.setting, "strengths": MATRIX_ROUTERS[type(act.router).__name__][1]}
+        strengths = KERNEL_ROUTERS[type(act.router).__name__].strengths
+        return found | {"setting": act.selection.setting, "strengths": strengths}
 
     def versions(self) -> tuple[int, ...]:
         """Of the tensors that a kernel holds a product of: it is stale where they change."""
@@ -130,7 +136,7 @@ class SparseFfn:
         """Of the experts, that these tokens compute; 0 where `run_kernel` finds out."""
         act = self.act
         if act.selection.dynamic and x.device.type == "cpu":  # elsewhere the host would wait
-            if self.name == "cpu" and self.matrix() is not None:
+            if self.name == "cpu" and self.matrices():
                 return 0.0
             return float(self.keep(x).float().mean())
         return (act.k or 0) / act.num_experts  # unknown: sparse

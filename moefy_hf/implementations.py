@@ -1,7 +1,7 @@
 """Implementations of a sparse FFN: how the selected experts alone are computed for tokens x."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,24 @@ ACTIVATIONS = {  # class of the activation module -> the kernel's name
     "ReLUSquaredActivation": "relu_squared",
     "QuickGELUActivation": "quick_gelu",
 }
-MATRIX_ROUTERS = {  # routers whose scores are W x -> where W is, and the strengths of scores; the kernel does it all
-    "LinearRouter": ("weight", "softmax"),
-    "MeanGateRouter": ("weight", "softmax"),
-    "PriorApproximateRouter": ("weight", "softmax"),
-    "RandomRouter": ("weight", "softmax"),
-    "SigmoidRouter": ("weight", "sigmoid"),
-    "SimilarityRouter": ("centres", "softmax"),
+
+
+class KernelRouter(NamedTuple):
+    """A router that the kernel runs by itself: its scores are weight x, or weight before x."""
+
+    weight: str
+    before: str | None = None
+    strengths: str = "softmax"
+
+
+KERNEL_ROUTERS = {
+    "LinearRouter": KernelRouter("weight"),
+    "LowRankRouter": KernelRouter("proj_out", before="proj_in"),
+    "MeanGateRouter": KernelRouter("weight"),
+    "PriorApproximateRouter": KernelRouter("weight"),
+    "RandomRouter": KernelRouter("weight"),
+    "SigmoidRouter": KernelRouter("weight", strengths="sigmoid"),
+    "SimilarityRouter": KernelRouter("centres"),
 }
 KERNEL_SELECTIONS = {"TopK": "top_k", "Threshold": "threshold", "TopP": "top_p", "Level": "level"}  # class -> its name
 

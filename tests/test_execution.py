@@ -14,7 +14,7 @@ from tiny import NAMES, convert, distance, run, tiny_inputs, tiny_model
 
 from moefy_hf import MoeficationConfig, evaluate, execution, moefy_, profile
 from moefy_hf.execution import IMPLEMENTATIONS, SparseFfn
-from moefy_hf.implementations import MATRIX_ROUTERS
+from moefy_hf.implementations import KERNEL_ROUTERS
 from moefy_hf.modeling.router_base import Router
 from moefy_hf.modeling.routers import ROUTERS
 
@@ -160,27 +160,30 @@ def test_selections_shared_experts_and_compensation(
 @pytest.mark.parametrize("router", [name for name in ROUTERS if not ROUTERS[name].begins_experts])
 @pytest.mark.parametrize("selection", [name for name in SELECTIONS if name != "top_k"])
 def test_every_router_and_dynamic_selection(selection, router, monkeypatch):
-    """In the kernel's call where the router is one matrix, by torch otherwise; each token scored once."""
+    """In the kernel's call where the router is one or two matrices, by torch otherwise; each token scored once."""
     model, inputs = tiny_model("llama"), tiny_inputs("llama")
     moefy_(model, MoeficationConfig(expert_size=8, splitter="random", router=router), text_batches(2))
     select(model.requires_grad_(False), selection, router)
     masked, found, scored = run(model, inputs), calls(monkeypatch), scorings(monkeypatch)
     model.set_moe_implementation("cpu")
     assert distance(run(model, inputs), masked) < 1e-5 and len(found) == 2
-    assert len(scored) in ([0] if ROUTERS[router].__name__ in MATRIX_ROUTERS else [1, 2])  # a pre-gated layer waits
+    assert len(scored) in ([0] if ROUTERS[router].__name__ in KERNEL_ROUTERS else [1, 2])  # a pre-gated layer waits
 
 
-@pytest.mark.parametrize("name", MATRIX_ROUTERS)
+@pytest.mark.parametrize("name", KERNEL_ROUTERS)
 def test_the_strengths_of_scores_are_as_listed(name):
     (router,) = [each(8, 6) for each in ROUTERS.values() if each.__name__ == name]
-    weight, strengths = MATRIX_ROUTERS[name]
-    assert dict(router.named_parameters()).keys() == {weight} and getattr(router, weight).shape == (6, 8)
-    getattr(router, weight).data.normal_()
-    x = torch.randn(5, 8)
-    scores = x @ getattr(router, weight).T
+    known = KERNEL_ROUTERS[name]
+    matrices = [getattr(router, each) for each in (known.before, known.weight) if each is not None]
+    assert {id(each) for each in router.parameters()} == {id(each) for each in matrices}
+    x = scores = torch.randn(5, 8)
+    for matrix in matrices:
+        matrix.data.normal_()
+        scores = scores @ matrix.T
+    assert scores.shape == (5, 6)
     torch.testing.assert_close(router(x), scores)
     expected = {"softmax": scores.softmax(-1), "sigmoid": scores.sigmoid()}
-    assert torch.equal(router.strengths(scores), expected[strengths])
+    assert torch.equal(router.strengths(scores), expected[known.strengths])
     assert router.strengths(scores.bfloat16()).dtype == torch.float32  # rounded, they would tie
 
 

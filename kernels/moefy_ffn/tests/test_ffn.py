@@ -41,7 +41,27 @@ def kept(experts: torch.Tensor, count: int) -> torch.Tensor:
     return F.one_hot(experts.long() + 1, count + 1).sum(1)[:, 1:].bool()
 
 
-def reference(x, up, down, router, gate, up_bias, gate_bias, down_bias, keep, activation, means=None) -> torch.Tensor:
+def low_rank(router: torch.Tensor, rank: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Two matrices in place of a router (E, d), of its dtype and by way of `rank` numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"router": (len(router), rank), "router_in": (rank, router.shape[1])}
+    return {
+        name: (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(router.dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def scores_of(x: torch.Tensor, router: torch.Tensor, router_in: torch.Tensor | None = None) -> torch.Tensor:
+    """(T, E) in float64; in bfloat16, numbers between two matrices are rounded, as torch does."""
+    if router_in is None:
+        return x.double() @ router.double().T
+    between = x.double() @ router_in.double().T
+    return (between.to(router.dtype) if router.dtype == torch.bfloat16 else between).double() @ router.double().T
+
+
+def reference(
+    x, up, down, router, gate, up_bias, gate_bias, down_bias, keep, activation, means=None, router_in=None
+) -> torch.Tensor:
     """Dense, then masked, in float64."""
     x, up, down, router, gate, up_bias, gate_bias, down_bias, means = (
         None if t is None else t.double() for t in (x, up, down, router, gate, up_bias, gate_bias, down_bias, means)
@@ -58,11 +78,12 @@ def check(inputs: dict, k: int, m: int, activation: str, shared: int = 0, **sett
     """By the router: the experts are the best by its scores, and the output is theirs."""
     y, experts = moe_ffn(**inputs, k=k, expert_size=m, activation=activation, shared=shared, **settings)
     assert experts.shape == (len(y), k) and (experts.diff() > 0).all() and (experts >= 0).all()
-    scores = inputs["x"].double() @ inputs["router"].double().T
+    scores = scores_of(inputs["x"], inputs["router"], inputs.get("router_in"))
     best = torch.cat([torch.full((len(y), shared), torch.inf), scores], -1)
     worst_kept = best.gather(-1, experts.long()).amin(-1)
     keep = kept(experts, best.shape[-1])
-    assert (best.masked_fill(keep, -torch.inf).amax(-1) <= worst_kept + 1e-5).all()
+    rounding = 1e-2 if inputs["router"].dtype == torch.bfloat16 and "router_in" in inputs else 1e-5  # ties between
+    assert (best.masked_fill(keep, -torch.inf).amax(-1) <= worst_kept + rounding).all()
     close(y, reference(**inputs, keep=keep, activation=activation, means=settings.get("means")))
 
 
@@ -121,6 +142,18 @@ def test_a_float32_router_of_a_bfloat16_ffn():
     for tokens in (1, 600):  # so many that some of them choose others by the rounded router
         inputs = made(tokens, 40, 12, 4, gated=True, biased=True, dtype=torch.bfloat16)
         check(inputs | {"router": made(1, 40, 12, 4, False, False, seed=1)["router"]}, 3, 4, "silu")
+
+
+@pytest.mark.parametrize("rank", [1, 5, 16, 70])
+@pytest.mark.parametrize(
+    ("dtype", "router_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+)
+def test_a_low_rank_router(dtype, router_dtype, rank):
+    for tokens, threads in ((1, 1), (1, 2), (9, 2), (300, 3)):
+        inputs = made(tokens, 72, 24, 4, gated=True, biased=True, dtype=dtype)
+        matrices = low_rank(inputs["router"][2:].to(router_dtype), rank)
+        check(inputs | matrices, 7, 4, "silu", shared=2, threads=threads)
 
 
 @pytest.mark.parametrize("compensated", [False, True])
@@ -242,6 +275,9 @@ BAD = [
     ({"k": None}, "k=None"),
     ({"up": torch.zeros(24, 32).double()}, "up must be torch.float32 or torch.bfloat16, got torch.float64"),
     ({"down": torch.zeros(24, 32).bfloat16()}, "down must be a contiguous torch.float32 .* got a torch.bfloat16"),
+    ({"router_in": torch.zeros(5, 32)}, r"router must be .* of shape \(6, 5\)"),
+    ({"router_in": torch.zeros(5, 32).bfloat16(), "router": torch.zeros(6, 5)}, "router_in must be a .*torch.float32"),
+    ({"router_in": torch.zeros(5, 32), "router": None, "k": None}, "router_in is nothing without a router"),
     ({"router": torch.zeros(6, 32).bfloat16()}, "router must be a contiguous torch.float32"),
     ({"means": torch.zeros(5, 32)}, r"means must be .* shape \(6, 32\)"),
     ({"x": torch.zeros(2, 32).bfloat16()}, "x must be a contiguous torch.float32"),

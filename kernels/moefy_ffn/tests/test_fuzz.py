@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moefy_ffn import ACTIVATIONS, STRENGTHS, moe_ffn
-from test_ffn import TOLERANCE, kept, made, reference
+from test_ffn import TOLERANCE, kept, low_rank, made, reference, scores_of
 from test_selections import check_choice
 
 LAYOUTS = {  # of x (tokens, d) -> the same numbers, laid out otherwise
@@ -41,6 +41,7 @@ def cases(draw: st.DrawFn) -> dict:
         "experts": experts,
         "m": draw(st.integers(1, 40)),
         "shared": shared,
+        "rank": draw(st.one_of(st.none(), st.integers(1, 40))),  # of a float32 router
         "k": draw(st.integers(max(1, shared), experts)),
         "activation": draw(st.sampled_from(ACTIVATIONS)),
         "gated": draw(st.booleans()),
@@ -60,25 +61,27 @@ def test_any_ffn_is_the_masked_one(case: dict):
     inputs = made(tokens, d, experts, m, case["gated"], True, seed, case["dtype"])
     inputs |= {name: None for name in ("up_bias", "gate_bias", "down_bias") if name not in case["biases"]}
     inputs["x"] = LAYOUTS[case["layout"]](inputs["x"])
-    router = inputs.pop("router")[case["shared"] :].contiguous()
+    matrices = {"router": inputs.pop("router")[case["shared"] :].contiguous()}
+    if case["rank"] is not None:
+        matrices = low_rank(matrices["router"].float(), case["rank"], seed)
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(experts, d, generator=generator).to(case["dtype"]) if case["means"] else None
     called = inputs | {"activation": case["activation"], "means": means}
     how = {"expert_size": m, "threads": case["threads"]}
-    scores = inputs["x"].double() @ router.double().T
+    scores = scores_of(inputs["x"], **matrices)
     if case["selection"] == "given":
         slots = torch.stack([torch.randperm(experts, generator=generator)[: case["k"]] for _ in range(tokens)]).int()
         slots = slots.where(torch.rand(slots.shape, generator=generator) < 0.7, -1)
         y, _ = moe_ffn(**called, **how, experts=slots)
     elif case["selection"] == "top_k":
-        y, slots = moe_ffn(**called, **how, k=case["k"], router=router, shared=case["shared"])
+        y, slots = moe_ffn(**called, **how, k=case["k"], **matrices, shared=case["shared"])
         assert slots.shape == (tokens, case["k"]) and (slots.diff() > 0).all() and (slots >= 0).all()
         scores = torch.cat([torch.full((tokens, case["shared"]), torch.inf), scores], -1)
         others = scores.masked_fill(kept(slots, experts), -torch.inf)
         assert (others.amax(-1) <= scores.gather(-1, slots.long()).amin(-1) + 1e-5).all()
     else:
         choice = {name: case[name] for name in ("selection", "setting", "strengths", "shared")}
-        y, slots = moe_ffn(**called, **how, **choice, router=router)
+        y, slots = moe_ffn(**called, **how, **choice, **matrices)
         check_choice(slots, scores, **choice)
     called |= {"router": None, "keep": kept(slots, experts)}
     error = (y.double() - reference(**called)).abs()

@@ -21,9 +21,9 @@ class _Ffn(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_void_p)
-            for name in ("router", "up", "gate", "down", "up_bias", "gate_bias", "base", "means")
+            for name in ("router", "router_in", "up", "gate", "down", "up_bias", "gate_bias", "base", "means")
         ),
-        *((name, ctypes.c_int64) for name in ("d", "num_experts", "expert_size", "shared")),
+        *((name, ctypes.c_int64) for name in ("d", "num_experts", "expert_size", "shared", "rank")),
         *(
             (name, ctypes.c_int32)
             for name in ("activation", "is_bfloat16", "router_is_bfloat16", "selection", "strengths")
@@ -49,6 +49,7 @@ class MoeFfn:
             read where they are: a change in place is seen.
         router: (E - shared, d); its scores router x select. Without, calls say which experts run. It may be float32
             in a bfloat16 FFN.
+        router_in: (rank, d), of the router's dtype, before a router (E - shared, rank): scores router router_in x.
         k: how many run with "top_k": those of the largest scores.
         selection: one of `SELECTIONS`. "threshold": experts at least 1 - setting times as strong as the token's
             strongest; "top_p": the strongest, until together they have the share `setting` of the token's strength;
@@ -73,6 +74,7 @@ class MoeFfn:
         expert_size: int,
         activation: str,
         router: torch.Tensor | None = None,
+        router_in: torch.Tensor | None = None,
         shared: int = 0,
         selection: str = "top_k",
         setting: float | None = None,
@@ -105,18 +107,24 @@ class MoeFfn:
         for name, (tensor, shape) in shapes.items():
             if tensor is not None:
                 _check(name, tensor, (up.dtype,), shape)
+        if router is None and router_in is not None:
+            raise ValueError("router_in is nothing without a router")
         if router is not None:
-            _check("router", router, (up.dtype, torch.float32), (experts - shared, d))
+            width = d if router_in is None else len(router_in)
+            _check("router", router, (up.dtype, torch.float32), (experts - shared, width))
+            if router_in is not None:
+                _check("router_in", router_in, (router.dtype,), (width, d))
         base = down_bias
         if means is not None:  # all of them, of which experts that run take theirs away
             means = means.clone()
             base = (means.double().sum(0) + (0 if down_bias is None else down_bias)).to(up.dtype)
         self.d, self.slots, self.dtype, self.routed, self.threads = d, slots, up.dtype, router is not None, threads
-        self.kept = (router, up, gate, down, up_bias, gate_bias, base, means)
+        self.kept = (router, router_in, up, gate, down, up_bias, gate_bias, base, means)
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in self.kept)
         codes["is_bfloat16"] = up.dtype == torch.bfloat16
         codes["router_is_bfloat16"] = router is not None and router.dtype == torch.bfloat16
-        self.struct = _Ffn(*pointers, d, experts, expert_size, shared, **codes, setting=setting or 0.0)
+        rank = 0 if router_in is None else len(router_in)
+        self.struct = _Ffn(*pointers, d, experts, expert_size, shared, rank, **codes, setting=setting or 0.0)
         self.pointer = ctypes.byref(self.struct)
         self.run = library().moefy_ffn
         self.run.argtypes, self.run.restype = _ARGUMENTS, ctypes.c_bool

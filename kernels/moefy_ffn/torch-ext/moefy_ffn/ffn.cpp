@@ -4,7 +4,8 @@
 // Weights are read where the model keeps them, a row of d numbers per neuron: expert e is the rows [e*m, (e+1)*m) of
 // up, gate and down. A block of tokens goes through these steps, each shared out over the threads:
 //
-//   scores (T, E - S) -> experts of each token, S of them always -> pairs (token, expert), sorted by expert
+//   scores (T, E - S), of a low-rank router by way of (T, rank) -> experts of each token, S of them always
+//   -> pairs (token, expert), sorted by expert
 //   -> hidden (pairs, m) = act(gate x) * up x, an expert at a time (one token: all its neurons as one list)
 //   -> y (T, d) += hidden * down, a slice of columns each
 //
@@ -19,11 +20,12 @@ extern "C" {
 
 struct Ffn {
   const void *router;      // (E - S, d), or null: the experts are given
+  const void *router_in;   // (rank, d), or null; with it, router is (E - S, rank), and its scores router router_in x
   const void *up, *gate;   // (f, d); gate is null in an ungated FFN
   const void *down;        // (f, d)
   const void *up_bias, *gate_bias, *base;  // (f), (f), (d), or null
   const void *means;       // (E, d), or null: what an expert that runs takes away from `base`
-  int64_t d, num_experts, expert_size, shared;
+  int64_t d, num_experts, expert_size, shared, rank;
   int32_t activation, is_bfloat16, router_is_bfloat16, selection, strengths;  // the last two: see selection.h
   float setting;           // of a selection other than TOP_K
 };
@@ -34,6 +36,24 @@ namespace {
 constexpr int64_t BLOCK = 256;  // tokens at once: their inputs and outputs stay in the cache
 constexpr int64_t SLICE = 64;   // columns of y are shared out in multiples of this
 
+// The stride of rows of d numbers that are zero beyond: whole pieces, and no power of two
+inline int64_t padded_of(int64_t d) { return (d + 2 * LANES - 1) / (2 * LANES) * (2 * LANES) + LANES; }
+
+// What a low-rank router of numbers of type R makes of a block's tokens
+template <class R>
+struct Latents {
+  const int64_t rank, padded = padded_of(rank);
+  std::vector<float> sums;  // (block, rank)
+  std::vector<typename R::Token> staged;  // (block, padded)
+
+  void resize(int64_t block) { sums.resize(block * rank), staged.resize(block * padded); }
+  void stage(int64_t t) {
+    std::vector<typename R::Number> row(rank);
+    for (int64_t i = 0; i < rank; ++i) set(row[i], sums[t * rank + i]);
+    R::stage(row.data(), rank, staged.data() + t * padded);
+  }
+};
+
 // One FFN over blocks of tokens, its numbers of type P
 template <class P>
 struct Blocks {
@@ -42,12 +62,14 @@ struct Blocks {
 
   const Ffn &f;
   const int64_t k;
-  const int64_t d = f.d, m = f.expert_size, padded = (d + 2 * LANES - 1) / (2 * LANES) * (2 * LANES) + LANES;
+  const int64_t d = f.d, m = f.expert_size, padded = padded_of(d);
   const Number *up = (const Number *)f.up, *gate = (const Number *)f.gate, *down = (const Number *)f.down;
   const Number *means = (const Number *)f.means, *base = (const Number *)f.base;
   std::vector<Token> x;  // (block, padded) staged: other strides than powers of two, zero beyond d
   std::vector<float> wide;  // (block, padded) x for a float32 router of a bfloat16 FFN, else empty
   std::vector<float> y, scores, hidden;
+  Latents<P> latents{f.rank};
+  Latents<Float32> wide_latents{f.rank};
   Pairs pairs;
 
   // Where the pairs' rows of x and y are, for one expert
@@ -213,15 +235,29 @@ struct Blocks {
     }
   }
 
-  // Scores of experts [first, last), by a router of numbers of type R
+  // A worker's share of out (count, rows) = tokens (count, width; `stride` apart) times w^T (rows, width), all of type R
   template <class R>
-  void score(const std::vector<typename R::Token> &staged, int64_t count, int64_t first, int64_t last) {
+  static void linear(const void *w, int64_t rows, int64_t width, const std::vector<typename R::Token> &tokens,
+                     int64_t stride, std::vector<float> &out, int64_t count, int64_t worker, int64_t workers) {
+    const int64_t first = worker * rows / workers, last = (worker + 1) * rows / workers;
     std::vector<const typename R::Token *> inputs;
-    for (int64_t t = 0; t < count; ++t) inputs.push_back(staged.data() + t * padded);
-    std::vector<const typename R::Number *> rows;
-    for (int64_t e = first; e < last; ++e) rows.push_back((const typename R::Number *)f.router + e * d);
-    multiply<R>(inputs.data(), count, rows.data(), rows.size(), rows.size(), d, scores.data() + first,
-                f.num_experts - f.shared);
+    for (int64_t t = 0; t < count; ++t) inputs.push_back(tokens.data() + t * stride);
+    std::vector<const typename R::Number *> places;
+    for (int64_t r = first; r < last; ++r) places.push_back((const typename R::Number *)w + r * width);
+    multiply<R>(inputs.data(), count, places.data(), last - first, last - first, width, out.data() + first, rows);
+  }
+
+  // Scores of tokens, as staged for numbers of type R
+  template <class R>
+  void score(const std::vector<typename R::Token> &tokens, Latents<R> &latents, int64_t count, int64_t worker,
+             int64_t workers) {
+    const int64_t routed = f.num_experts - f.shared;
+    if (!f.router_in) return linear<R>(f.router, routed, d, tokens, padded, scores, count, worker, workers);
+    linear<R>(f.router_in, f.rank, d, tokens, padded, latents.sums, count, worker, workers);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < count; ++t) latents.stage(t);
+    linear<R>(f.router, routed, f.rank, latents.staged, latents.padded, scores, count, worker, workers);
   }
 
   // What follows is one thread's share of a block of tokens
@@ -239,9 +275,8 @@ struct Blocks {
   // Of what is staged: index (count, k)
   void choose(int32_t *index, int64_t count, int64_t worker, int64_t workers) {
     const int64_t routed = f.num_experts - f.shared;
-    const int64_t first = worker * routed / workers, last = (worker + 1) * routed / workers;
-    if (wide.empty()) score<P>(x, count, first, last);
-    else score<Float32>(wide, count, first, last);
+    if (wide.empty()) score<P>(x, latents, count, worker, workers);
+    else score<Float32>(wide, wide_latents, count, worker, workers);
     Selector selector{f.selection, f.strengths, f.setting, routed, k - f.shared};
 #pragma omp barrier
 #pragma omp for schedule(static)
@@ -284,6 +319,7 @@ bool run(const Ffn &f, const void *x, int32_t *index, int64_t k, int64_t most, v
   blocks.y.resize(block * blocks.padded);
   if (f.router) blocks.scores.resize(block * (f.num_experts - f.shared));
   if (f.router && f.router_is_bfloat16 != f.is_bfloat16) blocks.wide.resize(block * blocks.padded);
+  if (f.router_in) blocks.latents.resize(block), blocks.wide_latents.resize(block);
   const bool limited = most >= 0;  // then all experts are chosen, and counted, before any of them runs
   bool few = true;
 #pragma omp parallel num_threads(threads)

@@ -60,6 +60,9 @@ inline uint32_t rounded(float a) {
   return a == a ? b + 0x7fff + ((b >> 16) & 1) : 0x7fc00000;
 }
 
+inline void set(float &to, float a) { to = a; }
+inline void set(bf16 &to, float a) { to.high = rounded(a) >> 16; }
+
 inline quad folded(vec v) {
   quad parts[LANES / 4];
   memcpy(parts, &v, sizeof v);
