@@ -11,8 +11,8 @@ from .argument_types import positive, setting, share_or_count
 from .bench import PRESETS
 from .bench.command import run_bench
 from .bench.ffns import TOKENS
+from .bench.settings import BENCH_ROUTERS, EXPERT_SIZE, NAMES, ROUTER, SHARE
 from .bench.settings import DTYPES as BENCH_DTYPES
-from .bench.settings import EXPERT_SIZE, NAMES, SHARE
 from .commands import card, convert, export_model, inspect, profile_model, push, show_inspected
 from .controls import BASELINES, CONTROLS
 from .export_targets import TARGETS
@@ -188,6 +188,8 @@ def add_bench(commands: Any) -> None:
     bench_.add_argument("--share", type=float, help=f"of the experts computed (default: {SHARE}; the checkpoint's)")
     size = ("--expert-size", "--expert_size")
     bench_.add_argument(*size, type=int, help=f"neurons per expert (default: {EXPERT_SIZE}; the checkpoint's)")
+    of = f"a preset's, of {', '.join(BENCH_ROUTERS)} (default: {ROUTER})"
+    bench_.add_argument("--router", help=of)
     bench_.add_argument("--implementations", nargs="+", default=NAMES, help=f"of {', '.join(NAMES)} (default: all)")
     bench_.add_argument("--tokens", type=int, nargs="+", help=f"per call (default: {' '.join(map(str, TOKENS))})")
     bench_.add_argument("--weights", choices=["cold", "warm"], help="from memory, or as the cache has them")

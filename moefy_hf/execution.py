@@ -217,7 +217,7 @@ class SparseFfn:
             return "something observes its neurons"
         if self.name == "torch" and x.numel() > FEW_TOKENS * x.shape[-1]:
             return "many tokens"
-        if self.auto and self.share(x) > largest_share(x):
+        if self.auto and self.share(x) > largest_share(x, act.expert_size):
             return MANY_EXPERTS
         return None
 

@@ -44,16 +44,24 @@ def device_of(name: str) -> str:
     return "cpu" if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1" else LIMITS[name].device
 
 
-def largest_share(x: torch.Tensor) -> float:
+def largest_share(x: torch.Tensor, expert_size: int) -> float:
     """The share of the experts above which "auto" computes all of them for tokens x (..., d).
 
-    Measured with one thread of a Zen 4 (AVX-512, AVX512_BF16), times F.linear, router included, experts of 32: 1 to 16
-    tokens, which are bound by memory, 1.25 to 2.5 at a share of 0.9; 128 and 512 tokens in float32 1.6 to 1.7 at 0.5,
-    1.06 to 1.2 at 0.75 (with AVX2 alone 0.7 to 0.9); in bfloat16 1.08 to 1.4 at 0.5, 0.83 to 0.88 at 0.75. Where a
-    processor has AMX, dense bfloat16 runs on it and the kernel does not: many tokens are left to dense there. GPUs are
-    not measured.
+    On CPUs, measured with one thread of a Zen 5 (AVX-512, AVX512_BF16), times F.linear, the router left out: one
+    token, which is bound by memory, 1.7 to 2.3 at a share of 0.95, experts as small as single neurons; 2 to 16 tokens
+    at 0.8 and experts of 8 or more 1.1 to 2.3; 128 tokens at 0.5 and experts of 32 3.0 in float32, 1.2 in bfloat16
+    (of a Zen 4 1.6 and 1.1, with AVX2 alone less). Rows of fine experts are multiplied by few tokens at a time: at
+    0.3, 128 tokens, experts of 4 and 1 neurons come to 2.8 and 1.06 in float32, 0.7 and 0.26 in bfloat16. Where a
+    processor has AMX, dense bfloat16 runs on it and the kernel does not: many tokens are left to dense there. GPUs
+    are not measured.
     """
-    if x.device.type == "cpu" and x.numel() <= 16 * x.shape[-1]:
-        return 0.8
-    on_amx = x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    return 0.0 if on_amx else 0.5
+    if x.device.type != "cpu":
+        return 0.5
+    tokens = x.numel() // x.shape[-1]
+    if tokens <= 1:
+        return 1.0
+    fine = expert_size / (16 if x.dtype == torch.bfloat16 else 4)
+    if tokens <= 16:
+        return 0.8 * min(1.0, fine)
+    on_amx = x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return 0.0 if on_amx else 0.5 * min(1.0, fine)

@@ -52,7 +52,7 @@ def test_rows_and_files(little, preset, tmp_path, capsys):
         "SiLUActivation",
     )
     names = ["dense", "dense prepacked", "masked", "torch", "cpu"]
-    if not layers.can_prepack(torch.float32):
+    if not timing.can_prepack(torch.float32):
         names.remove("dense prepacked")
     expected = [(name, 1) for name in names] + [(name, 9) for name in names if name != "torch"]  # masked beyond 4
     assert [(row["implementation"], row["tokens"]) for row in rows] == expected
@@ -169,7 +169,7 @@ def test_every_form_of_ffn(little, monkeypatch, tmp_path, name, settings, dtype)
     model.save_pretrained(tmp_path / "moe")
     given = Settings(checkpoint=str(tmp_path / "moe"), rounds=1, dtype=dtype)
     found = bench_ffns(given, (2, 40), progress=False)
-    assert len(found["rows"]) == (9 if layers.can_prepack(module.DTYPES[dtype]) else 7)
+    assert len(found["rows"]) == (9 if timing.can_prepack(module.DTYPES[dtype]) else 7)
     bench_model(given, batch=2, length=4, progress=False)
 
 
@@ -202,7 +202,9 @@ def test_turns():
         (["--plot", "speed.xyz"], "--plot draws .png, .pdf, .svg, got speed.xyz"),
         (["no/such/checkpoint"], "no/such/checkpoint"),
         (["nothing-here", "--preset", "minilm"], "give a preset .* or a MoEfied checkpoint"),
-        (["nothing-here", "--expert-size", "8"], "an expert size is for presets"),
+        (["--router", "mlp"], "unknown router 'mlp'; choose from linear"),
+        (["nothing-here", "--router", "linear"], "expert sizes and routers are for presets"),
+        (["nothing-here", "--expert-size", "8"], "expert sizes and routers are for presets"),
         (["--generate", "128", "32", "--tokens", "1"], "--tokens is for FFNs alone"),
         (["--generate", "0", "32"], "batch, length and new tokens must be positive"),
         (["--generate", "8", "0"], "--generate at least one token"),

@@ -15,6 +15,7 @@ from tiny import NAMES, convert, distance, run, tiny_inputs, tiny_model
 from moefy_hf import MoeficationConfig, evaluate, execution, moefy_, profile
 from moefy_hf.execution import IMPLEMENTATIONS, SparseFfn
 from moefy_hf.implementations import KERNEL_ROUTERS
+from moefy_hf.limits import largest_share
 from moefy_hf.modeling.router_base import Router
 from moefy_hf.modeling.routers import ROUTERS
 
@@ -292,6 +293,17 @@ def causal_run_by(implementation: str):
     convert(model, 2)
     model.set_moe_implementation(implementation)
     return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_leaves_many_tokens_of_fine_experts_to_dense(dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    limits = {n: [largest_share(torch.zeros(n, 3, dtype=dtype), size) for size in (1, 4, 32)] for n in (1, 2, 16, 17)}
+    assert limits[1] == [1, 1, 1] and limits[2] == limits[16]
+    for n, most in ((16, 0.8), (17, 0.5)):
+        assert limits[n][0] < limits[n][1] <= limits[n][2] == most
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert (largest_share(torch.zeros(17, 3, dtype=dtype), 32) == 0) is (dtype == torch.bfloat16)
 
 
 def test_auto_takes_what_there_is(monkeypatch):

@@ -28,6 +28,7 @@ def run_bench(args: Namespace) -> dict[str, Any]:
         checkpoint=args.checkpoint,
         share=args.share,
         expert_size=args.expert_size,
+        router=args.router,
         dtype=args.dtype,
         threads=args.threads,
         rounds=args.rounds,

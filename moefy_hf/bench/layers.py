@@ -21,6 +21,7 @@ from ..modeling.routed_activation import outlet_to
 from ..reading import scorer
 from .presets import preset_config, shape_of
 from .settings import DTYPES, Settings
+from .timing import can_prepack
 
 FUSED = {"relu": ("relu", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
@@ -140,12 +141,6 @@ def copy_of(site: FfnSite, shared: Iterable[torch.Tensor] = ()) -> FfnSite:
     copied = FfnSite(site.name, owner, site.spec)
     outlet_to(copied.act, copied)(owner, ())  # which an owner's first call does
     return copied
-
-
-def can_prepack(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def dense(layer: Layer, x: torch.Tensor) -> torch.Tensor:

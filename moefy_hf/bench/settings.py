@@ -8,13 +8,16 @@ from moefy_ffn import BuildError
 from moefy_ffn.build import library
 
 from ..configuration import MoeficationConfig
+from ..implementations import KERNEL_ROUTERS
+from ..modeling.routers import ROUTERS
 from .presets import PRESETS
 
 NAMES = ("masked", "torch", "cpu")  # implementations that run on the CPU, which dense is compared with
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # of an output's length, per token
 CHECKED = 32  # tokens of a call, at most
-SHARE, EXPERT_SIZE = 0.2, 32  # of a preset; a checkpoint has its own
+SHARE, EXPERT_SIZE, ROUTER = 0.2, 32, "random"  # of a preset; a checkpoint has its own
+BENCH_ROUTERS = [name for name, made in ROUTERS.items() if made.__name__ in KERNEL_ROUTERS]
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Settings:
         preset: an architecture whose weights are random, or
         checkpoint: a MoEfied one, whose own weights, experts and budgets are timed.
         share: of the experts that are computed.
+        router: a preset's, one that the C++ kernel runs; its weights are random, whichever it is.
         rounds: at most so many timings of each method, and
         seconds: no further ones after so many seconds of timing, but five.
 
@@ -35,6 +39,7 @@ class Settings:
     checkpoint: str | None = None
     share: float | None = None
     expert_size: int | None = None
+    router: str | None = None
     dtype: str = "float32"
     threads: int = 1
     rounds: int = 40
@@ -44,9 +49,13 @@ class Settings:
     def __post_init__(self):
         if (self.preset is None) == (self.checkpoint is None):
             raise ValueError(f"give a preset ({', '.join(PRESETS)}) or a MoEfied checkpoint")
-        if self.checkpoint is not None and self.expert_size is not None:
-            raise ValueError(f"an expert size is for presets: the experts of {self.checkpoint} have theirs")
-        registries = [("preset", [self.preset], PRESETS), ("dtype", [self.dtype], DTYPES)]
+        if self.checkpoint is not None and (self.expert_size is not None or self.router is not None):
+            raise ValueError(f"expert sizes and routers are for presets: {self.checkpoint} has its own")
+        registries = [
+            ("preset", [self.preset], PRESETS),
+            ("router", [self.router], BENCH_ROUTERS),
+            ("dtype", [self.dtype], DTYPES),
+        ]
         for what, names, registry in (*registries, ("implementation", self.implementations, NAMES)):
             for name in names:
                 if name is not None and name not in registry:
@@ -70,10 +79,12 @@ class Settings:
         """Of a preset: a split and a router that learn nothing."""
         selection = {"type": "top_k", "k": float(self.share or SHARE), "allocation": "uniform"}
         size = EXPERT_SIZE if self.expert_size is None else self.expert_size
-        return MoeficationConfig(expert_size=size, splitter="random", router="random", selection=selection)
+        router = self.router or ROUTER
+        return MoeficationConfig(expert_size=size, splitter="random", router=router, selection=selection)
 
     def to_dict(self) -> dict[str, Any]:
         found = {name: value for name, value in vars(self).items() if name not in ("implementations", "seconds")}
         if self.preset:
             found |= {"share": self.share or SHARE, "expert_size": self.moefication().expert_size}
+            found |= {"router": self.moefication().router}
         return found
