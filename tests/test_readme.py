@@ -67,6 +67,7 @@ def speed_line(found: dict) -> str:
     parts = [settings["preset"], f"{settings['threads']} thread{'s' if settings['threads'] > 1 else ''}"]
     parts += ["bfloat16"] if settings["dtype"] == "bfloat16" else []
     parts += [f"experts of {settings['expert_size']}"] if settings["expert_size"] != 32 else []
+    parts += ["low-rank router"] if settings["router"] == "LowRankRouter" else []
     parts += [f"{settings['share']:.0%} of the experts".replace("%", " %")] if settings["share"] != 0.2 else []
     parts += [f"{settings['nonzero']:.0%} non-zero".replace("%", " %")] if settings.get("nonzero") else []
     rows = {row["tokens"]: row for row in found["rows"] if row["implementation"] == "cpu"}

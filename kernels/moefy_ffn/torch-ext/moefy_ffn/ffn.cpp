@@ -212,9 +212,11 @@ struct Blocks {
     float *const out[] = {y.data()};
     const int64_t rows = sum.steps() * P::STEP;
     for (int64_t r = 0; r < rows; r += STREAMS) {
-      const int64_t count = std::min(STREAMS, rows - r);
-      add_rows<P, 1>(out, sum.rows.data() + r, count / P::STEP, sum.factors.data() + r / P::STEP, begin, end, nullptr,
-                     0);  // nothing fetched ahead: so many long streams are foreseen by the processor
+      const int64_t count = std::min(STREAMS, rows - r), after = r + count;
+      // The processor foresees long streams by itself, and fetching ahead costs it; it does less well with short ones
+      const int64_t ahead = sizeof(Number) < sizeof(float) ? std::min(STREAMS, rows - after) : 0;
+      add_rows<P, 1>(out, sum.rows.data() + r, count / P::STEP, sum.factors.data() + r / P::STEP, begin, end,
+                     sum.rows.data() + after, ahead);
     }
   }
 
