@@ -126,97 +126,104 @@ struct Blocks {
     hidden_of({x.data()}, {neurons.begin() + first, neurons.begin() + last}, {}, hidden.data() + first);
   }
 
-  // Rows of down with their factors for T tokens, without those whose neuron is exactly zero for all of them
-  template <int T>
-  struct Sum {
+  // Rows that outputs are sums of: of down, and means; and where each one's factor is in a token's hidden neurons
+  struct Terms {
+    static constexpr int64_t LESS = -1, NOTHING = -2;  // factors of -1 and 0
     std::vector<const Number *> rows;
-    std::vector<float> values;  // (rows, T)
-    std::vector<typename P::Factor> factors;
+    std::vector<int64_t> places;
 
-    void clear() { rows.clear(), values.clear(), factors.clear(); }
-    void expert(const float *h, int64_t m, const Number *down, int64_t first, int64_t last, int64_t d) {
-      for (int64_t r = first; r < last; ++r) {
-        bool active = false;
-        for (int t = 0; t < T; ++t) active |= h[t * m + r] != 0;
-        if (!active) continue;
-        rows.push_back(down + r * d);
-        for (int t = 0; t < T; ++t) values.push_back(h[t * m + r]);
-      }
-    }
-    void less(const Number *mean) { rows.push_back(mean), values.insert(values.end(), T, -1.0f); }
-    int64_t steps() {  // whole ones, with their factors
-      while (rows.size() % P::STEP) rows.push_back(rows.back()), values.insert(values.end(), T, 0.0f);
-      const int64_t count = rows.size() / P::STEP;
-      factors.resize(count * T);
-      for (int64_t s = 0; s < count; ++s)
-        for (int t = 0; t < T; ++t) {
-          float each[P::STEP];
-          for (int i = 0; i < P::STEP; ++i) each[i] = values[(s * P::STEP + i) * T + t];
-          factors[s * T + t] = P::factor(each);
-        }
-      return count;
+    void clear() { rows.clear(), places.clear(); }
+    void add(const Number *row, int64_t place) { rows.push_back(row), places.push_back(place); }
+    void fill() {  // whole steps
+      while (rows.size() % P::STEP) add(rows.back(), NOTHING);
     }
   };
 
-  // The rows of down in [first, last) of an expert whose neuron is not zero for all of its tokens
-  void active_rows(size_t position, int64_t first, int64_t last, std::vector<const Number *> &rows) const {
-    rows.clear();
-    if (position == pairs.used.size()) return;
-    const int64_t e = pairs.used[position], begin = pairs.starts[e], end = pairs.starts[e + 1];
+  // Adds an expert's rows in [first, last) whose neuron is not zero for all of its tokens, and its mean after the last;
+  // a token's neurons begin at `h`, which are the first's of `count`, and have places from `offset` on
+  void add_terms(int64_t e, int64_t first, int64_t last, const float *h, int64_t count, int64_t offset,
+                 Terms &terms) const {
     for (int64_t r = first; r < last; ++r)
-      for (int64_t i = begin; i < end; ++i)
-        if (hidden[i * m + r] != 0) {
-          rows.push_back(down + (e * m + r) * d);
+      for (int64_t t = 0; t < count; ++t)
+        if (h[t * m + r] != 0) {
+          terms.add(down + (e * m + r) * d, offset + r);
           break;
         }
+    if (means && last == m) terms.add(means + e * d, Terms::LESS);
   }
 
-  // y (block, padded) += hidden * down in columns [begin, end)
+  // The terms of T tokens, their neurons `m` apart from `h` on, without steps that are zero for all of them
+  void group_of(const Terms &terms, const float *h, int64_t T, Group<P> &group) const {
+    const int64_t all = terms.rows.size() / P::STEP;
+    group.resize(all, T);
+    int64_t n = 0;
+    for (int64_t step = 0; step < all; ++step) {
+      const int64_t *const places = terms.places.data() + step * P::STEP;
+      typename P::Factor *const factors = group.factors.data() + n * T;
+      bool active = false;
+      for (int64_t t = 0; t < T; ++t) {
+        float each[P::STEP];
+        for (int i = 0; i < P::STEP; ++i) {
+          each[i] = places[i] >= 0 ? h[t * m + places[i]] : places[i] == Terms::LESS ? -1 : 0;
+          active |= each[i] != 0;
+        }
+        factors[t] = P::factor(each);
+      }
+      std::copy_n(terms.rows.data() + step * P::STEP, P::STEP, group.rows.data() + n * P::STEP);
+      group.steps[n] = step;
+      n += active;  // else the next one takes its place
+    }
+    group.resize(n, T);
+  }
+
+  // y (block, padded) += hidden * down in columns [begin, end), some rows of an expert at a time
   void outputs_of(int64_t begin, int64_t end) {
-    thread_local std::vector<float *> outputs;
-    std::vector<const Number *> ahead;
+    std::vector<float *> outputs;
+    std::vector<Group<P>> groups;
+    Terms now, next;
+    const auto list = [&](size_t position, int64_t first, int64_t chunk, Terms &terms) {
+      terms.clear();
+      if (position == pairs.used.size()) return;
+      const int64_t e = pairs.used[position], from = pairs.starts[e];
+      add_terms(e, first, std::min(first + chunk, m), hidden.data() + from * m, pairs.starts[e + 1] - from, 0, terms);
+      terms.fill();
+    };
     for (size_t position = 0; position < pairs.used.size(); ++position) {
       const int32_t e = pairs.used[position];
       const float *h = hidden.data() + pairs.starts[e] * m;
       places<float *>(outputs, y.data(), e);
       const int64_t chunk = chunk_of(outputs.size());
-      for (int64_t first = 0; first < m; first += chunk) {
-        const int64_t last = std::min(first + chunk, m);
-        const Number *rows = down + e * m * d;
-        if (last < m) active_rows(position, last, std::min(last + chunk, m), ahead);
-        else active_rows(position + 1, 0, std::min(chunk, m), ahead);
-        in_groups(outputs.size(), [&](int64_t from, int64_t to, int64_t group, int64_t groups) {
-          const int64_t share = ahead.size() * group / groups, rest = ahead.size() * (group + 1) / groups - share;
-          with_tokens(to - from, [&](auto size) {
-            thread_local Sum<size> sum;
-            sum.clear();
-            sum.expert(h + from * m, m, rows, first, last, d);
-            if (means && last == m) sum.less(means + e * d);
-            const int64_t steps = sum.steps();
-            add_rows<P, size>(outputs.data() + from, sum.rows.data(), steps, sum.factors.data(), begin, end,
-                              ahead.data() + share, rest);
-          });
+      list(position, 0, chunk, now);
+      for (int64_t first = 0; first < m; first += chunk, std::swap(now, next)) {
+        const bool ends = first + chunk >= m;
+        list(position + ends, ends ? 0 : first + chunk, chunk, next);
+        in_groups(outputs.size(), [&](int64_t from, int64_t to, int64_t group, int64_t count) {
+          groups.resize(count);
+          group_of(now, h + from * m, to - from, groups[group]);
         });
+        add_groups<P>(outputs, now.rows, groups, begin, end, next.rows);
       }
     }
   }
 
   // The same for a block of one token: all its experts' rows are known, and read as STREAMS streams
   void output_of(int64_t begin, int64_t end) {
-    thread_local Sum<1> sum;
-    sum.clear();
+    Terms terms;
+    Group<P> group;
     for (const int32_t e : pairs.used) {
-      sum.expert(hidden.data() + pairs.starts[e] * m, m, down + e * m * d, 0, m, d);
-      if (means) sum.less(means + e * d);
+      const int64_t from = pairs.starts[e] * m;
+      add_terms(e, 0, m, hidden.data() + from, 1, from, terms);
     }
+    terms.fill();
+    group_of(terms, hidden.data(), 1, group);
     float *const out[] = {y.data()};
-    const int64_t rows = sum.steps() * P::STEP;
+    const int64_t rows = group.rows.size();
     for (int64_t r = 0; r < rows; r += STREAMS) {
       const int64_t count = std::min(STREAMS, rows - r), after = r + count;
       // The processor foresees long streams by itself, and fetching ahead costs it; it does less well with short ones
       const int64_t ahead = sizeof(Number) < sizeof(float) ? std::min(STREAMS, rows - after) : 0;
-      add_rows<P, 1>(out, sum.rows.data() + r, count / P::STEP, sum.factors.data() + r / P::STEP, begin, end,
-                     sum.rows.data() + after, ahead);
+      add_rows<P, 1>(out, group.rows.data() + r, count / P::STEP, group.factors.data() + r / P::STEP, begin, end,
+                     group.rows.data() + after, ahead);
     }
   }
 
@@ -237,7 +244,7 @@ struct Blocks {
     }
   }
 
-  // A worker's share of out (count, rows) = tokens (count, width; `stride` apart) times w^T (rows, width), all of type R
+  // A worker's share of out (count, rows) = tokens (count, width; `stride` apart) times w^T (rows, width), of type R
   template <class R>
   static void linear(const void *w, int64_t rows, int64_t width, const std::vector<typename R::Token> &tokens,
                      int64_t stride, std::vector<float> &out, int64_t count, int64_t worker, int64_t workers) {
