@@ -73,7 +73,7 @@ class SparseFfn:
         matrices = self.matrices()
         parameters = (each for linear in self.linears for each in (linear.weight, linear.bias) if each is not None)
         state = (act.selection, type(act.router), *(each.data_ptr() for each in parameters), *self.versions())
-        state = (*state, *(each.data_ptr() for each in matrices.values()))
+        state = (*state, *((each.data_ptr(), each.shape) for each in matrices.values()))
         prepared = self.prepared  # read once: another thread may replace it
         if prepared is None or prepared[0] != state:
             weights = site.weights()
@@ -100,11 +100,12 @@ class SparseFfn:
         known = KERNEL_ROUTERS.get(type(router).__name__)
         if known is None or selection not in KERNEL_SELECTIONS or router._forward_hooks or router._forward_pre_hooks:
             return {}
-        found = {"router": getattr(router, known.weight)}
-        if known.before is not None:
-            found["router_in"] = getattr(router, known.before)
+        names = {"router": known.weight} | ({} if known.before is None else {"router_in": known.before})
+        held = ((name, getattr(router, own, None)) for name, own in names.items())  # older code may have other names
+        found = {name: each for name, each in held if each is not None and each.is_contiguous()}
         dtypes = {each.dtype for each in found.values()}
-        return found if dtypes in ({torch.float32}, {self.linear.weight.dtype}) else {}
+        fits = len(found) == len(names) and dtypes in ({torch.float32}, {self.linear.weight.dtype})
+        return found if fits else {}
 
     def routing(self, matrices: dict[str, torch.Tensor]) -> dict[str, Any]:
         """What the kernel is told of the router and the selection."""
@@ -217,7 +218,7 @@ class SparseFfn:
             return "something observes its neurons"
         if self.name == "torch" and x.numel() > FEW_TOKENS * x.shape[-1]:
             return "many tokens"
-        if self.auto and self.share(x) > largest_share(x, act.expert_size):
+        if self.auto and self.share(x) > largest_share(self.name, x, act.expert_size):
             return MANY_EXPERTS
         return None
 

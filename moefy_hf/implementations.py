@@ -50,7 +50,7 @@ def run_kernel(ffn: "SparseFfn", x: torch.Tensor) -> torch.Tensor | None:
     if kernel.routed and ffn.auto and ffn.act.selection.dynamic:
         # How many experts these tokens need is known only when they are routed: an average that was measured on others
         # would be no promise. The kernel counts them before any runs, and stops at too many: dense after its routing
-        return kernel.within(x, largest_share(x, ffn.act.expert_size))
+        return kernel.within(x, largest_share(ffn.name, x, ffn.act.expert_size))
     if kernel.routed:
         return kernel(x)[0]
     keep = ffn.keep(x)  # (..., E)

@@ -44,24 +44,24 @@ def device_of(name: str) -> str:
     return "cpu" if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1" else LIMITS[name].device
 
 
-def largest_share(x: torch.Tensor, expert_size: int) -> float:
-    """The share of the experts above which "auto" computes all of them for tokens x (..., d).
+def largest_share(name: str, x: torch.Tensor, expert_size: int) -> float:
+    """The share of the experts above which "auto" computes all of them, instead of running implementation `name`, for
+    tokens x (..., d).
 
-    On CPUs, measured with one thread of a Zen 5 (AVX-512, AVX512_BF16), times F.linear, the router left out: one
+    "cpu" was measured with one thread of a Zen 5 (AVX-512, AVX512_BF16), times F.linear, the router left out: one
     token, which is bound by memory, 1.7 to 2.3 at a share of 0.95, experts as small as single neurons; 2 to 16 tokens
     at 0.8 and experts of 8 or more 1.1 to 2.3; 128 tokens at 0.5 and experts of 32 3.0 in float32, 1.2 in bfloat16
     (of a Zen 4 1.6 and 1.1, with AVX2 alone less). Rows of fine experts are multiplied by few tokens at a time: at
-    0.3, 128 tokens, experts of 4 and 1 neurons come to 2.8 and 1.06 in float32, 0.7 and 0.26 in bfloat16. Where a
-    processor has AMX, dense bfloat16 runs on it and the kernel does not: many tokens are left to dense there. GPUs
-    are not measured.
+    0.8, 16 tokens, experts of 4 and 1 neurons come to 1.4 and 0.6 in float32, 0.8 and 0.3 in bfloat16; at 0.3, 128
+    tokens, to 2.8 and 1.06, 0.7 and 0.26. Where a processor has AMX, dense bfloat16 runs on it and the kernel does
+    not: many tokens are left to dense there. "torch" is for few tokens anyway. GPUs are not measured.
     """
-    if x.device.type != "cpu":
-        return 0.5
-    tokens = x.numel() // x.shape[-1]
+    if name != "cpu":
+        return 0.8 if name == "torch" else 0.5
+    tokens, narrow = x.numel() // x.shape[-1], x.dtype == torch.bfloat16
     if tokens <= 1:
         return 1.0
-    fine = expert_size / (16 if x.dtype == torch.bfloat16 else 4)
     if tokens <= 16:
-        return 0.8 * min(1.0, fine)
-    on_amx = x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    return 0.0 if on_amx else 0.5 * min(1.0, fine)
+        return 0.8 * min(1.0, expert_size / (8 if narrow else 4))
+    on_amx = narrow and torch.cpu._is_amx_tile_supported()
+    return 0.0 if on_amx else 0.5 * min(1.0, expert_size / (16 if narrow else 4))

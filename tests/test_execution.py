@@ -209,6 +209,24 @@ def test_bfloat16(name, router_dtype, selection):
     assert 0 < error < 1.2 * allowed
 
 
+def test_a_router_that_lies_otherwise_is_run_by_torch():
+    model, inputs = tiny_model("llama"), tiny_inputs("llama")
+    moefy_(model, MoeficationConfig(expert_size=8, splitter="random", router="low_rank"), text_batches(2))
+    select(model.requires_grad_(False), "top_k", "low_rank")
+    model.set_moe_implementation("cpu")
+    before = run(model, inputs)
+    for site in model.moe_sites():
+        router = site.act.router
+        router.proj_in.data, router.proj_out.data = router.proj_in.data[:2], router.proj_out.data[:, :2]
+    found = run(model, inputs)
+    for site in model.moe_sites():  # contiguous, on the same memory, of another shape
+        site.act.router.proj_out.data = site.act.router.proj_out.data.contiguous()
+    again = run(model, inputs)
+    model.set_moe_implementation("masked")
+    masked = run(model, inputs)
+    assert distance(found, masked) < 1e-5 and distance(again, masked) < 1e-5 < distance(before, masked)
+
+
 def test_why_calls_are_masked_is_said_once(caplog):
     model, inputs = moefied("llama"), tiny_inputs("llama")
     model.set_moe_implementation("cpu")
@@ -298,12 +316,31 @@ def causal_run_by(implementation: str):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_auto_leaves_many_tokens_of_fine_experts_to_dense(dtype, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    limits = {n: [largest_share(torch.zeros(n, 3, dtype=dtype), size) for size in (1, 4, 32)] for n in (1, 2, 16, 17)}
-    assert limits[1] == [1, 1, 1] and limits[2] == limits[16]
+
+    def limits(tokens: int, name: str = "cpu") -> list[float]:
+        return [largest_share(name, torch.zeros(tokens, 3, dtype=dtype), size) for size in (1, 4, 32)]
+
+    assert limits(1) == [1, 1, 1] and limits(2) == limits(16) and limits(1, "torch") == [0.8] * 3
     for n, most in ((16, 0.8), (17, 0.5)):
-        assert limits[n][0] < limits[n][1] <= limits[n][2] == most
+        few, some, all_ = limits(n)
+        assert few < some <= all_ == most
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert (largest_share(torch.zeros(17, 3, dtype=dtype), 32) == 0) is (dtype == torch.bfloat16)
+    assert (limits(17)[2] == 0) is (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("selection", ["top_k", "threshold"])
+def test_auto_runs_fine_experts_token_by_token(selection, monkeypatch):
+    model, inputs = tiny_model("llama"), tiny_inputs("llama")
+    moefy_(model, MoeficationConfig(expert_size=1, splitter="random", router="random"))
+    settings = {"k": 0.4} if selection == "top_k" else {"type": selection, "tau": 0.9}
+    model.requires_grad_(False).set_selection(**settings)
+    model.set_moe_implementation("auto")
+    found = calls(monkeypatch)
+    one = {"input_ids": inputs["input_ids"][:1, :1]}
+    run(model, one)
+    assert len(found) == 2
+    run(model, inputs)  # more tokens: so many of their neurons are too many
+    assert len(found) == 2
 
 
 def test_auto_takes_what_there_is(monkeypatch):

@@ -80,6 +80,20 @@ def test_speeds_are_as_they_were_measured(path):
     assert speed_line(json.loads(path.read_text())) in (ROOT / "README.md").read_text()
 
 
+def test_fine_experts_are_as_fast_as_they_were_measured():
+    """Times dense of one token, relative to experts of 32."""
+
+    def times_dense(name: str) -> float:
+        found = json.loads((ROOT / "kernels" / "moefy_ffn" / "benchmarks" / f"{name}.json").read_text())
+        return next(row["ratio"] for row in found["rows"] if (row["implementation"], row["tokens"]) == ("cpu", 1))
+
+    names = ("llama-1b_8", "llama-1b_4", "llama-1b_8_low_rank", "llama-1b_4_low_rank", "llama-1b_1_low_rank")
+    shares = [f"{times_dense(name) / times_dense('llama-1b'):.2f}" for name in names]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "with one matrix, those of 8 and of 4 neurons decode at {} and {} times".format(*shares[:2]) in text
+    assert "it is {} and {}, and {} for single neurons".format(*shares[2:]) in text
+
+
 @pytest.mark.parametrize("preset", ["t5-base", "opt-1.3b"])
 def test_generation_is_as_fast_as_it_was_measured(preset):
     found = json.loads((ROOT / "moefy_hf" / "benchmarks" / f"{preset}_generate.json").read_text())

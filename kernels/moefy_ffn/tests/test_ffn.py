@@ -156,6 +156,45 @@ def test_a_low_rank_router(dtype, router_dtype, rank):
         check(inputs | matrices, 7, 4, "silu", shared=2, threads=threads)
 
 
+def test_a_low_rank_router_rounds_between_its_matrices_as_torch_does():
+    """To bfloat16, to the nearest, ties to even: then two experts have equal scores, and the first of them runs."""
+    x = torch.tensor(
+        [[1, 3 * 2**-8, 2**-6], [1, 0, 2**-8]]
+    ).bfloat16()  # sums 1 + 3/256 and 1 + 4/256; 1 and 1 + 1/256
+    router_in, router = torch.tensor([[1.0, 1, 0], [1, 0, 1]]).bfloat16(), torch.eye(2).bfloat16()
+    scores = F.linear(F.linear(x, router_in), router)
+    assert scores.tolist() == [[1 + 2**-6, 1 + 2**-6], [1, 1]]
+    neurons = torch.ones(2, 3).bfloat16()
+    given = {"k": 1, "expert_size": 1, "activation": "relu", "router": router, "router_in": router_in}
+    for tokens in (x, x.repeat(20, 1)):
+        assert not moe_ffn(tokens, neurons, neurons, **given)[1].any()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 13, 40])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_zeros_of_some_tokens(dtype, tokens):
+    """A quarter of the tokens has the same neurons, in pairs, and all others zero: groups of tokens sum other rows."""
+    own = torch.arange(tokens) * 4 // tokens  # (T,)
+    x = F.one_hot(own, 4).to(dtype)
+    up = 1 + 0.25 * (torch.arange(40) % 3)  # of one expert
+    up = F.one_hot(torch.arange(40) // 2 % 4, 4).to(dtype) * up.unsqueeze(-1).to(dtype)
+    down = torch.randn(40, 192, generator=torch.Generator().manual_seed(0)).to(dtype)
+    up, x = (F.pad(each, (0, 188)) for each in (up, x))
+    experts = torch.zeros(tokens, 1, dtype=torch.int32)
+    y, _ = moe_ffn(x, up, down, experts=experts, expert_size=40, activation="relu")
+    close(y, (x.double() @ up.double().T).relu() @ down.double())
+
+
+@pytest.mark.parametrize("tokens", [1, 12])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_rows_of_zero_neurons_are_not_read(dtype, tokens):
+    x, up, down = torch.ones(tokens, 64), torch.zeros(16, 64), torch.ones(16, 64)
+    up[::3], down[1::3], down[2::3] = 1 / 64, torch.inf, torch.nan  # those of `up` that are zero
+    given = {"experts": torch.zeros(tokens, 1, dtype=torch.int32), "expert_size": 16, "activation": "relu"}
+    y, _ = moe_ffn(x.to(dtype), up.to(dtype), down.to(dtype), **given)
+    assert (y == 6).all()
+
+
 @pytest.mark.parametrize("compensated", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tokens", [1, 2, 70, 300])
@@ -275,7 +314,11 @@ BAD = [
     ({"k": None}, "k=None"),
     ({"up": torch.zeros(24, 32).double()}, "up must be torch.float32 or torch.bfloat16, got torch.float64"),
     ({"down": torch.zeros(24, 32).bfloat16()}, "down must be a contiguous torch.float32 .* got a torch.bfloat16"),
-    ({"router_in": torch.zeros(5, 32)}, r"router must be .* of shape \(6, 5\)"),
+    ({"router_in": torch.zeros(5, 32)}, r"router_in must be .* of shape \(32, 32\)"),
+    ({"router_in": torch.zeros(0, 32), "router": torch.zeros(6, 0)}, r"router must have columns, got shape \(6, 0\)"),
+    ({"router_in": torch.zeros(5, 32), "router": torch.zeros(())}, r"router must have columns, got shape \(\)"),
+    ({"router_in": torch.tensor(0.0), "router": torch.zeros(6, 5)}, r"router_in must be .* of shape \(5, 32\)"),
+    ({"shared": 6, "k": 6, "router": torch.zeros(0, 32)}, "does not fit 24 neurons and 6 shared experts"),
     ({"router_in": torch.zeros(5, 32).bfloat16(), "router": torch.zeros(6, 5)}, "router_in must be a .*torch.float32"),
     ({"router_in": torch.zeros(5, 32), "router": None, "k": None}, "router_in is nothing without a router"),
     ({"router": torch.zeros(6, 32).bfloat16()}, "router must be a contiguous torch.float32"),

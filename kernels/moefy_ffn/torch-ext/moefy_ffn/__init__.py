@@ -99,7 +99,8 @@ class MoeFfn:
             told = f"{selection!r} with k={k}, setting={setting}"
             raise ValueError(f"{told}: top_k has k, others a router and a setting")
         slots = experts if dynamic else k
-        if f % expert_size or (router is not None and (not slots or not 0 <= shared <= slots <= experts)):
+        fits = router is None or (slots and 0 <= shared <= slots <= experts and shared < experts)
+        if f % expert_size or not fits:
             sizes = f"{f} neurons and {shared} shared experts"
             raise ValueError(f"k={k} of experts of {expert_size} neurons does not fit {sizes}")
         shapes = {"up": (up, (f, d)), "gate": (gate, (f, d)), "down": (down, (f, d)), "down_bias": (down_bias, (d,))}
@@ -110,7 +111,9 @@ class MoeFfn:
         if router is None and router_in is not None:
             raise ValueError("router_in is nothing without a router")
         if router is not None:
-            width = d if router_in is None else len(router_in)
+            width = d if router_in is None else router.shape[-1] if router.dim() else 0
+            if not width:
+                raise ValueError(f"router must have columns, got shape {tuple(router.shape)}")
             _check("router", router, (up.dtype, torch.float32), (experts - shared, width))
             if router_in is not None:
                 _check("router_in", router_in, (router.dtype,), (width, d))

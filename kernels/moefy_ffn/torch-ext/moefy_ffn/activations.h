@@ -4,6 +4,8 @@
 
 #include "vectors.h"
 
+namespace {
+
 enum Activation { RELU, GELU, GELU_TANH, SILU, RELU_SQUARED, QUICK_GELU };
 
 // e^x: 2^n times a polynomial over [-ln 2 / 2, ln 2 / 2]
@@ -51,3 +53,5 @@ inline void activate(const float *up, const float *gate, int64_t n, int32_t kind
     else memcpy(h + i, &found, (n - i) * sizeof *h);
   }
 }
+
+}  // namespace

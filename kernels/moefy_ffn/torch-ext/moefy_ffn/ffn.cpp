@@ -13,8 +13,9 @@
 
 #include <omp.h>
 
-#include "products.h"
+#include "router.h"
 #include "selection.h"
+#include "sums.h"
 
 extern "C" {
 
@@ -36,24 +37,6 @@ namespace {
 constexpr int64_t BLOCK = 256;  // tokens at once: their inputs and outputs stay in the cache
 constexpr int64_t SLICE = 64;   // columns of y are shared out in multiples of this
 
-// The stride of rows of d numbers that are zero beyond: whole pieces, and no power of two
-inline int64_t padded_of(int64_t d) { return (d + 2 * LANES - 1) / (2 * LANES) * (2 * LANES) + LANES; }
-
-// What a low-rank router of numbers of type R makes of a block's tokens
-template <class R>
-struct Latents {
-  const int64_t rank, padded = padded_of(rank);
-  std::vector<float> sums;  // (block, rank)
-  std::vector<typename R::Token> staged;  // (block, padded)
-
-  void resize(int64_t block) { sums.resize(block * rank), staged.resize(block * padded); }
-  void stage(int64_t t) {
-    std::vector<typename R::Number> row(rank);
-    for (int64_t i = 0; i < rank; ++i) set(row[i], sums[t * rank + i]);
-    R::stage(row.data(), rank, staged.data() + t * padded);
-  }
-};
-
 // One FFN over blocks of tokens, its numbers of type P
 template <class P>
 struct Blocks {
@@ -68,8 +51,8 @@ struct Blocks {
   std::vector<Token> x;  // (block, padded) staged: other strides than powers of two, zero beyond d
   std::vector<float> wide;  // (block, padded) x for a float32 router of a bfloat16 FFN, else empty
   std::vector<float> y, scores, hidden;
-  Latents<P> latents{f.rank};
-  Latents<Float32> wide_latents{f.rank};
+  Router<P> router{f.router, f.router_in, f.num_experts - f.shared, d, f.rank};
+  Router<Float32> wide_router{f.router, f.router_in, f.num_experts - f.shared, d, f.rank};  // of `wide`
   Pairs pairs;
 
   // Where the pairs' rows of x and y are, for one expert
@@ -126,80 +109,47 @@ struct Blocks {
     hidden_of({x.data()}, {neurons.begin() + first, neurons.begin() + last}, {}, hidden.data() + first);
   }
 
-  // Rows that outputs are sums of: of down, and means; and where each one's factor is in a token's hidden neurons
-  struct Terms {
-    static constexpr int64_t LESS = -1, NOTHING = -2;  // factors of -1 and 0
-    std::vector<const Number *> rows;
-    std::vector<int64_t> places;
-
-    void clear() { rows.clear(), places.clear(); }
-    void add(const Number *row, int64_t place) { rows.push_back(row), places.push_back(place); }
-    void fill() {  // whole steps
-      while (rows.size() % P::STEP) add(rows.back(), NOTHING);
-    }
-  };
-
   // Adds an expert's rows in [first, last) whose neuron is not zero for all of its tokens, and its mean after the last;
   // a token's neurons begin at `h`, which are the first's of `count`, and have places from `offset` on
   void add_terms(int64_t e, int64_t first, int64_t last, const float *h, int64_t count, int64_t offset,
-                 Terms &terms) const {
+                 Terms<P> &terms) const {
     for (int64_t r = first; r < last; ++r)
       for (int64_t t = 0; t < count; ++t)
         if (h[t * m + r] != 0) {
           terms.add(down + (e * m + r) * d, offset + r);
           break;
         }
-    if (means && last == m) terms.add(means + e * d, Terms::LESS);
-  }
-
-  // The terms of T tokens, their neurons `m` apart from `h` on, without steps that are zero for all of them
-  void group_of(const Terms &terms, const float *h, int64_t T, Group<P> &group) const {
-    const int64_t all = terms.rows.size() / P::STEP;
-    group.resize(all, T);
-    int64_t n = 0;
-    for (int64_t step = 0; step < all; ++step) {
-      const int64_t *const places = terms.places.data() + step * P::STEP;
-      typename P::Factor *const factors = group.factors.data() + n * T;
-      bool active = false;
-      for (int64_t t = 0; t < T; ++t) {
-        float each[P::STEP];
-        for (int i = 0; i < P::STEP; ++i) {
-          each[i] = places[i] >= 0 ? h[t * m + places[i]] : places[i] == Terms::LESS ? -1 : 0;
-          active |= each[i] != 0;
-        }
-        factors[t] = P::factor(each);
-      }
-      std::copy_n(terms.rows.data() + step * P::STEP, P::STEP, group.rows.data() + n * P::STEP);
-      group.steps[n] = step;
-      n += active;  // else the next one takes its place
-    }
-    group.resize(n, T);
+    if (means && last == m) terms.add(means + e * d, Terms<P>::LESS);
   }
 
   // y (block, padded) += hidden * down in columns [begin, end), some rows of an expert at a time
   void outputs_of(int64_t begin, int64_t end) {
     std::vector<float *> outputs;
     std::vector<Group<P>> groups;
-    Terms now, next;
-    const auto list = [&](size_t position, int64_t first, int64_t chunk, Terms &terms) {
+    Terms<P> now, next;
+    const auto chunk_at = [&](size_t position) {
+      const int32_t e = pairs.used[position];
+      return chunk_of(pairs.starts[e + 1] - pairs.starts[e]);
+    };
+    const auto list = [&](size_t position, int64_t first, Terms<P> &terms) {
       terms.clear();
       if (position == pairs.used.size()) return;
-      const int64_t e = pairs.used[position], from = pairs.starts[e];
-      add_terms(e, first, std::min(first + chunk, m), hidden.data() + from * m, pairs.starts[e + 1] - from, 0, terms);
+      const int64_t e = pairs.used[position], from = pairs.starts[e], last = std::min(first + chunk_at(position), m);
+      add_terms(e, first, last, hidden.data() + from * m, pairs.starts[e + 1] - from, 0, terms);
       terms.fill();
     };
+    list(0, 0, now);
     for (size_t position = 0; position < pairs.used.size(); ++position) {
       const int32_t e = pairs.used[position];
       const float *h = hidden.data() + pairs.starts[e] * m;
+      const int64_t chunk = chunk_at(position);
       places<float *>(outputs, y.data(), e);
-      const int64_t chunk = chunk_of(outputs.size());
-      list(position, 0, chunk, now);
       for (int64_t first = 0; first < m; first += chunk, std::swap(now, next)) {
         const bool ends = first + chunk >= m;
-        list(position + ends, ends ? 0 : first + chunk, chunk, next);
+        list(position + ends, ends ? 0 : first + chunk, next);
         in_groups(outputs.size(), [&](int64_t from, int64_t to, int64_t group, int64_t count) {
           groups.resize(count);
-          group_of(now, h + from * m, to - from, groups[group]);
+          group_of(now, h + from * m, m, to - from, groups[group]);
         });
         add_groups<P>(outputs, now.rows, groups, begin, end, next.rows);
       }
@@ -208,14 +158,14 @@ struct Blocks {
 
   // The same for a block of one token: all its experts' rows are known, and read as STREAMS streams
   void output_of(int64_t begin, int64_t end) {
-    Terms terms;
+    Terms<P> terms;
     Group<P> group;
     for (const int32_t e : pairs.used) {
       const int64_t from = pairs.starts[e] * m;
       add_terms(e, 0, m, hidden.data() + from, 1, from, terms);
     }
     terms.fill();
-    group_of(terms, hidden.data(), 1, group);
+    group_of(terms, hidden.data(), m, 1, group);
     float *const out[] = {y.data()};
     const int64_t rows = group.rows.size();
     for (int64_t r = 0; r < rows; r += STREAMS) {
@@ -244,31 +194,6 @@ struct Blocks {
     }
   }
 
-  // A worker's share of out (count, rows) = tokens (count, width; `stride` apart) times w^T (rows, width), of type R
-  template <class R>
-  static void linear(const void *w, int64_t rows, int64_t width, const std::vector<typename R::Token> &tokens,
-                     int64_t stride, std::vector<float> &out, int64_t count, int64_t worker, int64_t workers) {
-    const int64_t first = worker * rows / workers, last = (worker + 1) * rows / workers;
-    std::vector<const typename R::Token *> inputs;
-    for (int64_t t = 0; t < count; ++t) inputs.push_back(tokens.data() + t * stride);
-    std::vector<const typename R::Number *> places;
-    for (int64_t r = first; r < last; ++r) places.push_back((const typename R::Number *)w + r * width);
-    multiply<R>(inputs.data(), count, places.data(), last - first, last - first, width, out.data() + first, rows);
-  }
-
-  // Scores of tokens, as staged for numbers of type R
-  template <class R>
-  void score(const std::vector<typename R::Token> &tokens, Latents<R> &latents, int64_t count, int64_t worker,
-             int64_t workers) {
-    const int64_t routed = f.num_experts - f.shared;
-    if (!f.router_in) return linear<R>(f.router, routed, d, tokens, padded, scores, count, worker, workers);
-    linear<R>(f.router_in, f.rank, d, tokens, padded, latents.sums, count, worker, workers);
-#pragma omp barrier
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < count; ++t) latents.stage(t);
-    linear<R>(f.router, routed, f.rank, latents.staged, latents.padded, scores, count, worker, workers);
-  }
-
   // What follows is one thread's share of a block of tokens
 
   // in (count, d)
@@ -284,8 +209,8 @@ struct Blocks {
   // Of what is staged: index (count, k)
   void choose(int32_t *index, int64_t count, int64_t worker, int64_t workers) {
     const int64_t routed = f.num_experts - f.shared;
-    if (wide.empty()) score<P>(x, latents, count, worker, workers);
-    else score<Float32>(wide, wide_latents, count, worker, workers);
+    if (wide.empty()) router.score(x, scores, count, worker, workers);
+    else wide_router.score(wide, scores, count, worker, workers);
     Selector selector{f.selection, f.strengths, f.setting, routed, k - f.shared};
 #pragma omp barrier
 #pragma omp for schedule(static)
@@ -328,7 +253,7 @@ bool run(const Ffn &f, const void *x, int32_t *index, int64_t k, int64_t most, v
   blocks.y.resize(block * blocks.padded);
   if (f.router) blocks.scores.resize(block * (f.num_experts - f.shared));
   if (f.router && f.router_is_bfloat16 != f.is_bfloat16) blocks.wide.resize(block * blocks.padded);
-  if (f.router_in) blocks.latents.resize(block), blocks.wide_latents.resize(block);
+  (blocks.wide.empty() ? blocks.router.resize(block) : blocks.wide_router.resize(block));
   const bool limited = most >= 0;  // then all experts are chosen, and counted, before any of them runs
   bool few = true;
 #pragma omp parallel num_threads(threads)

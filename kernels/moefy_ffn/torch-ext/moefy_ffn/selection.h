@@ -12,6 +12,8 @@
 
 #include "activations.h"
 
+namespace {
+
 enum Selection { TOP_K, THRESHOLD, TOP_P, LEVEL };
 enum Strengths { SOFTMAX, SIGMOID };
 
@@ -126,3 +128,5 @@ struct Pairs {  // of one block, sorted by expert
       if (index[i] >= 0) tokens[next[index[i]]++] = i / k;
   }
 };
+
+}  // namespace

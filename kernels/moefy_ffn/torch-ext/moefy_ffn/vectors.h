@@ -22,6 +22,9 @@ constexpr int TOKENS = 6;  // TOKENS times ROWS sums, TOKENS factors and a piece
 constexpr int LANES = 8;
 constexpr int TOKENS = 3;  // 16 registers
 #endif
+
+namespace {
+
 constexpr int ROWS = 4;
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t bits __attribute__((vector_size(LANES * 4)));
@@ -161,3 +164,5 @@ struct Bfloat16 {
   static void add(vec &sum, vec factor, vec row) { sum += factor * row; }
 #endif
 };
+
+}  // namespace
