@@ -190,7 +190,8 @@ def add_bench(commands: Any) -> None:
     bench_.add_argument(*size, type=int, help=f"neurons per expert (default: {EXPERT_SIZE}; the checkpoint's)")
     of = f"a preset's, of {', '.join(BENCH_ROUTERS)} (default: {ROUTER})"
     bench_.add_argument("--router", help=of)
-    bench_.add_argument("--implementations", nargs="+", default=NAMES, help=f"of {', '.join(NAMES)} (default: all)")
+    of = f"of {', '.join(NAMES)} (default: all); of whole models auto, too"
+    bench_.add_argument("--implementations", nargs="+", default=NAMES, help=of)
     bench_.add_argument("--tokens", type=int, nargs="+", help=f"per call (default: {' '.join(map(str, TOKENS))})")
     bench_.add_argument("--weights", choices=["cold", "warm"], help="from memory, or as the cache has them")
     bench_.add_argument("--nonzero", type=float, metavar="SHARE", help="at most so many neurons of ReLU are not zero")

@@ -53,8 +53,9 @@ def largest_share(name: str, x: torch.Tensor, expert_size: int) -> float:
     at 0.8 and experts of 8 or more 1.1 to 2.3; 128 tokens at 0.5 and experts of 32 3.0 in float32, 1.2 in bfloat16
     (of a Zen 4 1.6 and 1.1, with AVX2 alone less). Rows of fine experts are multiplied by few tokens at a time: at
     0.8, 16 tokens, experts of 4 and 1 neurons come to 1.4 and 0.6 in float32, 0.8 and 0.3 in bfloat16; at 0.3, 128
-    tokens, to 2.8 and 1.06, 0.7 and 0.26. Where a processor has AMX, dense bfloat16 runs on it and the kernel does
-    not: many tokens are left to dense there. "torch" is for few tokens anyway. GPUs are not measured.
+    tokens, to 2.8 and 1.06, 0.7 and 0.26; at 0.2, single neurons to 1.7 in float32. Where a processor has AMX, dense
+    bfloat16 runs on it and the kernel does not: many tokens are left to dense there. "torch" is for few tokens anyway.
+    GPUs are not measured.
     """
     if name != "cpu":
         return 0.8 if name == "torch" else 0.5
@@ -62,6 +63,6 @@ def largest_share(name: str, x: torch.Tensor, expert_size: int) -> float:
     if tokens <= 1:
         return 1.0
     if tokens <= 16:
-        return 0.8 * min(1.0, expert_size / (8 if narrow else 4))
+        return 0.8 * min(1.0, expert_size / (8 if narrow else 2))
     on_amx = narrow and torch.cpu._is_amx_tile_supported()
-    return 0.0 if on_amx else 0.5 * min(1.0, expert_size / (16 if narrow else 4))
+    return 0.0 if on_amx else 0.5 * min(1.0, expert_size / (16 if narrow else 2))

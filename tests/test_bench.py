@@ -202,6 +202,7 @@ def test_turns():
         (["--plot", "speed.xyz"], "--plot draws .png, .pdf, .svg, got speed.xyz"),
         (["no/such/checkpoint"], "no/such/checkpoint"),
         (["nothing-here", "--preset", "minilm"], "give a preset .* or a MoEfied checkpoint"),
+        (["--implementations", "auto"], "implementation 'auto' is for whole models"),
         (["--router", "mlp"], "unknown router 'mlp'; choose from linear"),
         (["nothing-here", "--router", "linear"], "expert sizes and routers are for presets"),
         (["nothing-here", "--expert-size", "8"], "expert sizes and routers are for presets"),
@@ -301,7 +302,7 @@ def test_end_to_end(new_tokens, moe, tmp_path, monkeypatch, capsys):
     end_to_end.main()
     with open(tmp_path / "out.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["implementation"] for row in rows] == ["dense", "masked", "cpu"]
+    assert [row["implementation"] for row in rows] == ["dense", "masked", "cpu", "auto"]
     assert float(rows[0]["times_dense"]) == 1 and all(float(row["times_dense"]) > 0 for row in rows)
     assert {(row["tokens"], row["new_tokens"], row["rounds"], row["share"]) for row in rows} == {
         ("6", str(new_tokens), "3", "0.333")

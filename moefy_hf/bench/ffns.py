@@ -58,6 +58,8 @@ def bench_ffns(
     """
     if not tokens or min(tokens) < 1:
         raise ValueError(f"tokens must be positive, got {', '.join(map(str, tokens))}")
+    if "auto" in settings.implementations:
+        raise ValueError("implementation 'auto' is for whole models: it chooses among the others call by call")
     if nonzero is not None and (settings.preset is None or not 0 < nonzero <= 0.5):
         raise ValueError(f"nonzero must lie in (0, 0.5] and is for presets, got {nonzero} for {settings.source}")
     with torch.no_grad(), threads_set(settings.threads):

@@ -13,6 +13,7 @@ from ..modeling.routers import ROUTERS
 from .presets import PRESETS
 
 NAMES = ("masked", "torch", "cpu")  # implementations that run on the CPU, which dense is compared with
+WHOLE = (*NAMES, "auto")  # for whole models
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # of an output's length, per token
 CHECKED = 32  # tokens of a call, at most
@@ -56,7 +57,7 @@ class Settings:
             ("router", [self.router], BENCH_ROUTERS),
             ("dtype", [self.dtype], DTYPES),
         ]
-        for what, names, registry in (*registries, ("implementation", self.implementations, NAMES)):
+        for what, names, registry in (*registries, ("implementation", self.implementations, WHOLE)):
             for name in names:
                 if name is not None and name not in registry:
                     raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(registry)}")

@@ -54,7 +54,7 @@ def main() -> None:
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     texts = read_lines(args.texts)
-    names = ("masked", "cpu")
+    names = ("masked", "cpu", "auto")
     settings = Settings(checkpoint=args.checkpoint, share=args.k, threads=args.threads, implementations=names)
     dense, model = checkpoint_models(settings)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
