@@ -1,6 +1,8 @@
 """What the recipes share: arguments from a YAML file and the command line, and labelled text."""
 
+import atexit
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +129,7 @@ class MoeficationArguments:
 
 def parse(types: tuple[type, ...], description: str, arguments: list[str] | None = None) -> list[Any]:
     """Dataclasses from `--config FILE.yaml` and the command line, which wins. Unknown names are errors in both."""
+    atexit.register(leave_processes)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     from_file: list[str] = []
     if any(
@@ -149,6 +152,12 @@ def parse(types: tuple[type, ...], description: str, arguments: list[str] | None
         allow_abbrev=False,
     )
     return list(parser.parse_args_into_dataclasses(from_file + arguments))
+
+
+def leave_processes() -> None:
+    """gloo's threads let go of their last tensors when they get Python's lock: a process that ends before may abort."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        time.sleep(1)
 
 
 def load_splits(data: Any, splits: Iterable[str], columns: Iterable[str]) -> DatasetDict:

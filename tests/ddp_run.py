@@ -14,6 +14,9 @@ from transformers import Trainer, TrainerCallback  # noqa: E402
 
 from moefy_hf import LearnedSelectionCallback  # noqa: E402
 
+sys.path.append(str(Path(__file__).parents[1] / "recipes"))
+from common import leave_processes  # noqa: E402
+
 
 class Trace(TrainerCallback):
     """A digest of weights, routers and moments after every step."""
@@ -59,6 +62,7 @@ def main() -> None:
         "world": dist.get_world_size() if dist.is_initialized() else 1,
     }
     torch.save(found, folder / f"{rank}.pt")
+    leave_processes()
 
 
 if __name__ == "__main__":
