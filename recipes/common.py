@@ -155,7 +155,7 @@ def parse(types: tuple[type, ...], description: str, arguments: list[str] | None
 
 
 def leave_processes() -> None:
-    """gloo's threads let go of their last tensors when they get Python's lock: a process that ends before may abort."""
+    """gloo's threads drop their last tensors when they get Python's lock: a process that ends before can abort."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         time.sleep(1)
 
