@@ -8,8 +8,8 @@ import os
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masked import TOLERANCE, kept, low_rank, made, reference, scores_of
 from moefy_ffn import ACTIVATIONS, STRENGTHS, moe_ffn
-from test_ffn import TOLERANCE, kept, low_rank, made, reference, scores_of
 from test_selections import check_choice
 
 LAYOUTS = {  # of x (tokens, d) -> the same numbers, laid out otherwise

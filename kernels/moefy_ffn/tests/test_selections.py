@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from masked import close, kept, low_rank, made, reference, scores_of
 from moefy_ffn import STRENGTHS, MoeFfn, moe_ffn
-from test_ffn import close, kept, low_rank, made, reference, scores_of
 
 from moefy_hf.modeling.selection import SELECTIONS
 

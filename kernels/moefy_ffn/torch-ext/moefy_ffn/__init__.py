@@ -108,15 +108,7 @@ class MoeFfn:
         for name, (tensor, shape) in shapes.items():
             if tensor is not None:
                 _check(name, tensor, (up.dtype,), shape)
-        if router is None and router_in is not None:
-            raise ValueError("router_in is nothing without a router")
-        if router is not None:
-            width = d if router_in is None else router.shape[-1] if router.dim() else 0
-            if not width:
-                raise ValueError(f"router must have columns, got shape {tuple(router.shape)}")
-            _check("router", router, (up.dtype, torch.float32), (experts - shared, width))
-            if router_in is not None:
-                _check("router_in", router_in, (router.dtype,), (width, d))
+        rank = _check_router(router, router_in, experts - shared, d, up.dtype)
         base = down_bias
         if means is not None:  # all of them, of which experts that run take theirs away
             means = means.clone()
@@ -126,7 +118,6 @@ class MoeFfn:
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in self.kept)
         codes["is_bfloat16"] = up.dtype == torch.bfloat16
         codes["router_is_bfloat16"] = router is not None and router.dtype == torch.bfloat16
-        rank = 0 if router_in is None else len(router_in)
         self.struct = _Ffn(*pointers, d, experts, expert_size, shared, rank, **codes, setting=setting or 0.0)
         self.pointer = ctypes.byref(self.struct)
         self.run = library().moefy_ffn
@@ -195,6 +186,24 @@ def _code(what: str, name: str, names: tuple[str, ...]) -> int:
     if name not in names:
         raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(names)}")
     return names.index(name)
+
+
+def _check_router(
+    router: torch.Tensor | None, router_in: torch.Tensor | None, experts: int, d: int, dtype: torch.dtype
+) -> int:
+    """Its rank; 0 of one matrix, or none."""
+    if router_in is None:
+        if router is not None:
+            _check("router", router, (dtype, torch.float32), (experts, d))
+        return 0
+    if router is None:
+        raise ValueError("router_in is nothing without a router")
+    rank = router.shape[-1] if router.dim() else 0
+    if not rank:
+        raise ValueError(f"router must have columns, got shape {tuple(router.shape)}")
+    _check("router", router, (dtype, torch.float32), (experts, rank))
+    _check("router_in", router_in, (router.dtype,), (rank, d))
+    return rank
 
 
 def _check(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
