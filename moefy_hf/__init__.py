@@ -3,6 +3,7 @@
 Zhang et al., "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts", Findings of ACL 2022.
 """
 
+from .adapters import permute_adapter_
 from .architectures import load_checkpoint, moefied_class
 from .budgets import allocate_budgets
 from .callback import MoEficationCallback
@@ -49,6 +50,7 @@ __all__ = [
     "model_card",
     "moefied_class",
     "moefy_",
+    "permute_adapter_",
     "permute_neurons_",
     "predict_quality",
     "profile",

@@ -17,14 +17,14 @@ from .analysis.measuring import measure_load
 from .analysis.pruning import check_prunable, least_used, prune
 from .architectures import load_checkpoint
 from .argument_types import positive, share_or_count
-from .commands import length, load_model, load_tokenizer, processors
+from .commands import load_model, load_tokenizer, processors, text_batches
 from .facts import add_facts, read_facts
 from .folders import check_files, write_whole, written_whole
 from .hub import add_license
 from .modeling.moefied import is_moefied
 from .quality import is_causal
 from .tables import markdown
-from .text_files import TextBatches, read_labelled, read_lines
+from .text_files import TextBatches, longest_text, read_labelled, read_lines
 
 CARRIED = ("base_model", "license", "calibration")  # facts that hold for what is left after pruning
 
@@ -41,7 +41,8 @@ def moefied(args: Namespace) -> PreTrainedModel:
 
 def stream_of(args: Namespace, model: PreTrainedModel) -> TextStream:
     tokenizer = load_tokenizer(args)
-    return TextStream(args.data, tokenizer, model.config, max_length=length(args, model), limit=args.max_tokens)
+    longest = longest_text(model, tokenizer, args.max_length)
+    return TextStream(args.data, tokenizer, model.config, max_length=longest, limit=args.max_tokens)
 
 
 def analyze_model(args: Namespace) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def analyze_model(args: Namespace) -> dict[str, Any]:
         raise ValueError(f"{output} is a file: name a folder for the report")
     removal = read_ablation(args.removal, "title", "together") if args.removal else None
     model = moefied(args)
-    other = load_checkpoint(args.compare, dtype=args.dtype) if args.compare else None
+    other = load_checkpoint(args.compare, head=args.head, dtype=args.dtype) if args.compare else None
     partitions = compare_partitions(model, other, args.seed) if other is not None else None
     found = analyze(model, load_tokenizer(args), stream_of(args, model), rate=args.rate, seed=args.seed)
     facts = add_facts(args.model, analysis=found.summary()) if Path(args.model).is_dir() else {}
@@ -112,8 +113,8 @@ def tasks_of(args: Namespace, model: PreTrainedModel, path: str, other: str | No
     tokenizer = load_tokenizer(args)
 
     def batches(texts: list[str], labels: list[int] | str) -> TextBatches:
-        pairs = texts[: args.max_texts], labels if isinstance(labels, str) else labels[: args.max_texts]
-        return TextBatches(pairs[0], tokenizer, labels=pairs[1], max_length=length(args, model), seed=args.seed)
+        own = labels if isinstance(labels, str) else labels[: args.max_texts]
+        return text_batches(args, model, tokenizer, texts[: args.max_texts], own)
 
     if is_causal(model) != bool(args.texts):
         raise ValueError("a language model takes --texts, and a classifier --csv")

@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from .modeling.ffn_sites import SPECS
 from .modeling.moefied import FORMAT_VERSION, is_moefied
@@ -29,25 +30,58 @@ def moefied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return heads[cls]
 
 
-def checkpoint_class(config: Any) -> type[PreTrainedModel]:
-    """The model class that a checkpoint's config names, MoEfied where it is.
+def checkpoint_class(config: Any, head: str | None = None) -> type[PreTrainedModel]:
+    """The model class that a checkpoint's config names, or the one of a head, MoEfied where the checkpoint is.
+
+    Args:
+        head: the name of an Auto class, "AutoModelForMaskedLM" or another.
 
     Raises:
-        ValueError: it names none, or none that this version of transformers has.
+        ValueError: it names none, or none that this version of transformers has, or there is no such head.
     """
-    names = config.architectures or []
-    if not names:
-        raise ValueError("its config names no architecture, so that there is no telling what head it has")
-    stock = getattr(transformers, names[0].removeprefix("Moefied"), None)
-    if stock is None:
-        raise ValueError(f"{names[0]} is no architecture of transformers {transformers.__version__}")
+    stock = stock_class(config, head)
     return moefied_class(stock) if hasattr(config, "moefication") else stock
 
 
-def load_checkpoint(name: str | Path, revision: str = "main", **kwargs: Any) -> PreTrainedModel:
-    """A dense or MoEfied model from the Hub or a folder, with this package's own modeling code."""
+def stock_class(config: Any, head: str | None) -> type[PreTrainedModel]:
+    """The dense class; see `checkpoint_class`."""
+    names = config.architectures or []
+    if head is not None or not names:
+        heads = heads_of(config)
+        if head in heads:
+            return heads[head]
+        wrong = f"a {config.model_type} has no head {head!r}" if head else "its config does not say which head it has"
+        raise ValueError(f"{wrong}; choose one (--head) from {', '.join(heads)}")
+    stock = getattr(transformers, names[0].removeprefix("Moefied"), None)
+    if stock is None:
+        raise ValueError(f"{names[0]} is no architecture of transformers {transformers.__version__}")
+    return stock
+
+
+def heads_of(config: Any) -> dict[str, type[PreTrainedModel]]:
+    """The Auto classes that have a model for a config, and which."""
+    found = {}
+    for name, auto in vars(modeling_auto).items():
+        if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None:
+            if type(config) in auto._model_mapping:
+                stock = auto._model_mapping[type(config)]
+                found[name] = stock[0] if isinstance(stock, tuple) else stock
+    return found
+
+
+def load_checkpoint(
+    name: str | Path, revision: str = "main", *, head: str | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """A dense or MoEfied model from the Hub or a folder, with this package's own modeling code.
+
+    Args:
+        head: the name of an Auto class, where the config does not say which head the checkpoint has.
+
+    Raises:
+        ValueError: see `checkpoint_class`.
+    """
     config = AutoConfig.from_pretrained(name, revision=revision)
-    return checkpoint_class(config).from_pretrained(name, revision=revision, **kwargs)
+    return checkpoint_class(config, head).from_pretrained(name, revision=revision, **kwargs)
 
 
 def check_moefied(model: PreTrainedModel) -> None:

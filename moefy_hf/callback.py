@@ -23,7 +23,7 @@ from .monitor import RoutingMonitor
 from .quality import unwrapped
 from .run_hooks import keep_hooks
 from .schedule import TARGET, Phase, Timetable, as_dicts, make_schedule
-from .splitting_in_training import adopt, split_everywhere_
+from .splitting_in_training import adopt, check_optimizer, split_everywhere_
 
 logger = logging.get_logger("moefy_hf")
 
@@ -53,7 +53,8 @@ class MoEficationCallback(TrainerCallback, ExportableState):
     Raises:
         ValueError: an unknown schedule; when the Trainer is made, whatever `moefy_` finds wrong without looking at
             data, and parameters that are kept elsewhere (FSDP, DeepSpeed) in a schedule that splits; when training
-            begins, data that cannot be used, and a schedule or checkpoint that does not fit the run.
+            begins, data that cannot be used, an optimizer whose state cannot follow neurons (Adafactor, 8-bit), and a
+            schedule or checkpoint that does not fit the run.
 
     With several processes the first one converts, and the others wait for it: raise `ddp_timeout` for large models.
     """
@@ -110,7 +111,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             install_routers_(model, {**self.config.section(), "splits": 0})
         self.section = model.config.moefication
 
-    def on_train_begin(self, args, state, control, model, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, model, optimizer=None, train_dataloader=None, **kwargs):
         model = unwrapped(model)
         if not is_moefied(model):
             raise ValueError(
@@ -122,6 +123,8 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             if state.global_step:
                 self.resume(model, state, timetable)
             if self.follows and self.section["splits"] < self.splits:
+                with random_numbers_kept(args):
+                    check_optimizer(model.moe_sites(), optimizer)
                 self.check_data(args, model, self.batches(args, train_dataloader))
         self.section = model.config.moefication
         self.monitor.attach(model, active=not args.torch_compile)

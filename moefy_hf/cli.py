@@ -13,7 +13,7 @@ from .bench.command import run_bench
 from .bench.ffns import TOKENS
 from .bench.settings import BENCH_ROUTERS, EXPERT_SIZE, NAMES, ROUTER, SHARE
 from .bench.settings import DTYPES as BENCH_DTYPES
-from .commands import card, convert, export_model, inspect, profile_model, push, show_inspected
+from .commands import card, convert, export_model, inspect, permuted_adapter, profile_model, push, show_inspected
 from .controls import BASELINES, CONTROLS
 from .export_targets import TARGETS
 from .kernels import kernels_build, kernels_info, show_build, show_info
@@ -46,6 +46,7 @@ EXAMPLES = """examples:
   moefy kernels info
   moefy export smol-moe smol-llama4 --k 0.25 --dtype float32
   moefy export smol-moe smol-dense --to dense
+  moefy permute-adapter smol-moe my-lora my-lora-for-smol-moe
 
 MODEL is a Hub id or a local directory. Exit code 2: something about the input, said in one line."""
 
@@ -71,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("model", metavar="MODEL", help="Hub id or local directory")
         added.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
         added.add_argument("--dtype", default="auto", choices=DTYPES, help="load in this type (default: as saved)")
+        head = "AutoModelForMaskedLM or another Auto class, where its config does not say which head it has"
+        added.add_argument("--head", metavar="AUTO", help=head)
         added.add_argument("--json", action="store_true", help="print JSON")
         added.set_defaults(run=run, show=show)
         return added
@@ -98,6 +101,11 @@ def parser() -> argparse.ArgumentParser:
     export_.add_argument("output_dir", help="directory that gets the checkpoint; must not exist, or be empty")
     export_.add_argument("--to", help=f"{', '.join(TARGETS)} or dense; by default what the model's attention fits")
     export_.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
+    adapter_ = command(
+        "permute-adapter", permuted_adapter, lambda found: found["output_dir"], "Fit a dense model's adapter to it."
+    )
+    adapter_.add_argument("adapter", metavar="ADAPTER", help="Hub id or folder, trained on the dense model: LoRA, IA3")
+    adapter_.add_argument("output_dir", help="directory that gets the adapter that fits MODEL; must not exist")
     add_analysis(command, table)
     add_bench(commands)
     add_kernels(commands)

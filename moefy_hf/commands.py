@@ -1,6 +1,7 @@
 """What the `moefy` command's words do: each takes the parsed arguments and returns what `--json` prints."""
 
 import contextlib
+import platform
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .adapters import permute_adapter
 from .architectures import checkpoint_class, load_checkpoint
 from .cards import is_rendered, moefied_config, router_settings_of, write_card
 from .cett import cett_curves, ppl_activation
@@ -28,7 +30,7 @@ from .prediction import Prediction, predict_quality
 from .profile_table import described, profile_table
 from .profiling import profile
 from .quality import is_causal
-from .text_files import TextBatches, read_lines, split_off
+from .text_files import TextBatches, decoder_start_of, longest_text, read_lines, split_off
 
 logger = logging.get_logger("moefy_hf")
 
@@ -37,7 +39,7 @@ def inspect(args: Namespace) -> dict[str, Any]:
     """Without loading weights."""
     config = AutoConfig.from_pretrained(args.model, revision=args.revision)
     with torch.device("meta"):
-        model = checkpoint_class(config)(config)
+        model = checkpoint_class(config, args.head)(config)
     sites = find_sites(model)
     ffn = sum(param.numel() for site in sites for param in {id(p): p for _, p, _, _ in site.neuron_dims()}.values())
     return {
@@ -84,7 +86,7 @@ def profile_model(args: Namespace) -> dict[str, Any]:
         raise ValueError(f"--ppl is a growth in percent, more than 0: got {args.ppl}")
     texts = read_lines(args.texts)
     model, tokenizer = load_model(args), load_tokenizer(args)
-    batches = TextBatches(texts, tokenizer, max_length=length(args, model), seed=args.seed)
+    batches = text_batches(args, model, tokenizer, texts)
     if args.ppl is not None and not is_causal(model):
         raise ValueError(f"--ppl needs a language model, whose labels are the texts; {model._get_name()} is none")
     with profile(model, batches, max_tokens=args.calibration_tokens, sample=False) as found:
@@ -129,17 +131,16 @@ def convert(args: Namespace) -> dict[str, Any]:
     check_convertible(model, config, texts)
     batches, held_out = None, None
     if texts is not None:
-        tokenizer, longest = load_tokenizer(args), length(args, model)
+        tokenizer = load_tokenizer(args)
         fitted, kept = split_off(texts)
-        batches = TextBatches(fitted, tokenizer, max_length=longest, seed=args.seed)
-        labels = "next" if is_causal(model) else None
-        held_out = TextBatches(kept, tokenizer, labels=labels, max_length=longest, seed=args.seed)
+        batches = text_batches(args, model, tokenizer, fitted)
+        held_out = text_batches(args, model, tokenizer, kept, "next" if is_causal(model) else None)
     report = moefy_(model, config, batches)
     prediction, told = predict(model, held_out)
     if prediction is not None and prediction.degenerate and not args.force:
         raise ValueError(f"{prediction.message()}; nothing was written (--force writes it all the same)")
     with written_whole(output_dir) as folder:
-        model.save_pretrained(folder)
+        as_loaded(model).save_pretrained(folder)
         for processor in processors(args):
             processor.save_pretrained(folder)
         calibration = Path(args.texts).name if texts else None
@@ -186,7 +187,8 @@ def push(args: Namespace) -> dict[str, Any]:
 
 
 def export_model(args: Namespace) -> dict[str, Any]:
-    model = load_checkpoint(args.model, args.revision, dtype=args.dtype)  # on the CPU, where it is written from
+    # on the CPU, where it is written from
+    model = load_checkpoint(args.model, args.revision, head=args.head, dtype=args.dtype)
     if args.k is not None and is_moefied(model):
         model.set_selection(k=args.k, allocation="uniform")
     try:
@@ -196,16 +198,62 @@ def export_model(args: Namespace) -> dict[str, Any]:
     return {"output_dir": str(export(model, args.output_dir, args.to, tokenizer=tokenizer))}
 
 
+def permuted_adapter(args: Namespace) -> dict[str, Any]:
+    model = load_checkpoint(args.model, args.revision, head=args.head, dtype=args.dtype)
+    return {"output_dir": str(permute_adapter(args.adapter, model, args.output_dir))}
+
+
 def load_model(args: Namespace) -> PreTrainedModel:
-    """On the accelerator, where there is one."""
+    """On the accelerator, where there is one; computing in float32 where the processor knows no bfloat16."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    model = load_checkpoint(args.model, args.revision, dtype=args.dtype)
-    return model if device is None else model.to(device)  # type: ignore[arg-type]
+    model = load_checkpoint(args.model, args.revision, head=args.head, dtype=args.dtype)
+    if device is not None:
+        return model.to(device)  # type: ignore[arg-type]
+    if args.dtype == "auto" and model.dtype == torch.bfloat16 and not computes_bfloat16():
+        logger.warning("this processor has no bfloat16: computing in float32 (--dtype bfloat16 keeps it, slowly)")
+        model.float()
+    return model
 
 
-def length(args: Namespace, model: PreTrainedModel) -> int:
-    """Tokens of a text: as many as asked for, or as the model has positions for."""
-    return min(args.max_length, getattr(model.config, "max_position_embeddings", None) or args.max_length)
+def computes_bfloat16() -> bool:
+    """Whether the CPU has instructions for it; without, it is several times as slow as float32."""
+    x86 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return x86 or platform.machine() in ("aarch64", "arm64")
+
+
+def as_loaded(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in the type that it was loaded in, whichever it computed in; routers stay in float32."""
+    if model.config.dtype is not None and model.config.dtype != model.dtype:
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_floating_point() and not set(name.split(".")) & set(model._keep_in_fp32_modules_strict or ()):
+                tensor.data = tensor.data.to(model.config.dtype)
+    return model
+
+
+def text_batches(
+    args: Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    labels: list[int] | str | None = None,
+) -> TextBatches:
+    """Texts as this model reads them.
+
+    Raises:
+        ValueError: it reads none.
+    """
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"a {model._get_name()} reads {model.main_input_name}, not texts: use moefy_hf in Python, or a recipe"
+        )
+    return TextBatches(
+        texts,
+        tokenizer,
+        labels=labels,
+        max_length=longest_text(model, tokenizer, args.max_length),
+        seed=args.seed,
+        decoder_start=decoder_start_of(model),
+    )
 
 
 def processors(args: Namespace) -> list[Any]:

@@ -17,13 +17,13 @@ from .architectures import moefied_class
 from .budgets import COMPARING_PREDICTIONS, MEASURES
 from .compensation import compensate_
 from .configuration import MoeficationConfig
-from .convertible import check_convertible, check_predictions, check_profile, default_allocation
+from .convertible import check_convertible, check_predictions, check_profile, default_allocation, users_of_data
 from .facts import is_hub_id
 from .modeling.allocation import setting_name
 from .modeling.ffn_sites import FfnSite, FfnWeights, permute_neurons_
 from .modeling.moefied import install_
 from .modeling.routers import ROUTERS
-from .profiling import ModelProfile, SiteProfile, profile
+from .profiling import ModelProfile, NotFiniteError, SiteProfile, profile
 from .reach import measure_reach
 from .router_fitting import RouterFit, fit_routers
 from .splitting import SPLITTERS
@@ -78,8 +78,8 @@ def moefy_(
             "parameter_clustering" and "gate_clustering" with routers that are not fitted) work without.
 
     Raises:
-        ValueError: unsupported, already MoEfied or sharded model, settings that do not fit it, or missing or too
-            little calibration data. The model is unchanged then.
+        ValueError: unsupported, already MoEfied, wrapped, adapted or sharded model, part of a larger one, settings
+            that do not fit it, or missing, too little or not finite calibration data. The model is unchanged then.
     """
     config = config or MoeficationConfig()
     sites, sizes = check_convertible(model, config, calibration)
@@ -93,9 +93,14 @@ def moefy_(
         found = calibration if isinstance(calibration, ModelProfile) else None
         if calibration is not None and not isinstance(calibration, ModelProfile):
             tokens, layers = config.calibration_tokens, config.layers
-            with _timed(seconds, "profile"):
-                found = profile(model, calibration, max_tokens=tokens, layers=layers, progress=progress)
-            stack.enter_context(found)
+            try:
+                with _timed(seconds, "profile"):
+                    found = profile(model, calibration, max_tokens=tokens, layers=layers, progress=progress)
+                stack.enter_context(found)
+            except NotFiniteError as error:
+                if users_of_data(config, allocation):
+                    raise
+                logger.warning(f"converted without calibration, which nothing here needs: {error}")
         if found is not None:
             check_profile(config, sites, sizes, found)
         if found is not None and allocation in COMPARING_PREDICTIONS:
@@ -105,6 +110,8 @@ def moefy_(
             for site, order in zip(sites, orders, strict=True):
                 permute_neurons_(site, order)
         install_routers_(model, section)
+        for site, order in zip(model.moe_sites(), orders, strict=True):
+            site.act.neuron_order.copy_(order)
         fits: list[RouterFit] = []
         if found is not None:
             with _timed(seconds, "routers"):
@@ -186,11 +193,13 @@ def neuron_order(
 def install_routers_(model: PreTrainedModel, section: dict[str, Any]) -> None:
     """Change a dense model's class and put routers into it that select everything: its function stays what it was."""
     everything = {"type": "top_k", "k": 1.0, "allocation": "uniform"}
-    model.config.moefication = {**section, "selection": everything, "compensation": False}
+    model.config.moefication = {**section, "selection": everything, "compensation": False, "neuron_order": True}
     model.__class__ = moefied_class(type(model))
     with torch.device("meta"):  # transformers learns which outputs a class can record when one is made
         type(model)(copy.deepcopy(model.config))
     install_(model)
+    for site in model.moe_sites():
+        site.act.neuron_order.copy_(torch.arange(site.sizes[1]))
     model.config.auto_map = model.auto_map()
     init_routers_(model, section["seed"])
 
@@ -206,5 +215,5 @@ def init_routers_(model: PreTrainedModel, seed: int) -> None:
                 weight.copy_(noise)  # the same on every device
             first = site.act.shared * site.act.expert_size
             router.init_from_experts_(site.weights().of_neurons(torch.arange(first, site.sizes[1])))
-        router.to(site.down.weight.device)
+        site.act.to(site.down.weight.device)
         site.act.train(site.owner.training)

@@ -1,9 +1,11 @@
 """What is found wrong with a model, settings and calibration data before a conversion changes anything."""
 
+import gc
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -11,11 +13,11 @@ from .architectures import moefied_class
 from .budgets import COMPARING_PREDICTIONS, MEASURES
 from .configuration import MoeficationConfig
 from .modeling.allocation import count_experts, per_layer, resolve_selection, setting_name
-from .modeling.ffn_sites import FfnSite, by_stack, find_sites
+from .modeling.ffn_sites import FfnSite, by_stack, check_plain, find_sites
 from .modeling.moefied import check_shared, is_moefied, selected_sites, split_sizes
 from .modeling.routers import ROUTERS
 from .profiling import ModelProfile
-from .quality import predictions
+from .quality import OVERFLOW, predictions
 from .router_fitting import tokens_needed
 from .splitting import SPLITTERS
 
@@ -33,6 +35,7 @@ def check_convertible(
     Raises:
         ValueError: as `moefy_`, but for what only reading the calibration data shows.
     """
+    check_unwrapped(model)
     if is_moefied(model):
         raise ValueError(
             f"{type(model).__name__} is MoEfied already; use set_selection, fit_routers or allocate_budgets on it"
@@ -47,13 +50,19 @@ def check_convertible(
             count_experts(k, experts, config.shared_experts)
     else:
         resolve_selection(config.selection, [experts for experts, _ in sizes], shared=config.shared_experts)
+    owners: dict[int, str] = {}
     for site in sites:
+        check_plain(site)
         for name, param, _, _ in site.neuron_dims():
             if type(param) is not torch.nn.Parameter or param.is_meta:
                 kind = "on the meta device" if param.is_meta else f"a {type(param).__name__}"
                 raise ValueError(
                     f"{site.name}.{name} is {kind}: convert a model that is neither sharded, quantised nor offloaded"
                 )
+            if (other := owners.setdefault(id(param), site.name)) != site.name:
+                raise ValueError(f"{site.name} and {other} share {name}: one order of neurons cannot suit both")
+            if not param.isfinite().all():
+                raise ValueError(f"{site.name}.{name} holds weights that are not finite in {param.dtype}: {OVERFLOW}")
         if next(site.act.parameters(), None) is not None:
             raise ValueError(
                 f"{site.name}: its activation {type(site.act).__name__} has parameters, which no split can follow"
@@ -64,26 +73,76 @@ def check_convertible(
             f'allocation "{allocation}" compares predictions and {type(model).__name__} has no head: convert one '
             'that has, or use allocation "angular" or "uniform"'
         )
-    if calibration is None:
-        users = []
-        if SPLITTERS[config.splitter].needs_profile:
-            users.append(f"splitter {config.splitter!r}")
-        if ROUTERS[config.router].trainable:
-            users.append(f"router {config.router!r}")
-        if allocation in MEASURES:
-            users.append(f'allocation "{allocation}"')
-        if setting_name(config.selection["type"]) and "k" in config.selection:
-            users.append(f"selection {config.selection['type']!r} with a budget k")
-        if config.shared_experts:
-            users.append("shared_experts")
-        if config.compensation:
-            users.append("compensation")
-        if users:
-            raise ValueError(
-                f"calibration data is missing: {' and '.join(users)} learns from it; give batches, or choose from "
-                f"splitters {_names(SPLITTERS, 'needs_profile')} and routers {_names(ROUTERS, 'trainable')}"
-            )
+    if calibration is None and (users := users_of_data(config, allocation)):
+        raise ValueError(
+            f"calibration data is missing: {' and '.join(users)} learns from it; give batches, or choose from "
+            f"splitters {_names(SPLITTERS, 'needs_profile')} and routers {_names(ROUTERS, 'trainable')}"
+        )
     return sites, sizes
+
+
+def users_of_data(config: MoeficationConfig, allocation: str | None) -> list[str]:
+    """What of a conversion learns from calibration data."""
+    uses = {
+        f"splitter {config.splitter!r}": SPLITTERS[config.splitter].needs_profile,
+        f"router {config.router!r}": ROUTERS[config.router].trainable,
+        f'allocation "{allocation}"': allocation in MEASURES,
+        f"selection {config.selection['type']!r} with a budget k": (
+            setting_name(config.selection["type"]) is not None and "k" in config.selection
+        ),
+        "shared_experts": config.shared_experts > 0,
+        "compensation": config.compensation,
+    }
+    return [what for what, learns in uses.items() if learns]
+
+
+def check_unwrapped(model: Any) -> None:
+    """
+    Raises:
+        ValueError: no transformers model, or one that is wrapped, sharded, or part of a larger one.
+    """
+    names = {base.__name__ for base in type(model).__mro__}
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "an adapter cannot follow neurons that are permuted: merge it first, model = model.merge_and_unload(), or "
+            "add it after conversion"
+        )
+    if "OptimizedModule" in names:
+        raise ValueError("this model is compiled: convert the one inside, model._orig_mod, and compile that")
+    if names & {"FSDPModule", "FullyShardedDataParallel"}:
+        raise ValueError("FSDP has sharded this model, and shards cannot be permuted: convert it before it is sharded")
+    if names & {"DataParallel", "DistributedDataParallel"}:
+        raise ValueError(f"this is a {type(model).__name__}: convert the model inside, model.module, and wrap that")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"what is converted is a transformers model, got a {type(model).__name__}")
+    if whole_around(model) is not None:
+        gc.collect()  # a whole that was deleted may linger
+    if (whole := whole_around(model)) is not None:
+        raise ValueError(
+            f"this {type(model).__name__} is part of a {type(whole).__name__}, which would be saved with routers and "
+            "load as a dense model: convert the whole; or take the part out first (part = whole.part; del whole)"
+        )
+
+
+def whole_around(model: torch.nn.Module) -> PreTrainedModel | None:
+    """A transformers model that holds this one, at any depth."""
+    for holder in gc.get_referrers(model):
+        if type(holder) is dict and all(isinstance(each, torch.nn.Module | None) for each in holder.values()):
+            for owner in owners_of(holder):
+                if isinstance(owner, PreTrainedModel):
+                    return whole_around(owner) or owner
+                if (whole := whole_around(owner)) is not None:
+                    return whole
+    return None
+
+
+def owners_of(children: dict[str, Any]) -> list[torch.nn.Module]:
+    """The modules whose children these are: Python may keep attributes in a dictionary, or in the object itself."""
+    found = []
+    for each in gc.get_referrers(children):
+        holders = gc.get_referrers(each) if type(each) is dict and each.get("_modules") is children else [each]
+        found += [held for held in holders if isinstance(held, torch.nn.Module) and held._modules is children]
+    return found
 
 
 def check_counts(router: str, sites: list[FfnSite], num_experts: list[int]) -> None:

@@ -12,6 +12,7 @@ import torch
 from moefy_ffn import BuildError, MoeFfn
 from moefy_ffn.build import library
 from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -26,6 +27,7 @@ logger = logging.get_logger("moefy_hf")
 
 TRITON_EXTRA = "pip install 'moefy-hf[triton]'"
 FEW_TOKENS = 4  # that indexing rows with torch pays for
+SHARDED = "FSDP owns its parameters, which are gathered only while they are used"
 MANY_EXPERTS = "dense is as fast for so many experts and tokens"
 
 
@@ -196,6 +198,10 @@ class SparseFfn:
         act, down, limits = self.act, self.linears[-1], LIMITS[self.name]
         if act.computes_all:
             return "all experts are selected"
+        if traced(x):
+            return "the call is traced"
+        if is_sharded(self.linear):
+            return SHARDED
         if vars(act).get("soft") and act.weighs:  # code that came with an older checkpoint knows neither
             return "experts are weighted while they learn to be selected"
         if any(held[child] is not module for held, child, module in self.places):
@@ -235,6 +241,16 @@ class _Calls(threading.local):
 
     def __reduce__(self):
         return _Calls, ()
+
+
+def traced(x: torch.Tensor) -> bool:
+    """Whether operations on x are being recorded or transformed: what a kernel writes would be a constant there."""
+    return torch.jit.is_tracing() or type(x) not in (torch.Tensor, nn.Parameter) or get_proxy_mode() is not None
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP (1 or 2) owns its parameters; they look like ordinary ones while they are gathered."""
+    return getattr(module, "_is_fsdp_managed_module", False)
 
 
 def set_implementation_(model: PreTrainedModel, name: str) -> None:
@@ -283,6 +299,8 @@ def misfit(site: FfnSite, name: str) -> str | None:
     limits, device, dtype = LIMITS[name], device_of(name), site.down.weight.dtype
     for path in filter(None, (site.spec.gate, site.spec.up, site.spec.down)):
         linear = site.owner.get_submodule(path)
+        if is_sharded(linear):
+            return f"{path}: {SHARDED}"
         own = vars(linear).get("forward")
         plain = type(linear) in (nn.Linear, Conv1D) or type(linear).__name__ == "FalconLinear"
         if not plain or not isinstance(getattr(own, "__self__", None), SparseFfn | None):

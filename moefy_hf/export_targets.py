@@ -110,7 +110,8 @@ def own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors that are saved, tied ones once, without routers."""
     seen = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if ".router." not in name and id(tensor) not in seen:
+        added = ".router." in name or name.endswith(".neuron_order")
+        if not added and id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor.detach()
 

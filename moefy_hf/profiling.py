@@ -15,9 +15,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .batches import check_batch
 from .modeling.ffn_sites import FfnSite, FfnWeights, find_sites
 from .modeling.moefied import selected_sites
-from .quality import is_causal
+from .quality import OVERFLOW, is_causal
 
 CHUNK = 4096  # tokens whose activations are in memory at once
 KEPT_TOKENS = 4096  # of the batches that a profile keeps as they are
@@ -178,8 +179,7 @@ def observed(
 
     def run(batch: Mapping[str, Any]) -> None:
         nonlocal current
-        if not isinstance(batch, Mapping) or not any(torch.is_tensor(value) for value in batch.values()):
-            raise TypeError(f"a batch must be a mapping of tensors, ready for the model; got a {type(batch).__name__}")
+        check_batch(model, batch)
         current = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
         if is_causal(model):  # nothing here needs what the head predicts, a fifth of a small model's work
             model.base_model(**{key: value for key, value in current.items() if key != "labels"})
@@ -197,6 +197,20 @@ def observed(
         for handle in handles:
             handle.remove()
         model.train(training)
+
+
+class NotFiniteError(ValueError):
+    """Hidden states overflowed."""
+
+
+def check_finite(name: str, x: torch.Tensor, neurons: torch.Tensor) -> None:
+    """
+    Raises:
+        NotFiniteError: the FFN read or computed inf or nan, from which nothing can be learned.
+    """
+    for what, values in (("input", x), ("neurons", neurons)):
+        if not values.isfinite().all():
+            raise NotFiniteError(f"{name}: the FFN's {what} are not finite in {values.dtype}: {OVERFLOW}")
 
 
 def profile(
@@ -219,7 +233,7 @@ def profile(
         progress: show a progress bar.
 
     Raises:
-        ValueError: unsupported model type, or no token in `batches`.
+        ValueError: unsupported model type, no token in `batches`, or hidden states that are not finite.
         OSError: the disk is full.
     """
     sites = selected_sites(find_sites(model), layers)
@@ -232,22 +246,26 @@ def profile(
 
     def seen(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
         stats = result.sites[position]
+        check_finite(sites[position].name, x, neurons)
         x, neurons = x[: max_tokens - stats.tokens], neurons[: max_tokens - stats.tokens]
         if sample and len(x):
             files[position].append(x)
         stats.update_(neurons)
+        bar.update(len(x) / len(sites))
 
+    batch = None
     with bar, observed(model, sites, seen) as run:
         for batch in batches:
             before = result.tokens
             run(batch)
             if before < KEPT_TOKENS:
                 result.batches.append(batch)
-            bar.update(result.tokens - bar.n)
             if result.tokens >= max_tokens:
                 break
     if result.tokens == 0:
         result.close()
+        if batch is None and iter(batches) is batches:
+            raise ValueError("calibration is an iterator that has no batch left: give a list, or a DataLoader")
         raise ValueError("calibration is empty: no batch held a token that is not padding")
     for stats, file in zip(result.sites, files, strict=False):  # no file where nothing is kept
         if file.rows:

@@ -9,10 +9,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .batches import check_batch
 from .modeling.moefied import is_moefied
 
 # decoders of encoder-decoder families: as language models of their own they take labels that are shifted already
 SHIFTED_LABELS = ("bart", "mbart", "pegasus", "marian", "whisper")
+
+
+OVERFLOW = "load the model in float32 or bfloat16 (--dtype), or look for the batch that it overflows on"
 
 
 class Quality:
@@ -23,16 +27,24 @@ class Quality:
         self.loss = self.correct = self.agree = self.divergence = 0.0
 
     def update_(self, logits: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor | None) -> None:
-        """logits and the dense model's (N, C), labels (N,) or None."""
+        """logits and the dense model's (N, C), labels (N,) or None. A position where logits overflowed neither agrees
+        nor is correct.
+
+        Raises:
+            ValueError: the dense model's overflowed: there is nothing to compare with.
+        """
         logits, dense = logits.float(), dense.float()
+        if not usable(dense).all():
+            raise ValueError(f"the dense model's predictions are not finite: {OVERFLOW}")
+        best = logits.argmax(-1).masked_fill(~usable(logits), -1)  # (N,)
         self.count += len(logits)
-        self.agree += float((logits.argmax(-1) == dense.argmax(-1)).sum())
+        self.agree += float((best == dense.argmax(-1)).sum())
         reference = dense.log_softmax(-1)
         self.divergence += float(F.kl_div(logits.log_softmax(-1), reference, log_target=True, reduction="sum"))
         if labels is not None:
             self.labelled += len(labels)
             self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            self.correct += float((logits.argmax(-1) == labels).sum())
+            self.correct += float((best == labels).sum())
 
     def figures(self) -> dict[str, float]:
         found = {"agreement": self.agree / self.count, "kl": self.divergence / self.count}
@@ -46,8 +58,14 @@ class Quality:
         return found
 
 
+def usable(logits: torch.Tensor) -> torch.Tensor:
+    """(N, C) -> (N,) bool: no nan and no inf; -inf is how models rule a class out."""
+    return ~(logits.isnan() | logits.isposinf()).any(-1)
+
+
 def predictions(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run one batch: logits (N, C) at the positions that count, and their labels (N,) or None."""
+    check_batch(model, batch)
     device = next(model.parameters()).device
     batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
     output = model(**batch)
@@ -82,13 +100,14 @@ def counted(model: PreTrainedModel, output: Any, batch: Mapping[str, Any]) -> tu
 
 def _check_classes(model: PreTrainedModel, logits: torch.Tensor, labels: torch.Tensor | None) -> None:
     """One class per row is what can be compared: neither numbers (regression) nor several labels at once."""
-    if logits.shape[-1] == 1 or (
-        labels is not None and (labels.is_floating_point() or labels.shape != logits.shape[:1])
-    ):
+    problem = getattr(model.config, "problem_type", None)
+    several = problem in ("regression", "multi_label_classification") or logits.shape[-1] == 1
+    if several or (labels is not None and (labels.is_floating_point() or labels.shape != logits.shape[:1])):
         shape = "no labels" if labels is None else f"{labels.dtype} labels of shape {tuple(labels.shape)}"
         raise ValueError(
-            f"{type(model).__name__} gives logits of shape {tuple(logits.shape)}, and there are {shape}: only "
-            "predictions of one of several classes can be compared, not regression or multi-label ones"
+            f"{type(model).__name__} gives logits of shape {tuple(logits.shape)}, there are {shape}, and its "
+            f"problem_type is {problem}: only predictions of one of several classes can be compared, not regression "
+            "or multi-label ones"
         )
 
 

@@ -1,25 +1,25 @@
 """Split the neurons of a model that is being trained: found by one process, done by all."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import PreTrainedModel
 
 from .budgets import COMPARING_PREDICTIONS, MEASURES
 from .configuration import MoeficationConfig
 from .conversion import init_routers_, neuron_orders
-from .convertible import check_predictions, check_profile
+from .convertible import check_predictions, check_profile, users_of_data
 from .modeling.allocation import setting_name
-from .modeling.ffn_sites import permute_neurons_
-from .modeling.routers import ROUTERS
+from .modeling.ffn_sites import FfnSite, moments, permute_neurons_
 from .profiling import profile
 from .reach import measure_reach
 from .router_fitting import RouterFit, fit_routers
-from .splitting import SPLITTERS
 
 
 def split_everywhere_(
@@ -77,13 +77,7 @@ def find_experts_(
     fits: list[RouterFit] = []
     found = None
     with ExitStack() as stack:
-        if (
-            SPLITTERS[config.splitter].needs_profile
-            or ROUTERS[config.router].trainable
-            or allocation in MEASURES
-            or config.shared_experts
-            or setting_name(config.selection["type"])
-        ):
+        if users_of_data(config, allocation):
             tokens, layers = config.calibration_tokens, config.layers
             found = profile(model, batches, max_tokens=tokens, layers=layers, progress=progress)
             stack.enter_context(found)
@@ -107,6 +101,35 @@ def find_experts_(
         report += f"; routers find {captured:.1%} of what the best {fits[0].k} experts do, an oracle {oracle:.1%}"
     routers = [{key: value.cpu() for key, value in site.act.router.state_dict().items()} for site in sites]
     return [order.cpu() for order in orders], routers, section, report
+
+
+def check_optimizer(sites: Iterable[FfnSite], optimizer: torch.optim.Optimizer) -> None:
+    """Find out before training whether what the optimizer will remember of neurons can be permuted with them.
+
+    By a step of its kind on a stand-in for the largest matrix: optimizers remember nothing before their first step.
+
+    Raises:
+        ValueError: it cannot (Adafactor, 8-bit optimizers).
+    """
+    own = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    groups = {id(param): group for group in own.param_groups for param in group["params"]}
+    owned = [(f"{site.name}.{name}", param) for site in sites for name, param, _, _ in site.neuron_dims()]
+    trained = [(name, param) for name, param in owned if id(param) in groups]
+    if not trained:
+        return
+    name, param = max(trained, key=lambda each: each[1].numel())
+    if own.state.get(param):
+        moments(own, param, name)
+        return
+    stand_in = torch.nn.Parameter(param.detach().clone())
+    stand_in.grad = param.detach().clone()
+    twin = object.__new__(type(own))
+    twin.__dict__.update(
+        {key: value for key, value in vars(own).items() if key != "step"}
+    )  # a scheduler's, bound to own
+    twin.state, twin.param_groups = defaultdict(dict), [{**groups[id(param)], "params": [stand_in]}]
+    type(own).step(twin)
+    moments(twin, stand_in, name)
 
 
 def adopt(model: PreTrainedModel, section: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .commands import length, load_model, load_tokenizer
+from .commands import load_model, load_tokenizer, text_batches
 from .controls import BASELINES, check_control
 from .evaluation import Sweep, evaluate
 from .facts import add_facts
@@ -28,9 +28,9 @@ def sweep(args: Namespace) -> dict[str, Any]:
     labels: list[int] | str | None = "next" if is_causal(model) else None
     if texts is None:
         texts, labels = read_labelled(args.csv, model.config)
-    longest, tokenizer = length(args, model), load_tokenizer(args)
-    batches = TextBatches(texts, tokenizer, labels=labels, max_length=longest, seed=args.seed)
-    others = TextBatches(calibration, tokenizer, max_length=longest, seed=args.seed) if calibration else None
+    tokenizer = load_tokenizer(args)
+    batches = text_batches(args, model, tokenizer, texts, labels)
+    others = text_batches(args, model, tokenizer, calibration) if calibration else None
     own, known = model.config.moefication["selection"], model.config.moefication.get("reach", {})
     kinds = args.selections or [own["type"] if "k" in own or args.quality is not None else own]
     missing = [kind for kind in kinds if setting_name(kind) and kind not in known]  # of types, not of settings

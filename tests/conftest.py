@@ -13,8 +13,19 @@ import torch  # noqa: E402
 from hub_server import HubServer, use_in_process  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
+from moefy_hf import convertible  # noqa: E402
+
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+
+
+whole_around = convertible.whole_around
+
+
+@pytest.fixture(autouse=True)
+def conversions_are_quick(monkeypatch):
+    """Looking for a whole around the model goes through all of Python's objects: that is done where it is tested."""
+    monkeypatch.setattr(convertible, "whole_around", lambda model: None)
 
 
 @pytest.fixture

@@ -315,7 +315,7 @@ def test_bad_input_end_to_end(tmp_path, monkeypatch, capsys):
     tiny_model("llama", "AutoModelForCausalLM").save_pretrained(tmp_path / "dense")
     (tmp_path / "texts.txt").write_text("w1 w2")
     given = ["end_to_end", str(tmp_path / "dense"), "--texts"]
-    cases = {("nothing.txt",): "nothing.txt is no text file", (str(tmp_path / "texts.txt"),): "dense is not MoEfied"}
+    cases = {("nothing.txt",): "nothing.txt is no file", (str(tmp_path / "texts.txt"),): "dense is not MoEfied"}
     cases[("texts.txt", "--rounds", "0")] = "rounds must be positive"
     for flags, message in cases.items():
         monkeypatch.setattr(sys, "argv", [*given, *flags])

@@ -1,6 +1,7 @@
 """The callback in real Trainers: what happens when, resumed runs, saved checkpoints, and refusals."""
 
 import copy
+import importlib.util
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from tiny import tiny_model
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from moefy_hf import MoEficationCallback, MoeficationConfig, Phase, moefy_, relufy_
+from moefy_hf import MoEficationCallback, MoeficationConfig, Phase, find_sites, moefy_, relufy_
 from moefy_hf.modeling.moefied import is_moefied
 from moefy_hf.monitor import RoutingMonitor
 
@@ -528,3 +529,51 @@ def test_lines_say_what_happens(tmp_path, capsys):
     out = re.sub(r"\s+", " ", "".join(capsys.readouterr()))
     assert "step 3: phase 2 of 3 begins: anneal" in out
     assert "step 3: 2 FFNs split, 6 experts of 8 neurons" in out and "training ends with experts per FFN" in out
+
+
+OPTIMIZERS = {"adafactor": None, "adamw_bnb_8bit": "bitsandbytes", "adamw_torch_8bit": "torchao"}
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_an_optimizer_that_cannot_follow_a_split_is_refused_before_the_first_step(optim, tmp_path):
+    if OPTIMIZERS[optim] and importlib.util.find_spec(OPTIMIZERS[optim]) is None:
+        pytest.skip(f"needs {OPTIMIZERS[optim]}")
+    wide = {"hidden_size": 64, "intermediate_size": 256}  # 8-bit optimizers keep small matrices in full
+    trainer = trainer_for(dense_model(**wide), tmp_path, callback_for(), optim=optim)
+    with pytest.raises(ValueError, match="cannot follow a permutation; use AdamW or SGD"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and trainer.model.config.moefication["splits"] == 0
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adagrad", "rmsprop"])
+def test_an_optimizer_that_is_tried_is_not_changed(optim, tmp_path, monkeypatch):
+    results = []
+    for tried in (True, False):
+        trainer = trainer_for(dense_model(), tmp_path, callback_for(), optim=optim)
+        if not tried:
+            monkeypatch.setattr("moefy_hf.callback.check_optimizer", lambda *_: None)
+        trainer.train()
+        assert trainer.model.config.moefication["splits"] == 1
+        results.append(trainer.model)
+    assert same(*results)
+
+
+def test_a_schedule_without_a_split_takes_any_optimizer(tmp_path):
+    model = dense_model()
+    moefy_(model, MoeficationConfig(**{**FIXED, "selection": {"type": "top_k", "k": 2, "allocation": "uniform"}}))
+    trainer = trainer_for(model, tmp_path, callback_for(), optim="adafactor", max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_the_order_of_neurons_is_kept_through_a_split(tmp_path):
+    model = dense_model()
+    frozen = [site.weights().down.clone() for site in find_sites(model)]
+    trainer = trainer_for(model, tmp_path, callback_for([Phase(2, k=1.0), Phase(1.0, split=True)]), learning_rate=0.0)
+    for site, before in zip(model.moe_sites(), frozen, strict=True):
+        assert torch.equal(site.act.neuron_order.long(), torch.arange(before.shape[1]))
+    trainer.train()
+    for site, before in zip(model.moe_sites(), frozen, strict=True):
+        order = site.act.neuron_order.long()
+        assert not torch.equal(order, torch.arange(len(order)))
+        assert torch.equal(site.weights().down, before[:, order])

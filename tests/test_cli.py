@@ -279,7 +279,10 @@ def test_labels_of_a_csv_file(tmp_path):
     assert read_labelled(str(file), config) == (["a, b", "c", "d", "e"], [0, 1, 2, 0])
     file.write_text("text,label\n" + "long " * 30_000 + ",2\n")
     assert read_labelled(str(file), config)[1] == [1]
-    bad = {"text,class\na,1\n": "no column label", "text,label\na,9\n": "'9' is none of 1, 2, None"}
+    bad = {
+        "text,class\na,1\n": "no column label",
+        "text,label\na,9\n": "row 1 has label '9', which is none of 1, 2, None",
+    }
     for content, message in bad.items():
         file.write_text(content)
         with pytest.raises(ValueError, match=message):
@@ -316,7 +319,7 @@ def test_export(moe, tmp_path, capsys):
     [
         (["inspect", "{tmp}/nothing"], "nothing"),
         (["convert", "{dense}", "{tmp}/out", "--expert_size", "8"], "calibration data is missing"),
-        (["convert", "{dense}", "{tmp}/out", "--texts", "{tmp}/none.txt"], "none.txt is no text file"),
+        (["convert", "{dense}", "{tmp}/out", "--texts", "{tmp}/none.txt"], "none.txt is no file"),
         (["convert", "{dense}", "{tmp}/out", "--texts", "{texts}", "--expert_size", "7"], "48 neurons.*size 7"),
         (
             ["convert", "{dense}", "{tmp}/out", "--texts", "{texts}", "--splitter", "x"],
@@ -325,7 +328,7 @@ def test_export(moe, tmp_path, capsys):
         (["convert", "{dense}", "{tmp}/out", "--texts", "{texts}", "--k", "1.5"], "1.5"),
         (["convert", "{dense}", "{dense}"], "exists: choose another"),
         (["export", "{dense}", "{tmp}/out"], "is not MoEfied"),
-        (["profile", "{dense}", "--texts", "{tmp}/none.txt"], "none.txt is no text file"),
+        (["profile", "{dense}", "--texts", "{tmp}/none.txt"], "none.txt is no file"),
         (["sweep", "{dense}", "--texts", "{texts}"], "is not MoEfied: moefy convert"),
         (["sweep", "{dense}"], "give --texts .* or --csv"),
         (["sweep", "{dense}", "--texts", "{texts}", "--output", "{tmp}/no/a.json"], "there is no folder for .*a.json"),

@@ -123,7 +123,7 @@ def test_config_is_the_travelling_section():
     model = build()
     config = settings(k=0.5, allocation="uniform", router="random", seed=5)
     moefy_(model, config)
-    assert model.config.moefication == config.section()
+    assert model.config.moefication == {**config.section(), "neuron_order": True}
     assert config == settings(k=0.5, allocation="uniform", router="random", seed=5)  # ours to change, not theirs
     assert "AutoModelForSequenceClassification" in model.config.auto_map
 
@@ -357,8 +357,8 @@ REFUSED = {  # what: (model, settings, calibration, what the message says)
         lambda: data(count=2, rows=1, length=23),
         r"\b46\b.*coactivation.*\b48\b",
     ),
-    "no batch": (build, {}, lambda: [torch.ones(2, 3).long()], "mapping of tensors"),
-    "token out of range": (build, {}, lambda: [{"input_ids": torch.tensor([[1000]])}], "index out of range"),
+    "no batch": (build, {}, lambda: [torch.ones(2, 3).long()], "mappings of tensors"),
+    "token out of range": (build, {}, lambda: [{"input_ids": torch.tensor([[1000]])}], "token id 1000"),
     "batch on the meta device": (build, {}, lambda: [{"input_ids": torch.ones(2, 3).long().to("meta")}], "meta"),
     "a model without head": (
         lambda: tiny_model("bert"),

@@ -491,7 +491,7 @@ def test_model_comes_back_after_an_error():
     model.config.problem_type = "single_label_classification"
     model.train()
     before, batches = state_of(model), data()
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="embeddings of 99 tokens"):
         evaluate(model, [*batches, {"input_ids": torch.tensor([[1000]])}], [2], controls=CONTROLS, progress=False)
     assert_same(before, state_of(model))
     before = state_of(model)

@@ -6,11 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 from batches import text_batches
 from moefy_ffn import BuildError, build
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import NAMES, convert, distance, run, tiny_inputs, tiny_model
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from moefy_hf import MoeficationConfig, evaluate, execution, moefy_, profile
 from moefy_hf.execution import IMPLEMENTATIONS, SparseFfn
@@ -19,6 +22,7 @@ from moefy_hf.limits import largest_share
 from moefy_hf.modeling.router_base import Router
 from moefy_hf.modeling.routers import ROUTERS
 
+CLASSIFIER = "AutoModelForSequenceClassification"
 SIGMOID = "bert-sigmoid"  # an activation that no kernel has
 
 
@@ -506,3 +510,80 @@ def test_an_adapter_added_later_is_computed_masked(name, target):
     found = run(adapted, inputs)
     model.set_moe_implementation("masked")
     assert distance(found, run(adapted, inputs)) == 0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("implementation", ["cpu", "torch", "auto"])
+def test_a_trace_is_masked(implementation, mode):
+    """What a kernel writes would be a constant of the trace."""
+    model, inputs = moefied("bert"), tiny_inputs("bert")
+    others = tiny_inputs("bert", seed=5)
+    want = run(model, others)
+    model.set_moe_implementation(implementation)
+    with mode():
+        trace = torch.jit.trace(model, tuple(inputs.values()), strict=False, check_trace=False)
+        assert distance([trace(*others.values())["last_hidden_state"]], want[:1]) < 1e-6
+
+
+def test_recorded_operations_are_masked():
+    model = moefied("bert")
+    model.set_moe_implementation("cpu")
+    ffn = model.encoder.layer[0].intermediate
+    first, second = (torch.randn(3, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+
+    def neurons(x):
+        return model.encoder.layer[0].output.dense(ffn(x))
+
+    with torch.no_grad():
+        graph = make_fx(neurons)(first)
+        model.set_moe_implementation("masked")
+        torch.testing.assert_close(graph(second), neurons(second), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="needs onnx and onnxruntime")
+def test_onnx_by_tracing_is_masked(tmp_path):
+    import onnxruntime
+
+    model, inputs, others = tiny_model("bert", CLASSIFIER), tiny_inputs("bert"), tiny_inputs("bert", seed=5)
+    convert(model, 2)
+    want = run(model.requires_grad_(False), others)[0]
+    model.set_moe_implementation("auto")
+    names, path = list(inputs), str(tmp_path / "model.onnx")
+    torch.onnx.export(model, tuple(inputs.values()), path, input_names=names, output_names=["y"], dynamo=False)
+    session = onnxruntime.InferenceSession(path)
+    found = session.run(None, {name: others[name].numpy() for name in names})[0]
+    assert distance([torch.from_numpy(found)], [want]) < 1e-5
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_parameters_that_fsdp_owns_are_refused(version, tmp_path):
+    """One group holds them all and leaves them gathered after a forward pass, when they look like any others."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, inputs = moefied("llama"), tiny_inputs("llama")
+        masked = run(model, inputs)
+        if version == 2:
+            whole = fully_shard(model, reshard_after_forward=False)
+        else:
+            whole = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        assert distance(run(whole, inputs), masked) < 1e-6
+        with pytest.raises(ValueError, match="cannot run .*FSDP owns its parameters"):
+            model.set_moe_implementation("cpu")
+        model.set_moe_implementation("auto")
+        assert not any("forward" in vars(site.down) for site in model.moe_sites())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_model_that_fsdp_wraps_afterwards_runs_masked(tmp_path, monkeypatch):
+    """FSDP 2 refuses by itself: a transposed matrix is none that it shards."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, inputs = moefied("llama"), tiny_inputs("llama")
+        masked = run(model, inputs)
+        model.set_moe_implementation("cpu")
+        found = calls(monkeypatch)
+        whole = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        assert distance(run(whole, inputs), masked) < 1e-6 and not found
+    finally:
+        dist.destroy_process_group()

@@ -217,6 +217,6 @@ def test_everything_returns_even_after_an_error(training):
     before = state()
     measure_angles(model, text_batches(1), progress=False)
     assert state() == before
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="embeddings of 99 tokens"):
         measure_angles(model, [*text_batches(1), {"input_ids": torch.tensor([[1000]])}], progress=False)
     assert state() == before

@@ -89,7 +89,7 @@ def by_loops(model, name: str, hard: bool = False):
     """A dense model with the weights of a MoEfied one, and the loops in its FFNs."""
     dense = dense_model(name, 0.0)
     state = model.state_dict()
-    dense.load_state_dict({key: value for key, value in state.items() if ".router." not in key}, strict=True)
+    dense.load_state_dict({key: state[key] for key in dense.state_dict()}, strict=True)
     routers = [state[key] for key in state if ".router." in key]
     shared = model.config.moefication["shared_experts"]
     loops = []

@@ -1,8 +1,6 @@
 """Texts out of a file, a window at a time: memory does not grow with the file."""
 
 import copy
-import csv
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..text_files import classes_of
+from ..text_files import check_plain_text, labelled_rows, opened
 
 WINDOW = 32  # batches among which texts are sorted by length, so that little is padding
 
@@ -38,34 +36,28 @@ class TextStream:
         batch_size: int = 32,
         limit: int | None = None,
     ):
-        if not Path(path).is_file():
-            raise ValueError(f"{path} is no file")
-        self.path, self.max_length, self.batch_size, self.limit = path, max_length, batch_size, limit
-        self.labelled = path.endswith(".csv")
-        self.classes = classes_of(config) if self.labelled else {}
+        self.path, self.config, self.max_length, self.batch_size, self.limit = (
+            path,
+            config,
+            max_length,
+            batch_size,
+            limit,
+        )
+        self.labelled = Path(path).suffix.lower() == ".csv"
         self.tokenizer = copy.deepcopy(tokenizer)
         if tokenizer.pad_token is None:
             self.tokenizer.pad_token = tokenizer.eos_token
-        if self.labelled:
-            csv.field_size_limit(sys.maxsize)
-            with open(path, encoding="utf-8", newline="") as file:
-                columns = csv.DictReader(file).fieldnames or ["none"]
-            if missing := {"text", "label"} - set(columns):
-                raise ValueError(f"{path} has no column {', '.join(sorted(missing))}; it has {', '.join(columns)}")
+        if not self.labelled:
+            check_plain_text(path)
+        next(self.rows(), None)  # what is wrong with the file as such is found now
 
     def rows(self) -> Iterator[tuple[str, int]]:
         """(text, class id); 0 without labels."""
-        with open(self.path, encoding="utf-8", newline="") as file:
-            if not self.labelled:
-                yield from ((line.strip(), 0) for line in file if line.strip())
-                return
-            for number, row in enumerate(csv.DictReader(file), start=1):
-                text, label = (row["text"] or "").strip(), (row["label"] or "").strip()
-                if label not in self.classes:
-                    known = ", ".join(self.classes)
-                    raise ValueError(f"{self.path}, row {number}: label {label!r} is none of {known}")
-                if text:
-                    yield text, self.classes[label]
+        if self.labelled:
+            yield from ((text, label) for text, label in labelled_rows(self.path, self.config) if text)
+            return
+        with opened(self.path) as file:
+            yield from ((line.strip(), 0) for line in file if line.strip())
 
     def windows(self) -> Iterator[tuple[list[list[int]], list[int]]]:
         """Token ids and class ids of some texts at a time."""

@@ -17,7 +17,7 @@ from ..architectures import load_checkpoint
 from ..execution import ACTIVATIONS, SparseFfn, misfit
 from ..modeling.ffn_sites import FfnSite, FfnWeights
 from ..modeling.moefied import is_moefied
-from ..modeling.routed_activation import outlet_to
+from ..modeling.routed_activation import follow_replacements
 from ..reading import scorer
 from .presets import preset_config, shape_of
 from .settings import DTYPES, Settings
@@ -139,7 +139,7 @@ def copy_of(site: FfnSite, shared: Iterable[torch.Tensor] = ()) -> FfnSite:
             parent = parent.get_submodule(each)
         parent.add_module(name, copy.deepcopy(site.owner.get_submodule(path), memo))  # one memo: hooks find the copies
     copied = FfnSite(site.name, owner, site.spec)
-    outlet_to(copied.act, copied)(owner, ())  # which an owner's first call does
+    follow_replacements(copied.act, copied)(owner, ())  # which an owner's first call does
     return copied
 
 

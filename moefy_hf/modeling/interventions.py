@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .routed_activation import outlet_to
+from .routed_activation import follow_replacements
 
 
 class scale_experts:
@@ -49,7 +49,7 @@ def scaled(sites: list, factors: Mapping[int, Mapping[int, float]]) -> Iterator[
         hooks.append((sites[layer].down, scale_experts(scale, routed.expert_size)))
     for layer in factors:  # means of neurons that do not run are filled in first, also in the very first call
         for hook in sites[layer].owner._forward_pre_hooks.values():
-            if isinstance(hook, outlet_to):
+            if isinstance(hook, follow_replacements):
                 hook(sites[layer].owner, ())
     handles = [down.register_forward_pre_hook(hook) for down, hook in hooks]
     try:

@@ -1,5 +1,24 @@
-"""MoEfied Gemma."""
+"""MoEfied Gemma.
 
+The files that it needs, named here for transformers 4, which copies no others and would not get to `needs`:
+
+from .adapters import *
+from .allocation import *
+from .ffn_sites import *
+from .interventions import *
+from .moefied import *
+from .needs import *
+from .pre_gating import *
+from .routed_activation import *
+from .router_base import *
+from .routers import *
+from .routers_from_neurons import *
+from .selection import *
+"""
+
+from .needs import TRANSFORMERS  # noqa: F401
+
+# isort: split
 from transformers import GemmaForCausalLM, GemmaForSequenceClassification, GemmaForTokenClassification, GemmaModel
 
 from .moefied import MoefiedMixin

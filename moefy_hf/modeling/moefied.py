@@ -5,22 +5,29 @@ import importlib
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto import modeling_auto
 
+from .adapters import warn_of_other_order
 from .allocation import changed, resolve_selection
 from .ffn_sites import FfnSite, by_stack, find_sites
 from .interventions import scaled
 from .pre_gating import carry_passes_
-from .routed_activation import RoutedActivation, is_routed, outlet_to
+from .routed_activation import RoutedActivation, follow_replacements, is_routed
 from .router_base import Router
 from .routers import router_class
 
+# A key of every checkpoint that no model has: transformers' load report names it where the dense model is loaded
+DENSE_NOTE = "NOTE: this is the DENSE model, the MoEfied one loads with trust_remote_code=True"
 FORMAT_VERSION = 3  # 2: shared experts, mean compensation, selections beside top_k; 3: settings of routers
 
 
@@ -64,15 +71,22 @@ def install_(model: nn.Module) -> None:
     check_shared(shared, sites, sizes)
     selections = resolve_selection(section["selection"], [experts for experts, _ in sizes], section, shared)
     for site, (num_experts, expert_size), selection in zip(sites, sizes, selections, strict=True):
+        if is_routed(site.act):  # a subclass called post_init again, as transformers' classes may
+            continue
         router = new_router(kind, site, num_experts, shared, settings)
         routed = RoutedActivation(site.act, router, expert_size, selection, shared)
         site.replace_act(routed)
-        routed.connect_(base_layer(site.first))
+        routed.connect_(site.first)
         if section.get("compensation"):
             routed.compensate_(torch.zeros(site.sizes[1]))
-        site.owner.register_forward_pre_hook(outlet_to(routed, site))
+        if section.get("neuron_order"):
+            routed.register_buffer("neuron_order", torch.full((site.sizes[1],), -1, dtype=torch.int32))
+        site.owner.register_forward_pre_hook(follow_replacements(routed, site))
         site.owner.register_forward_hook(refuse_bypass(routed, site.name))
     join_routers_(model, sites)
+    # FSDP wraps these, and nothing within: routers apart, whose type and training differ from the layer's
+    own = {type(site.act.router).__name__ for site in sites if next(site.act.router.parameters(), None) is not None}
+    model._no_split_modules = {*(model._no_split_modules or ()), *own}
 
 
 def new_router(
@@ -81,7 +95,13 @@ def new_router(
     """One of `ROUTERS` for an FFN of E experts, the shared ones included; not initialised."""
     router = router_class(name, settings).of(site.weights(), num_experts - shared, **(settings or {}))
     router.read_from_(site.weights, shared)
-    return router.requires_grad_(False)  # unless their loss is on: an unused trainable parameter stalls DDP
+    return freeze_(router.float())  # whatever type a model is made in: as `from_pretrained` has them
+
+
+def freeze_(router: Router) -> Router:
+    """Routers are trained only where their loss is on: an unused trainable parameter stalls DDP, weight decay shrinks
+    it, and FSDP wants one type for all it trains."""
+    return router.requires_grad_(False)
 
 
 def join_routers_(model: nn.Module, sites: list[FfnSite]) -> None:
@@ -141,13 +161,18 @@ def is_moefied(model: nn.Module) -> bool:
 class MoefiedMixin:
     """`class MoefiedX(MoefiedMixin, X)` is X whose FFNs are routed as `config.moefication` says.
 
-    Keys of the state dict are those of X plus `*.router.*`, so that checkpoints load both ways.
+    Keys of the state dict are those of X plus `*.router.*` and `*.neuron_order`, so that checkpoints load both ways.
     """
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         stock = cls.stock_class()
         cls._keep_in_fp32_modules_strict = [*(stock._keep_in_fp32_modules_strict or ()), "router"]
+        cls._keys_to_ignore_on_load_unexpected = [*(stock._keys_to_ignore_on_load_unexpected or ()), DENSE_NOTE]
+        if cls.moefied_class() is cls:
+            # Libraries that load a model again by the class its config names look for that among transformers' own:
+            # TRL its reference models, which would silently be dense, without the trust that the model was loaded with
+            setattr(transformers, cls.__name__, cls)
         # transformers denies its checkpoint renamings (ViT has some) to custom classes: claim them under our name
         mapping = get_checkpoint_conversion_mapping(stock.__name__)
         if mapping is None:
@@ -160,6 +185,11 @@ class MoefiedMixin:
         """The transformers class this one MoEfies."""
         return cls.__mro__[cls.__mro__.index(MoefiedMixin) + 1]
 
+    @classmethod
+    def moefied_class(cls) -> type[PreTrainedModel]:
+        """The class that MoEfies the stock one: itself, or what a user's class extends."""
+        return next(each for each in cls.__mro__ if MoefiedMixin in each.__bases__)
+
     def post_init(self):
         install_(self)  # first, so that routers are initialised, counted and loaded like every other module
         self.config.auto_map = self.auto_map()
@@ -169,9 +199,11 @@ class MoefiedMixin:
     def auto_map(cls) -> dict[str, str]:
         """Every MoEfied head of this architecture, under all AutoModel names it has: one that is missing here would
         load as the dense model."""
-        module = sys.modules[cls.__module__]
-        classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, MoefiedMixin)]
-        stem = cls.__module__.rpartition(".")[2]
+        module = cls.moefied_class().__module__
+        classes = [
+            c for c in vars(sys.modules[module]).values() if isinstance(c, type) and issubclass(c, MoefiedMixin)
+        ]
+        stem = module.rpartition(".")[2]
         heads = {c.stock_class().__name__: f"{stem}.{c.__name__}" for c in classes if "_auto_class" in vars(c)}
         found = {}
         for name, auto in vars(modeling_auto).items():
@@ -187,13 +219,40 @@ class MoefiedMixin:
             if isinstance(module, Router) and not getattr(module, "_is_hf_initialized", False):
                 module.reset_parameters()
                 module._is_hf_initialized = True
+            elif isinstance(module, RoutedActivation) and module.neuron_order is not None:
+                init.constant_(module.neuron_order, -1)  # unknown, where the checkpoint has none
         super().initialize_weights()
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).connect_()  # quantisers replace Linears after __init__
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.connect_()  # quantisers replace Linears after __init__
+        for site in model.moe_sites():
+            freeze_(site.act.router)  # loading makes new parameters, trainable ones
         return loaded
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
+        """As transformers does; a subclass that was not registered for an Auto class is saved as the MoEfied class
+        that it extends, as transformers does with subclasses of its own."""
+        saved = self.moefied_class()
+        if is_main_process and not self.is_remote_code():
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            custom_object_save(object.__new__(saved), save_directory, config=self.config)
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            state_dict = {DENSE_NOTE: torch.zeros(1, dtype=torch.uint8), **(state_dict or self.state_dict())}
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        warn_of_other_order(self, find_sites(self), state_dict, prefix)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        unexpected = args[3]
+        if prefix + DENSE_NOTE in unexpected:
+            unexpected.remove(prefix + DENSE_NOTE)
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        return "_auto_class" in vars(cls)  # not that of the class it extends, whose file does not define it
 
     def _set_gradient_checkpointing(self, *args, **kwargs):
         super()._set_gradient_checkpointing(*args, **kwargs)
@@ -209,7 +268,7 @@ class MoefiedMixin:
     def connect_(self) -> None:
         """(Re)attach routers to the first Linear of their FFN, after something replaced Linear modules."""
         for site in self.moe_sites():
-            site.act.connect_(base_layer(site.first))
+            site.act.connect_(site.first)
 
     def set_selection(self, **changes) -> None:
         """Change which experts run, now and in checkpoints saved from here on: the run-time budget.

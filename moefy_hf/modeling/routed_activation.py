@@ -3,22 +3,24 @@
 Expert e owns the neurons [e*m, (e+1)*m) of the FFN's own Linear modules, whose names, shapes and types never change.
 """
 
+import sys
 import threading
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .router_base import Router
 from .selection import Selection
 
 
 class Observed(threading.local):
-    """The FFN input on its way from the first Linear to the activation, and which experts run on theirs to `down`; one
-    per thread, so that threads may share a model."""
+    """The FFN input on its way from the first Linear to the activation, and which experts run, with the means of the
+    others, on theirs to `down`; one per thread, so that threads may share a model."""
 
     x: torch.Tensor | None = None
-    kept: torch.Tensor | None = None
+    kept: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __deepcopy__(self, memo):
         return Observed()
@@ -32,6 +34,10 @@ class RoutedActivation(nn.Module):
 
     A forward-pre-hook on the FFN's first Linear (`connect_`) hands over the FFN's input x, which the router scores.
     This is the masked form: dense compute, then mask; differentiable, and every Linear stays stock.
+
+    Buffers, both None unless the checkpoint holds them: `compensation` (f,), see `compensate_`, and `neuron_order`
+    (f,), the position that each neuron had in the dense model, which is what adapters of the dense model go by; -1
+    where nobody knows.
     """
 
     def __init__(self, act: nn.Module, router: Router, expert_size: int, selection: Selection, shared: int = 0):
@@ -43,12 +49,14 @@ class RoutedActivation(nn.Module):
         self.selection = selection
         self.soft = False
         self.register_buffer("compensation", None)
+        self.register_buffer("neuron_order", None)
         with torch.device("cpu"):  # the model may be under construction on the meta device
             self.zero_at_zero = bool(act(torch.zeros(1)) == 0)
         self.observed = Observed()
         self.tap: Any = None
         self.outlet: Any = None
-        self.compensated: tuple[nn.Module, ...] = ()  # in a tuple: no child of this module
+        self.reads: tuple[nn.Module, ...] = ()  # in tuples: no children of this module
+        self.compensated: tuple[nn.Module, ...] = ()
 
     @property
     def k(self) -> float | None:
@@ -67,14 +75,18 @@ class RoutedActivation(nn.Module):
         return self.soft and self.training
 
     def connect_(self, linear: nn.Module) -> None:
-        """(Re)attach to the Linear whose input the router reads; needed again after something replaced it."""
+        """(Re)attach to the Linear whose input the router reads, or what wraps it."""
         if self.tap is not None:
             self.tap.remove()
-        self.tap = linear.register_forward_pre_hook(self.observe)
+        self.tap, self.reads = linear.register_forward_pre_hook(self.observe), (linear,)
 
     def compensate_(self, means: torch.Tensor) -> None:
         """Let neurons that do not run stand at their `means` (f,) instead of zero."""
         self.register_buffer("compensation", means)
+
+    def _save_to_state_dict(self, *args) -> None:
+        refuse_partial_save()
+        super()._save_to_state_dict(*args)
 
     def observe(self, linear: nn.Module, args: tuple) -> None:
         self.observed.x = args[0]
@@ -107,7 +119,8 @@ class RoutedActivation(nn.Module):
         if self.weighs:
             return self.weighted(self.inner(h), x)
         keep = self.keep(x)
-        self.observed.kept = None if self.compensation is None else keep  # also over what an interrupted call left
+        means = self.compensation  # handed on from here: an offloaded buffer is back on meta when `down` runs
+        self.observed.kept = None if means is None or keep is None else (keep, means)  # over what an old call left
         if keep is None:
             return self.inner(h)
         # masked_fill, not a product: 0 * inf would be nan. Before the activation, so that its gradient is finite, too;
@@ -130,23 +143,27 @@ class RoutedActivation(nn.Module):
 
     def stand_in(self, down: nn.Module, args: tuple) -> tuple[torch.Tensor] | None:
         """Forward-pre-hook of `down`: its input (..., f), with the means of the neurons that did not run."""
-        keep, self.observed.kept = self.observed.kept, None
-        if keep is None:
+        kept, self.observed.kept = self.observed.kept, None
+        if kept is None:
             return None
-        means = self.compensation.to(args[0].dtype).unflatten(0, (self.num_experts, self.expert_size))
+        keep, means = kept
+        means = means.to(args[0].dtype).unflatten(0, (self.num_experts, self.expert_size))
         neurons = args[0].unflatten(-1, (self.num_experts, self.expert_size))
         return (torch.where(keep.unsqueeze(-1), neurons, means).flatten(-2),)
 
 
-class outlet_to:
-    """Forward-pre-hook of an FFN's owner: means go into whatever is its `down` now, an adapter around it included,
-    which sees what `down` sees and so can be merged into it."""
+class follow_replacements:
+    """Forward-pre-hook of an FFN's owner: the router reads what goes into whatever is its first Linear now, an adapter
+    around it included, which may change what the Linear inside sees (OFT, IA3), or never call it (HRA). Means go into
+    whatever is `down` now, so that its adapter can be merged into it."""
 
     def __init__(self, routed: RoutedActivation, site: Any):
         self.routed, self.site = routed, site
 
     def __call__(self, owner: nn.Module, args: tuple) -> None:
         routed = self.routed
+        if not routed.reads or routed.reads[0] is not self.site.first:
+            routed.connect_(self.site.first)
         if routed.compensation is not None and routed.compensated != (down := self.site.down,):
             if routed.outlet is not None:
                 routed.outlet.remove()
@@ -158,6 +175,27 @@ def chosen(scores: torch.Tensor, router: Router, selection: Selection, shared: i
     index, used = selection(router.strengths(scores) if selection.dynamic else scores)  # (..., K)
     keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, used)
     return torch.cat([keep.new_ones(*keep.shape[:-1], shared), keep], -1) if shared else keep
+
+
+def refuse_partial_save() -> None:
+    """Found by walking up the stack, for transformers does not tell modules who saves them.
+
+    Raises:
+        ValueError: a model is being saved that holds routed FFNs, but is not MoEfied itself (one with a MoEfied tower,
+            or a part of a MoEfied model): its checkpoint would load as a dense model.
+    """
+    frame = sys._getframe(1)
+    while (frame := frame.f_back) is not None:
+        if frame.f_code.co_name == "save_pretrained":
+            model = frame.f_locals.get("self")
+            if not isinstance(model, PreTrainedModel):
+                continue
+            if any(base.__name__ == "MoefiedMixin" for base in type(model).__mro__):
+                return
+            raise ValueError(
+                f"a {type(model).__name__} with MoEfied FFNs would load as a dense model, for its class knows no "
+                "routers: save the MoEfied model itself, not a larger one around it, nor a part of it"
+            )
 
 
 def is_routed(act: nn.Module) -> bool:

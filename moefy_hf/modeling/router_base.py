@@ -134,7 +134,14 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return self.score(x.to(next(self.parameters()).dtype))
+            return self.score(x.to(self.dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights, also while FSDP has put plain tensors in the place of parameters."""
+        held = next(self.parameters(), None)
+        held = next((each for each in vars(self).values() if torch.is_tensor(each)), None) if held is None else held
+        return torch.float32 if held is None else held.dtype
 
     def flops(self) -> int:
         """Per token; a multiply-add counts as two. Biases are left out, as those of the FFN are."""

@@ -149,7 +149,7 @@ def test_bad_input(model, tmp_path):
     with pytest.raises(ValueError, match="has no column label; it has text, topic"):
         stream(str(tmp_path / "columns.csv"), model)
     (tmp_path / "label.csv").write_text("text,label\n5,LABEL_7\n")
-    with pytest.raises(ValueError, match="row 1: label 'LABEL_7' is none of 0, 1, 2, LABEL_0"):
+    with pytest.raises(ValueError, match="row 1 has label 'LABEL_7', which is none of LABEL_0"):
         analyze(model, tokenizer, stream(str(tmp_path / "label.csv"), model))
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="holds no text"):

@@ -97,7 +97,7 @@ def test_facts_of_an_analysis(folder):
         (["ablate", "{moe}"], "give --csv"),
         (["ablate", "{moe}", "--csv", "{csv}", "--topic", "sports"], "unknown class 'sports'; choose from LABEL_0"),
         (["ablate", "{moe}", "--csv", "{csv}", "--test", "{csv}"], "--test is for --together"),
-        (["ablate", "{moe}", "--csv", "{csv}", "--together", "1", "--test", "{new}"], "is no csv file"),
+        (["ablate", "{moe}", "--csv", "{csv}", "--together", "1", "--test", "{new}"], "is no file"),
         (["ablate", "{moe}", "--csv", "{csv}", "--together", "13"], "--together 13 is more than the 12 experts"),
         (["ablate", "{moe}", "--csv", "{csv}", "--measure", "-2"], "a whole number from 1, got '-2'"),
         (["analyze", "{moe}", "--data", "{csv}", "--output", "{new}", "--removal", "{other}"], "it has no 'title'"),

@@ -191,7 +191,7 @@ def test_a_factored_optimizer_is_refused_and_nothing_changed(name, optimizer_cla
     train(model, inputs, optimizer, 2)
     before = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
     for site, order in zip(find_sites(model), random_orders(model), strict=True):
-        with pytest.raises(ValueError, match=r"Adafactor keeps '\w+' of shape .*use AdamW or SGD"):
+        with pytest.raises(ValueError, match=r"Adafactor keeps '\w+', a Tensor of \(.*use AdamW or SGD"):
             permute_neurons_(site, order, optimizer)
     for key, value in before[0].items():
         assert torch.equal(model.state_dict()[key], value), key
@@ -228,7 +228,7 @@ def test_adapted_neurons_are_refused():
 
     model = tiny_model("bert")
     get_peft_model(model, LoraConfig(target_modules=["intermediate.dense"], r=4))
-    with pytest.raises(ValueError, match="sharded, quantised or adapted neurons cannot be permuted"):
+    with pytest.raises(ValueError, match="holds .*lora_A.* beside its weight and bias.* merge adapters"):
         permute_neurons_(find_sites(model)[0], torch.arange(48))
 
 

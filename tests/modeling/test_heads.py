@@ -16,7 +16,7 @@ from transformers.models.auto import modeling_auto
 
 from moefy_hf import moefied_class
 from moefy_hf.modeling.ffn_sites import SPECS, find_sites
-from moefy_hf.modeling.moefied import MoefiedMixin
+from moefy_hf.modeling.moefied import DENSE_NOTE, MoefiedMixin
 
 MODELING = Path(sys.modules[MoefiedMixin.__module__].__file__).parent
 
@@ -114,8 +114,9 @@ def test_in_place(converted):
 
 def test_keys_are_the_dense_ones_and_routers(converted):
     keys = converted.model.state_dict().keys()
-    assert [key for key in keys if ".router." not in key] == converted.dense_keys
-    assert sum(".router." in key for key in keys) == len(converted.report.experts)
+    added = [key for key in keys if ".router." in key or key.endswith(".neuron_order")]
+    assert [key for key in keys if key not in added] == converted.dense_keys
+    assert len(added) == 2 * len(converted.report.experts)
 
 
 def test_all_experts_equal_dense(converted):
@@ -126,7 +127,7 @@ def masked_by_hand(converted: Converted, k: int) -> list[torch.Tensor]:
     """A stock model with the converted weights, whose `down` matrices are fed masked neurons: routing from scratch."""
     state = converted.model.state_dict()
     stock = type(converted.model).stock_class()(transformers.AutoConfig.from_pretrained(converted.folder)).eval()
-    stock.load_state_dict({key: value for key, value in state.items() if ".router." not in key})
+    stock.load_state_dict({key: value for key, value in state.items() if key in converted.dense_keys})
     for site in find_sites(stock):
         prefix = ".".join(part for part in (site.name, site.spec.act) if part)
         weight, x = state[f"{prefix}.router.weight"], []
@@ -163,7 +164,7 @@ def test_the_stock_class_loads_the_dense_model(converted):
     loaded, info = stock.from_pretrained(converted.folder, output_loading_info=True)
     assert type(loaded) is stock and list(loaded.state_dict()) == converted.dense_keys
     assert not info["missing_keys"] and not info["mismatched_keys"]
-    assert info["unexpected_keys"] and all(".router." in key for key in info["unexpected_keys"])
+    assert set(info["unexpected_keys"]) == {DENSE_NOTE, *converted.model.state_dict()} - {*converted.dense_keys}
     assert distance(run(loaded, converted.inputs), converted.dense) < 1e-5
 
 
@@ -210,8 +211,9 @@ def test_the_file_holds_the_dense_names(name, head, tmp_path):
     convert(model)
     model.save_pretrained(tmp_path / "converted")
     dense, routed = ({*load_file(tmp_path / folder / "model.safetensors")} for folder in ("dense", "converted"))
-    assert dense == {key for key in routed if ".router." not in key}
-    assert len(routed) == len(dense) + len(model.moe_sites())
+    added = {key for key in routed if ".router." in key or key.endswith(".neuron_order")}
+    assert dense == routed - added - {DENSE_NOTE}
+    assert len(added) == 2 * len(model.moe_sites()) and DENSE_NOTE in routed
 
 
 @pytest.mark.parametrize("name", NAMES)

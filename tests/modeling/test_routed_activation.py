@@ -151,16 +151,19 @@ def test_an_input_it_did_not_see_is_an_error(ffn):
     ffn(torch.randn(2, D))  # and no trace of all this
 
 
-def test_a_replaced_linear_is_an_error_until_reconnected():
+def test_a_replaced_linear_is_followed():
+    """At the next call of its FFN; an activation that runs before that is an error until `connect_` is called."""
     model, inputs = converted("bert"), tiny_inputs("bert")
     expected = run(model, inputs)
     layer = model.encoder.layer[0].intermediate
     old, layer.dense = layer.dense, nn.Linear(16, 48)
     layer.dense.load_state_dict(old.state_dict())
     with pytest.raises(RuntimeError, match=r"call model.connect_\(\)"):
-        run(model, inputs)
-    model.connect_()
+        layer(torch.randn(1, 2, 16))
     assert distance(run(model, inputs), expected) == 0
+    layer.dense = old
+    model.connect_()
+    assert layer(torch.randn(1, 2, 16)).shape == (1, 2, 48) and len(old._forward_pre_hooks) == 1
 
 
 def test_connecting_twice_observes_once():

@@ -160,7 +160,18 @@ def test_generate_and_pipelines_work_without_the_package(tmp_path, monkeypatch):
     asked = {"generate": GENERATE, "pipelines": PIPELINES, "longer": LONGER}
     Path("asked.json").write_text(json.dumps(asked))
     run_elsewhere(USES, tmp_path)
-    assert json.loads(Path("answers.json").read_text()) == expected
+    answers = json.loads(Path("answers.json").read_text())
+    for task in ("bert", "vit"):  # the last bit of a score may hang on where in memory a file's tensors lie
+        found, own = (sorted(scores_of(each.pop(task))) for each in (answers, expected))
+        assert [label for label, _ in found] == [label for label, _ in own]
+        assert [score for _, score in found] == pytest.approx([score for _, score in own], abs=1e-6)
+    assert answers == expected
+
+
+def scores_of(answers: list) -> list[tuple[str, float]]:
+    """(text's number and label, score) of what a classification pipeline answers for one input or several."""
+    rows = answers if isinstance(answers[0], list) else [answers]
+    return [(f"{number} {each['label']}", each["score"]) for number, row in enumerate(rows) for each in row]
 
 
 STOCK = """
@@ -184,10 +195,13 @@ def test_without_trust_it_is_the_dense_model_and_the_routers_are_reported(tmp_pa
         convert(model, k=2)
         model.save_pretrained(tmp_path / name)
         torch.save(inputs, tmp_path / name / "inputs.pt")
-        routers += {re.sub(r"\.\d\.", ".{0, 1}.", key) for key in model.state_dict() if ".router." in key}
+        added = {key for key in model.state_dict() if ".router." in key or key.endswith(".neuron_order")}
+        routers += [*{re.sub(r"\.\d\.", ".{0, 1}.", key) for key in added}, moefied.DENSE_NOTE]
     printed = run_elsewhere(STOCK, tmp_path, *(word for pair in heads.items() for word in pair))
     rows = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines() if "|" in line]
-    assert [row[:2] for row in rows if row[0] != "Key"] == [[key, "UNEXPECTED"] for key in routers], printed
+    found = sorted(row[:2] for row in rows if row[0] != "Key")
+    assert found == sorted([key, "UNEXPECTED"] for key in routers), printed
+    printed = printed.replace(moefied.DENSE_NOTE, "")
     assert printed.count("LOAD REPORT") == 2 and not re.search("trust|error|warn|MISSING", printed, re.I), printed
     for name, outputs in dense.items():
         assert distance([torch.load(tmp_path / name / "outputs.pt")], [outputs]) < 1e-5, name
@@ -217,7 +231,10 @@ def test_imports_are_ones_that_travel(path):
     # what transformers' regular expressions see, in docstrings and comments too
     seen = re.findall(r"^\s*import\s+\.(\S+)\s*$", source, flags=re.MULTILINE)
     seen += re.findall(r"^\s*from\s+\.(\S+)\s+import", source, flags=re.MULTILINE)
-    assert set(seen) == relative
+    if path.stem.startswith("modeling_"):  # these name the files that others need, for transformers 4
+        assert set(seen) >= relative and set(seen) <= siblings
+    else:
+        assert set(seen) == relative
 
 
 def test_code_of_another_format_is_told_from_the_packages(tmp_path):

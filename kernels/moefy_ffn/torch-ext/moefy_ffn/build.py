@@ -81,7 +81,10 @@ def compile_(path: Path) -> None:
     print(f"[moefy_ffn] compiling {SOURCE.name}, once, into {path}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed when whole: others may be compiling, too
         made = Path(folder, "ffn.so")
-        done = subprocess.run([compiler(), *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
+        # CXX may name a C compiler (peft's BOFT sets it to gcc), which does not link what C++ needs by itself
+        runtime = [] if "++" in Path(compiler()).name else ["-lstdc++"]
+        command = [compiler(), *FLAGS, str(SOURCE), "-o", str(made), *runtime]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise BuildError(f"{compiler()} failed: {next(iter(done.stderr.splitlines()), 'no message')}")
         made.rename(path)

@@ -1,0 +1,36 @@
+"""Adapters that were trained on the dense model: its neurons lie in another order here."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from .ffn_sites import FfnSite
+from .routed_activation import is_routed
+
+
+def ffn_linears(site: FfnSite) -> dict[str, str]:
+    """The FFN's Linears, by their part in it: {"up": "model.layers.0.mlp.up_proj", ...}."""
+    prefix = f"{site.name}." if site.name else ""
+    parts = {"gate": site.spec.gate, "up": site.spec.up, "down": site.spec.down}
+    return {part: prefix + path for part, path in parts.items() if path is not None}
+
+
+def warn_of_other_order(model: Any, sites: Iterable[FfnSite], state_dict: dict, prefix: str) -> None:
+    """Warn where an adapter that is being loaded acts on FFNs, and says that it was trained on another checkpoint:
+    that may be the dense model.
+
+    Args:
+        state_dict: what is loaded; keys of this model's tensors begin with `prefix`.
+    """
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        base, mapping = config.base_model_name_or_path, getattr(config, "auto_mapping", None) or {}
+        if base == model.name_or_path or str(mapping.get("base_model_class", "")).startswith("Moefied"):
+            continue
+        linears = [f"{prefix}{path}." for site in sites if is_routed(site.act) for path in ffn_linears(site).values()]
+        if any(key.startswith(tuple(linears)) and name in key.split(".") for key in state_dict):
+            warnings.warn(
+                f"adapter {name!r} was trained on {base!r}, and acts on FFNs whose neurons are permuted here. "
+                "If that is the dense model, it does not fit as it is: call moefy_hf.permute_adapter_(model) once, or "
+                "run moefy permute-adapter; adapters of this MoEfied model fit",
+                stacklevel=2,
+            )

@@ -1,0 +1,159 @@
+"""What loading and saving leave as it was, and what they refuse or say."""
+
+import importlib
+import logging as python_logging
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny import TINY, convert, distance, run, tiny_inputs, tiny_model
+
+from moefy_hf import load_checkpoint, moefied_class
+from moefy_hf.modeling import moefied, needs
+from moefy_hf.modeling.moefied import DENSE_NOTE
+from moefy_hf.modeling.routers import ROUTERS
+
+MODELING = Path(moefied.__file__).parent
+CAUSAL = "AutoModelForCausalLM"
+
+
+def routers(model) -> dict[str, torch.nn.Parameter]:
+    return {name: each for name, each in model.named_parameters() if ".router." in name}
+
+
+@pytest.mark.parametrize("router", [name for name in ROUTERS if name != "partial_input"])
+def test_routers_stay_frozen(router, tmp_path):
+    model = tiny_model("llama", CAUSAL)
+    convert(model, k=2, router=router, calibration=[tiny_inputs("llama")] * 20)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    for each in (model, loaded, load_checkpoint(tmp_path), type(model).from_pretrained(tmp_path)):
+        assert routers(each) and not any(parameter.requires_grad for parameter in routers(each).values())
+    others = {name: each.requires_grad for name, each in loaded.named_parameters() if ".router." not in name}
+    assert all(others.values()) and not loaded.training
+
+
+def test_routers_are_float32_however_a_model_is_made():
+    model = tiny_model("llama", CAUSAL)
+    convert(model, k=2)
+    made = type(model)._from_config(model.config, dtype=torch.bfloat16)
+    assert made.dtype == torch.bfloat16
+    assert {each.dtype for each in routers(made).values()} == {torch.float32}
+
+
+def test_a_class_that_extends_a_moefied_one_is_saved_as_what_it_extends(tmp_path):
+    model, inputs = tiny_model("llama", CAUSAL), tiny_inputs("llama")
+    convert(model, k=2)
+    model.save_pretrained(tmp_path / "moefied")
+
+    class Extended(moefied_class(transformers.LlamaForCausalLM)):
+        def __init__(self, config):
+            super().__init__(config)
+            self.extra = torch.nn.Linear(4, 4)
+            self.post_init()  # as transformers' own classes do: a second time
+
+    extended = Extended.from_pretrained(tmp_path / "moefied").eval()
+    assert distance(run(extended, inputs), run(model, inputs)) == 0
+    assert not any(parameter.requires_grad for parameter in routers(extended).values())
+    extended.save_pretrained(tmp_path / "extended")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "extended", trust_remote_code=True).eval()
+    assert type(loaded).__name__ == "MoefiedLlamaForCausalLM"
+    assert loaded.config.auto_map == model.config.auto_map
+    assert distance(run(loaded, inputs), run(model, inputs)) == 0
+    again = Extended.from_pretrained(tmp_path / "extended")
+    assert torch.equal(again.extra.weight, extended.extra.weight)
+
+
+def test_a_class_that_its_author_registers_is_saved_with_its_own_file(tmp_path, monkeypatch):
+    (tmp_path / "my_model.py").write_text(
+        "from moefy_hf.modeling.modeling_moefied_llama import MoefiedLlamaForCausalLM\n"
+        "class MyModel(MoefiedLlamaForCausalLM):\n    pass\n"
+        'MyModel.register_for_auto_class("AutoModelForCausalLM")\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = tiny_model("llama", CAUSAL)
+    convert(model, k=2)
+    model.save_pretrained(tmp_path / "moefied")
+    mine = importlib.import_module("my_model").MyModel.from_pretrained(tmp_path / "moefied")
+    mine.save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "my_model.py").exists()
+    assert mine.config.auto_map["AutoModelForCausalLM"] == "my_model.MyModel"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "mine", trust_remote_code=True)
+    assert type(loaded).__name__ == "MyModel"
+
+
+def test_a_dense_load_says_that_it_is_one(tmp_path, caplog):
+    model = tiny_model("llama", CAUSAL)
+    convert(model, k=2)
+    model.save_pretrained(tmp_path)
+    report = python_logging.getLogger("transformers")
+    report.addHandler(caplog.handler)
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert "LOAD REPORT" in caplog.text and DENSE_NOTE in caplog.text
+        caplog.clear()
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+        assert "LOAD REPORT" not in caplog.text
+    finally:
+        report.removeHandler(caplog.handler)
+    assert DENSE_NOTE not in loaded.state_dict() and not hasattr(loaded, DENSE_NOTE)
+    result = loaded.load_state_dict({**model.state_dict(), DENSE_NOTE: torch.zeros(1)}, strict=True)
+    assert not result.unexpected_keys  # a Trainer that resumes does so
+
+
+def test_libraries_that_look_a_class_up_by_name_find_it(tmp_path):
+    """TRL loads reference models so, and says nothing of trust."""
+    model = tiny_model("llama", CAUSAL)
+    convert(model, k=2)
+    model.save_pretrained(tmp_path)
+    policy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    (name,) = transformers.AutoConfig.from_pretrained(tmp_path).architectures
+    assert getattr(transformers, name) is type(policy)
+
+
+def test_an_encoder_decoder_of_moefied_parts_is_not_saved(tmp_path):
+    parts = [tiny_model("bert"), tiny_model("bert", "AutoModelForCausalLM", is_decoder=True, add_cross_attention=True)]
+    for part in parts:
+        convert(part, k=2)
+    whole = transformers.EncoderDecoderModel(encoder=parts[0], decoder=parts[1])
+    with pytest.raises(ValueError, match="EncoderDecoderModel with MoEfied FFNs would load as a dense model"):
+        whole.save_pretrained(tmp_path)
+    parts[0].save_pretrained(tmp_path / "encoder")  # by itself, it is
+    assert whole.state_dict() and torch.nn.Sequential(parts[0]).state_dict()
+
+
+@pytest.mark.parametrize("name", ["whisper", "t5"])
+def test_a_part_of_a_moefied_model_is_not_saved(name, tmp_path):
+    model = tiny_model(name)
+    convert(model, k=2)
+    with pytest.raises(ValueError, match="would load as a dense model"):
+        model.get_encoder().save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "whole")
+
+
+def test_an_old_transformers_is_told_which_is_needed():
+    needs.check_version(transformers.__version__)
+    needs.check_version("5.17.0.dev0")
+    for old in ("4.57.1", "5.16.2"):
+        with pytest.raises(ImportError, match=f"need transformers 5.17 or newer, and this is {old}"):
+            needs.check_version(old)
+
+
+def test_the_needed_version_is_that_of_the_package():
+    project = (MODELING.parents[1] / "pyproject.toml").read_text()
+    assert f'"transformers>={".".join(map(str, needs.TRANSFORMERS))},' in project
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_each_modeling_file_names_all_it_needs_and_asks_for_the_version_first(model_type):
+    """transformers 4 copies what the file itself names, and no file that another one needs."""
+    text = (MODELING / f"modeling_moefied_{model_type.replace('-', '_')}.py").read_text()
+    named = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", text, flags=re.MULTILINE))
+    everything = {path.stem for path in MODELING.glob("*.py") if not path.stem.startswith(("modeling_", "__"))}
+    assert named == everything
+    code = text.partition('"""')[2].partition('"""')[2]
+    assert code.lstrip().startswith("from .needs import")
+    assert "moefied" in sys.modules["moefy_hf.modeling"].__dict__
