@@ -14,6 +14,7 @@ from .evaluation import Sweep
 from .facts import is_hub_id, read_facts
 from .folders import write_whole
 from .modeling.allocation import setting_name
+from .modeling.needs import TRANSFORMERS
 from .plots import plot_experts, spread_of
 from .prediction import Prediction
 from .router_fitting import RouterFit
@@ -71,6 +72,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, revision: str | N
         pin=revision is None,
         base_model=linked(facts["base_model"]) if "base_model" in facts else None,
         architecture=architecture,
+        transformers=".".join(map(str, TRANSFORMERS)),
         auto=auto,
         example=example(section["selection"]),
         ffns="all its" if section["layers"] is None else f"{len(section['layers'])} of its",
