@@ -3,62 +3,88 @@
 Zhang et al., "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts", Findings of ACL 2022.
 """
 
-from .adapters import permute_adapter_
-from .architectures import load_checkpoint, moefied_class
-from .budgets import allocate_budgets
-from .callback import MoEficationCallback
-from .cards import model_card, write_card
-from .compensation import compensate_
-from .configuration import MoeficationConfig
-from .conversion import ConversionReport, moefy_
-from .distillation import DistillationCallback
-from .evaluation import Sweep, evaluate
-from .exporting import export
-from .facts import add_facts
-from .hub import PushError, push_to_hub
-from .learned_selection import LearnedSelectionCallback
-from .modeling.ffn_sites import find_sites, permute_neurons_
-from .prediction import predict_quality
-from .profiling import profile
-from .reach import measure_reach
-from .rerouting import reroute_
-from .router_fitting import fit_routers
-from .schedule import Phase
-from .sparsity import SparsityPenaltyCallback, relufy_
-from .targets import search, share_within
-from .verification import verify
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "ConversionReport",
-    "DistillationCallback",
-    "LearnedSelectionCallback",
-    "MoEficationCallback",
-    "MoeficationConfig",
-    "Phase",
-    "PushError",
-    "SparsityPenaltyCallback",
-    "Sweep",
-    "add_facts",
-    "allocate_budgets",
-    "compensate_",
-    "evaluate",
-    "export",
-    "find_sites",
-    "fit_routers",
-    "load_checkpoint",
-    "measure_reach",
-    "model_card",
-    "moefied_class",
-    "moefy_",
-    "permute_adapter_",
-    "permute_neurons_",
-    "predict_quality",
-    "profile",
-    "push_to_hub",
-    "relufy_",
-    "reroute_",
-    "search",
-    "share_within",
-    "verify",
-    "write_card",
-]
+_HOMES = {  # public name -> the module that has it, imported when the name is first used
+    "add_facts": "hub.facts",
+    "allocate_budgets": "conversion.budgets",
+    "compensate_": "conversion.compensation",
+    "ConversionReport": "conversion.convert",
+    "DistillationCallback": "training.distillation",
+    "evaluate": "evaluation.sweep",
+    "export": "exporters.export",
+    "find_sites": "modeling.ffn_sites",
+    "fit_routers": "conversion.fit_routers",
+    "LearnedSelectionCallback": "training.learned_selection",
+    "load_checkpoint": "loading",
+    "measure_reach": "conversion.thresholds",
+    "model_card": "hub.card",
+    "MoEficationCallback": "training.callback",
+    "MoeficationConfig": "config",
+    "moefied_class": "loading",
+    "moefy_": "conversion.convert",
+    "permute_adapter_": "conversion.adapters",
+    "permute_neurons_": "modeling.ffn_sites",
+    "Phase": "training.schedule",
+    "predict_quality": "evaluation.quality_check",
+    "profile": "measure.profile",
+    "push_to_hub": "hub.push",
+    "PushError": "hub.push",
+    "relufy_": "training.sparsity",
+    "reroute_": "conversion.reroute",
+    "search": "evaluation.search",
+    "share_within": "evaluation.search",
+    "SparsityPenaltyCallback": "training.sparsity",
+    "Sweep": "evaluation.sweep",
+    "verify": "hub.verify",
+    "write_card": "hub.card",
+}
+__version__ = "0.1.0"
+__all__ = sorted(_HOMES)
+
+if TYPE_CHECKING:  # for editors and type checkers
+    from .config import MoeficationConfig as MoeficationConfig
+    from .conversion.adapters import permute_adapter_ as permute_adapter_
+    from .conversion.budgets import allocate_budgets as allocate_budgets
+    from .conversion.compensation import compensate_ as compensate_
+    from .conversion.convert import ConversionReport as ConversionReport
+    from .conversion.convert import moefy_ as moefy_
+    from .conversion.fit_routers import fit_routers as fit_routers
+    from .conversion.reroute import reroute_ as reroute_
+    from .conversion.thresholds import measure_reach as measure_reach
+    from .evaluation.quality_check import predict_quality as predict_quality
+    from .evaluation.search import search as search
+    from .evaluation.search import share_within as share_within
+    from .evaluation.sweep import Sweep as Sweep
+    from .evaluation.sweep import evaluate as evaluate
+    from .exporters.export import export as export
+    from .hub.card import model_card as model_card
+    from .hub.card import write_card as write_card
+    from .hub.facts import add_facts as add_facts
+    from .hub.push import PushError as PushError
+    from .hub.push import push_to_hub as push_to_hub
+    from .hub.verify import verify as verify
+    from .loading import load_checkpoint as load_checkpoint
+    from .loading import moefied_class as moefied_class
+    from .measure.profile import profile as profile
+    from .modeling.ffn_sites import find_sites as find_sites
+    from .modeling.ffn_sites import permute_neurons_ as permute_neurons_
+    from .training.callback import MoEficationCallback as MoEficationCallback
+    from .training.distillation import DistillationCallback as DistillationCallback
+    from .training.learned_selection import LearnedSelectionCallback as LearnedSelectionCallback
+    from .training.schedule import Phase as Phase
+    from .training.sparsity import SparsityPenaltyCallback as SparsityPenaltyCallback
+    from .training.sparsity import relufy_ as relufy_
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = found  # once
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -20,10 +20,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from moefy_hf.controls import BASELINES, CONTROLS
+from moefy_hf.evaluation.controls import BASELINES, CONTROLS
 from moefy_hf.modeling.routers import ROUTERS
 from moefy_hf.modeling.selection import SELECTIONS
-from moefy_hf.splitting import SPLITTERS
+from moefy_hf.splitters import SPLITTERS
 
 
 @dataclass

@@ -31,10 +31,10 @@ from stages import write_json
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from moefy_hf import MoeficationConfig, export
-from moefy_hf.convertible import check_convertible
-from moefy_hf.export_targets import TARGETS
-from moefy_hf.exporting import check_expressible, choose_target
-from moefy_hf.quality import Quality, predictions
+from moefy_hf.conversion.checks import check_convertible
+from moefy_hf.exporters.export import check_expressible, choose_target
+from moefy_hf.exporters.formats import TARGETS
+from moefy_hf.measure.metrics import Quality, predictions
 
 PROSE = ("held_out_name", "held_out_splits", "held_out_tokens", "generated_rows", "generated_tokens", "export")
 UNTRAINED = ("dense", "moefied", "served", "sweep.json", "prose_dense.json", "prose_moefied.json")

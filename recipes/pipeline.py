@@ -15,13 +15,13 @@ from sweep_tables import tables
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from moefy_hf import MoEficationCallback, Sweep, evaluate, measure_reach, moefy_, profile, relufy_
-from moefy_hf.budgets import allocate_budgets
-from moefy_hf.convertible import check_convertible
+from moefy_hf.conversion.budgets import allocate_budgets
+from moefy_hf.conversion.checks import check_convertible
+from moefy_hf.conversion.thresholds import TOKENS
+from moefy_hf.evaluation.quality_check import predict_quality
+from moefy_hf.measure.metrics import Quality, predictions
 from moefy_hf.modeling.allocation import MEASURED
 from moefy_hf.modeling.moefied import is_moefied
-from moefy_hf.prediction import predict_quality
-from moefy_hf.quality import Quality, predictions
-from moefy_hf.reach import TOKENS
 
 
 def classify(run: Run, make: Callable[[], PreTrainedModel], activation: str | None) -> None:

@@ -24,8 +24,8 @@ import transformers
 from recovery_facts import made_in
 from stages import write_json
 
-from moefy_hf.controls import BASELINES
-from moefy_hf.tables import markdown
+from moefy_hf.evaluation.controls import BASELINES
+from moefy_hf.io import markdown
 
 # what runs must have in common, and what tells their methods from each other
 COMMON = (

@@ -18,10 +18,10 @@ from moefy_hf import (
     SparsityPenaltyCallback,
     find_sites,
 )
-from moefy_hf.callback import refuse_sharded
-from moefy_hf.learned_selection import SHARDED
 from moefy_hf.modeling.moefied import is_moefied
-from moefy_hf.schedule import Timetable, make_schedule
+from moefy_hf.training.callback import refuse_sharded
+from moefy_hf.training.learned_selection import SHARDED
+from moefy_hf.training.schedule import Timetable, make_schedule
 
 PARAMETERS = ("all", "down", "lora")
 

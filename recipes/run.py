@@ -18,10 +18,10 @@ from stages import Stages
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
 from moefy_hf import MoeficationConfig
-from moefy_hf.argument_types import setting
-from moefy_hf.controls import check_control
-from moefy_hf.facts import is_hub_id
-from moefy_hf.hub import check_repository
+from moefy_hf.cli.argument_types import setting
+from moefy_hf.evaluation.controls import check_control
+from moefy_hf.hub.push import check_repository
+from moefy_hf.io import is_hub_id
 from moefy_hf.modeling.selection import SELECTIONS
 
 # arguments that change no result

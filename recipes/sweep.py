@@ -31,7 +31,7 @@ from sweep_tables import average, own_name, tables
 from transformers import TrainingArguments
 
 from moefy_hf import evaluate, moefy_, profile
-from moefy_hf.profiling import ModelProfile
+from moefy_hf.measure.profile import ModelProfile
 
 
 @dataclass

@@ -13,13 +13,10 @@ import torch  # noqa: E402
 from hub_server import HubServer, use_in_process  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from moefy_hf import convertible  # noqa: E402
+from moefy_hf.conversion import checks as convertible  # noqa: E402
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
-
-
-whole_around = convertible.whole_around
 
 
 @pytest.fixture(autouse=True)

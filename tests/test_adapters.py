@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tiny import convert, distance, run, tiny, tiny_inputs, tiny_model
 
 from moefy_hf import find_sites, load_checkpoint, permute_adapter_
-from moefy_hf.adapters import permute_adapter
 from moefy_hf.analysis.pruning import prune
-from moefy_hf.cli import main
+from moefy_hf.cli.main import main
+from moefy_hf.conversion.adapters import permute_adapter
 
 FFN = {
     "bert": ["intermediate.dense", "output.dense"],

@@ -12,7 +12,6 @@ from moefy_hf import (
     MoeficationConfig,
     allocate_budgets,
     compensate_,
-    conversion,
     evaluate,
     find_sites,
     fit_routers,
@@ -21,15 +20,16 @@ from moefy_hf import (
     profile,
     reroute_,
 )
-from moefy_hf.alignment import aligned_orders, correlation
 from moefy_hf.analysis import prune
-from moefy_hf.compensation import means_of_dropped
-from moefy_hf.controls import selecting
-from moefy_hf.evaluation import Setting, local_figures
-from moefy_hf.flops import ffn_flops, model_flops, routed_flops
+from moefy_hf.conversion import convert as conversion
+from moefy_hf.conversion.compensation import means_of_dropped
+from moefy_hf.conversion.expert_matching import aligned_orders, correlation
+from moefy_hf.conversion.fit_routers import _mean_shares
+from moefy_hf.evaluation.sweep import Setting, local_figures
+from moefy_hf.measure.contexts import selecting
+from moefy_hf.measure.flops import ffn_flops, model_flops, routed_flops
+from moefy_hf.measure.metrics import Quality, predictions
 from moefy_hf.modeling.ffn_sites import permute_neurons_
-from moefy_hf.quality import Quality, predictions
-from moefy_hf.router_fitting import _mean_shares
 
 EXPERTS, SIZE, WIDTH, LAYERS = 6, 8, 16, 3
 BATCHES = text_batches(30, rows=8, length=16)
@@ -180,7 +180,7 @@ def test_a_reroute_that_fails_moves_nothing(monkeypatch):
     convert(model, router="random", expert_size=SIZE)
     before = copy.deepcopy(model.state_dict())
     with profile(model, BATCHES, progress=False) as found:
-        monkeypatch.setattr("moefy_hf.rerouting.fit_routers", lambda *_, **__: pytest.fail("planted"))
+        monkeypatch.setattr("moefy_hf.conversion.reroute.fit_routers", lambda *_, **__: pytest.fail("planted"))
         with pytest.raises(pytest.fail.Exception, match="planted"):
             reroute_(model, "pre_gated", found, progress=False)
     assert model.state_dict().keys() == before.keys()

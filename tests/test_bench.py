@@ -15,11 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moefy_hf import MoeficationConfig, model_card, moefy_
-from moefy_hf.bench import PRESETS, Settings, bench_ffns, bench_model, ffns, layers, timing
+from moefy_hf.bench import PRESETS, Settings, bench_ffns, bench_model, end_to_end, ffns, layers, timing
 from moefy_hf.bench import models as whole
 from moefy_hf.bench import settings as module
-from moefy_hf.benchmarks import end_to_end
-from moefy_hf.cli import main
+from moefy_hf.cli.main import main
 
 LIMITS = {"bytes_per_second": 1e10, "flops_per_second": 1e11}
 
@@ -229,7 +228,7 @@ def test_without_a_compiler_or_matplotlib(monkeypatch, capsys, tmp_path):
         raise module.BuildError("there is no C++ compiler")
 
     monkeypatch.setattr(module, "library", no_library)
-    monkeypatch.setattr("moefy_hf.folders.find_spec", lambda name: None)
+    monkeypatch.setattr("moefy_hf.io.find_spec", lambda name: None)
     cases = {"no C++ compiler": [], "--plot needs matplotlib": ["--plot", str(tmp_path / "a.png")]}
     for message, arguments in cases.items():
         with pytest.raises(SystemExit) as stopped:

@@ -8,7 +8,7 @@ from batches import text_batches
 from tiny import distance, run, tiny_inputs, tiny_model
 
 from moefy_hf import MoeficationConfig, allocate_budgets, moefied_class, moefy_
-from moefy_hf.budgets import GRID, measure_sensitivity
+from moefy_hf.conversion.budgets import GRID, measure_sensitivity
 
 HEAD, LAYERS, EXPERTS = "AutoModelForSequenceClassification", 3, 12
 

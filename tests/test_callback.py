@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from moefy_hf import MoEficationCallback, MoeficationConfig, Phase, find_sites, moefy_, relufy_
 from moefy_hf.modeling.moefied import is_moefied
-from moefy_hf.monitor import RoutingMonitor
+from moefy_hf.training.monitor import RoutingMonitor
 
 STEPS = 12
 SCHEDULE = [Phase(3, k=1.0, name="dense"), Phase(8, start=1.0, split=True, name="anneal"), Phase(1.0, name="tune")]
@@ -517,7 +517,7 @@ def test_predictions_that_cannot_be_compared_are_found_before_training(tmp_path)
 
 def test_a_dense_best_model_is_said_to_be_dense(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("moefy_hf.callback.logger.warning", said.append)
+    monkeypatch.setattr("moefy_hf.training.callback.logger.warning", said.append)
     trainer = trainer_for(dense_model(), tmp_path, callback_for())
     trainer.add_callback(StopAt(2))
     trainer.train()
@@ -551,7 +551,7 @@ def test_an_optimizer_that_is_tried_is_not_changed(optim, tmp_path, monkeypatch)
     for tried in (True, False):
         trainer = trainer_for(dense_model(), tmp_path, callback_for(), optim=optim)
         if not tried:
-            monkeypatch.setattr("moefy_hf.callback.check_optimizer", lambda *_: None)
+            monkeypatch.setattr("moefy_hf.training.callback.check_optimizer", lambda *_: None)
         trainer.train()
         assert trainer.model.config.moefication["splits"] == 1
         results.append(trainer.model)

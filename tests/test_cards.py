@@ -8,8 +8,9 @@ from huggingface_hub import ModelCard
 from tiny import convert, tiny_inputs, tiny_model
 
 from moefy_hf import add_facts, evaluate, model_card, write_card
-from moefy_hf.cards import PLOT, TASKS, budget, example
-from moefy_hf.facts import FILE, is_hub_id, read_facts
+from moefy_hf.hub.card import PLOT, TASKS, budget, example
+from moefy_hf.hub.facts import FILE, read_facts
+from moefy_hf.io import is_hub_id
 from moefy_hf.modeling.allocation import check_selection
 
 HEAD = "AutoModelForSequenceClassification"

@@ -8,9 +8,9 @@ from batches import real_count, text_batches
 from tiny import tiny_model
 
 from moefy_hf import find_sites
-from moefy_hf.cett import CettCurve, cett_curves, dropping, ppl_activation
-from moefy_hf.profiling import observed
-from moefy_hf.quality import Quality, predictions
+from moefy_hf.measure.cett import CettCurve, cett_curves, dropping, ppl_activation
+from moefy_hf.measure.metrics import Quality, predictions
+from moefy_hf.measure.profile import observed
 
 
 def seen_neurons(model, batches) -> list[torch.Tensor]:

@@ -11,12 +11,13 @@ from tiny import convert, tiny_inputs, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from moefy_hf import Sweep, commands
-from moefy_hf.architectures import load_checkpoint
-from moefy_hf.cett import LEVELS
-from moefy_hf.cli import main
-from moefy_hf.facts import read_facts
-from moefy_hf.text_files import read_labelled
+from moefy_hf import Sweep
+from moefy_hf.cli import commands
+from moefy_hf.cli.main import main
+from moefy_hf.data import read_labelled
+from moefy_hf.hub.facts import read_facts
+from moefy_hf.loading import load_checkpoint
+from moefy_hf.measure.cett import LEVELS
 
 CAUSAL = "AutoModelForCausalLM"
 

@@ -7,7 +7,7 @@ from batches import text_batches
 from tiny import convert, distance, run, tiny_inputs, tiny_model
 
 from moefy_hf import MoeficationConfig, compensate_, measure_reach, moefy_, profile
-from moefy_hf.compensation import means_of_dropped
+from moefy_hf.conversion.compensation import means_of_dropped
 
 NAMES = ["bert", "gpt2", "llama", "phi3", "t5", "t5-gated"]
 HEAD = {"t5": "AutoModelForSeq2SeqLM", "t5-gated": "AutoModelForSeq2SeqLM"}

@@ -9,7 +9,7 @@ from moefy_hf.modeling.allocation import ALLOCATIONS
 from moefy_hf.modeling.moefied import FORMAT_VERSION
 from moefy_hf.modeling.routers import ROUTERS
 from moefy_hf.modeling.selection import SELECTIONS
-from moefy_hf.splitting import SPLITTERS
+from moefy_hf.splitters import SPLITTERS
 
 
 def test_defaults_are_the_papers():

@@ -12,10 +12,11 @@ from batches import real_count, text_batches
 from tiny import TINY, distance, run, tiny_inputs, tiny_model
 from torch import nn
 
-from moefy_hf import MoeficationConfig, conversion, find_sites, moefied_class, moefy_, profile
+from moefy_hf import MoeficationConfig, find_sites, moefied_class, moefy_, profile
+from moefy_hf.conversion import convert as conversion
 from moefy_hf.modeling.moefied import MoefiedMixin
 from moefy_hf.modeling.routers import ROUTERS
-from moefy_hf.splitting import SPLITTERS, Splitter
+from moefy_hf.splitters import SPLITTERS, Splitter
 
 SIZE, EXPERTS, FREE = 8, 6, {"splitter": "random", "router": "random"}
 KEYS = {

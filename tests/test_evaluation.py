@@ -12,12 +12,13 @@ from batches import text_batches
 from tiny import tiny_model
 
 from moefy_hf import MoeficationConfig, Sweep, allocate_budgets, evaluate, fit_routers, moefy_, profile
-from moefy_hf.controls import CONTROLS, control_router, routed_by, selecting
-from moefy_hf.evaluation import chunks_of, local_figures
+from moefy_hf.evaluation.controls import CONTROLS, control_router, routed_by
+from moefy_hf.evaluation.plots import spread_of
+from moefy_hf.evaluation.sweep import chunks_of, local_figures
+from moefy_hf.measure.contexts import selecting
+from moefy_hf.measure.metrics import is_causal, predictions
 from moefy_hf.modeling.moefied import is_moefied
 from moefy_hf.modeling.routed_activation import RoutedActivation
-from moefy_hf.plots import spread_of
-from moefy_hf.quality import is_causal, predictions
 
 EXPERTS, SIZE = 6, 8
 QUALITY = ("accuracy", "loss", "perplexity", "agreement", "kl")

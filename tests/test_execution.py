@@ -15,12 +15,13 @@ from tiny import NAMES, convert, distance, run, tiny_inputs, tiny_model
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moefy_hf import MoeficationConfig, evaluate, execution, moefy_, profile
-from moefy_hf.execution import IMPLEMENTATIONS, SparseFfn
-from moefy_hf.implementations import KERNEL_ROUTERS
-from moefy_hf.limits import largest_share
+from moefy_hf import MoeficationConfig, evaluate, moefy_, profile
 from moefy_hf.modeling.router_base import Router
 from moefy_hf.modeling.routers import ROUTERS
+from moefy_hf.runtime import execution
+from moefy_hf.runtime.backends import KERNEL_ROUTERS
+from moefy_hf.runtime.execution import IMPLEMENTATIONS, SparseFfn
+from moefy_hf.runtime.limits import largest_share
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 SIGMOID = "bert-sigmoid"  # an activation that no kernel has

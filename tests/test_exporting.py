@@ -10,7 +10,7 @@ from tiny import convert, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM
 
 from moefy_hf import MoeficationConfig, export, moefy_
-from moefy_hf.export_targets import TARGETS
+from moefy_hf.exporters.formats import TARGETS
 
 PAIRS = [(source, name) for name, target in TARGETS.items() for source in target.sources]
 CHANGES = {("mistral", "llama4"): {"sliding_window": None}}
@@ -233,7 +233,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moefy_hf.exporting.save_file", fail)
+    monkeypatch.setattr("moefy_hf.exporters.export.save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         export(moefied("llama"), tmp_path / "out")
     assert not list(tmp_path.iterdir())

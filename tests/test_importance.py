@@ -9,11 +9,11 @@ from batches import text_batches
 from tiny import NAMES, convert, distance, run, tiny_inputs, tiny_model
 
 from moefy_hf import MoeficationConfig, allocate_budgets, evaluate, measure_reach, moefied_class, moefy_, reroute_
-from moefy_hf.budgets import COMPARING_PREDICTIONS, MEASURES
-from moefy_hf.importance import angular_distance, measure_angles
+from moefy_hf.conversion.budgets import COMPARING_PREDICTIONS, MEASURES
+from moefy_hf.conversion.importance import angular_distance, measure_angles
+from moefy_hf.conversion.replay import block_of
 from moefy_hf.modeling.allocation import MEASURED
 from moefy_hf.modeling.selection import SELECTIONS
-from moefy_hf.replay import block_of
 
 LAYERS, EXPERTS = 4, 12
 DYNAMIC = [name for name, cls in SELECTIONS.items() if cls.dynamic]

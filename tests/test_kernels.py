@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from moefy_ffn import build
 
-from moefy_hf.cli import main
-from moefy_hf.execution import IMPLEMENTATIONS
-from moefy_hf.kernels import REASONS
+from moefy_hf.cli.main import main
+from moefy_hf.runtime.execution import IMPLEMENTATIONS
+from moefy_hf.runtime.status import REASONS
 
 
 @pytest.fixture
@@ -56,12 +56,12 @@ def test_build_leaves_a_kernel_that_loads(cache, capsys):
 
 
 def test_triton_wants_itself_and_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr("moefy_hf.kernels.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("moefy_hf.runtime.status.torch.cuda.is_available", lambda: False)
     for installed, reason in (
         (None, "there is no Triton: pip install 'moefy-hf[triton]'"),
         ("here", "there is no GPU"),
     ):
-        monkeypatch.setattr("moefy_hf.kernels.find_spec", lambda name, installed=installed: installed)
+        monkeypatch.setattr("moefy_hf.runtime.status.find_spec", lambda name, installed=installed: installed)
         assert info(capsys)["implementations"]["triton"] == {"runs": False, "reason": reason}
 
 

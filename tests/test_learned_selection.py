@@ -224,7 +224,7 @@ def test_a_run_that_failed_leaves_nothing_to_the_next(tmp_path):
 
 def test_an_end_in_the_first_stage_is_said(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("moefy_hf.learned_selection.logger.warning", said.append)
+    monkeypatch.setattr("moefy_hf.training.learned_selection.logger.warning", said.append)
     for until, step, warns in ((6, 6, True), (6, 7, False), (1.0, STEPS, False), (0.5, STEPS, False)):
         said.clear()
         trainer_for(moefied(), tmp_path, [LearnedSelectionCallback(1.0, until=until), StopAt(step)]).train()

@@ -9,9 +9,9 @@ from batches import text_batches
 from tiny import tiny_model
 
 from moefy_hf import MoeficationConfig, evaluate, find_sites, moefy_
-from moefy_hf.controls import BASELINES
-from moefy_hf.flops import ffn_flops
-from moefy_hf.neuron_baselines import left_out, places_at, places_of
+from moefy_hf.evaluation.baselines import left_out, places_at, places_of
+from moefy_hf.evaluation.controls import BASELINES
+from moefy_hf.measure.flops import ffn_flops
 
 HEADS = {
     "llama": ("AutoModelForCausalLM", "causal"),

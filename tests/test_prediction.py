@@ -10,10 +10,10 @@ from test_cli import number_tokenizer
 from tiny import tiny_model
 
 from moefy_hf import MoeficationConfig, evaluate, moefy_
-from moefy_hf.cli import main
-from moefy_hf.facts import read_facts
-from moefy_hf.prediction import Prediction, predict_quality
-from moefy_hf.text_files import split_off
+from moefy_hf.cli.main import main
+from moefy_hf.data import split_off
+from moefy_hf.evaluation.quality_check import Prediction, predict_quality
+from moefy_hf.hub.facts import read_facts
 
 GOOD = Prediction(100, kl=0.01, random_kl=0.5, uniform_kl=2.0, agreement=0.95, loss=3.0, dense_loss=2.9)
 

@@ -11,7 +11,7 @@ from tiny import tiny_model
 from transformers.activations import ACT2FN
 
 from moefy_hf import find_sites, profile
-from moefy_hf.profiling import SiteProfile, TensorFile, observed
+from moefy_hf.measure.profile import SiteProfile, TensorFile, observed
 
 SUMS = ("active", "mass", "total", "square")
 
@@ -62,7 +62,7 @@ def test_sums_and_sample_are_those_of_the_real_tokens(activation):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "t5-gated"])
 def test_sample_gives_the_neurons_back(name, monkeypatch):
     """Recomputed from the sample in chunks, also in gated, fused and Conv1D layouts."""
-    monkeypatch.setattr("moefy_hf.profiling.CHUNK", 5)
+    monkeypatch.setattr("moefy_hf.measure.profile.CHUNK", 5)
     head = "AutoModelForSeq2SeqLM" if name.startswith("t5") else "AutoModel"
     model = tiny_model(name, head)
     batches = text_batches(2, labels="seq2seq" if name.startswith("t5") else None)
@@ -175,7 +175,7 @@ def test_a_full_disk_is_an_error(bert, monkeypatch):
         def __init__(self, path):
             super().__init__(Path("/dev/full"))
 
-    monkeypatch.setattr("moefy_hf.profiling.TensorFile", Full)
+    monkeypatch.setattr("moefy_hf.measure.profile.TensorFile", Full)
     hooks = hooks_of(bert)
     with pytest.raises(OSError, match="No space left.*TMPDIR"):
         profile(bert, text_batches(2), progress=False)
@@ -184,13 +184,13 @@ def test_a_full_disk_is_an_error(bert, monkeypatch):
 
 def test_first_batches_are_kept_for_what_needs_whole_texts(bert, monkeypatch):
     batches = text_batches(5)
-    monkeypatch.setattr("moefy_hf.profiling.KEPT_TOKENS", real_count(batches[:2]) + 1)
+    monkeypatch.setattr("moefy_hf.measure.profile.KEPT_TOKENS", real_count(batches[:2]) + 1)
     with profile(bert, batches, progress=False) as found:
         assert len(found.batches) == 3 and all(a is b for a, b in zip(found.batches, batches, strict=False))
 
 
 def test_image_batches_count_by_their_patches(monkeypatch):
-    monkeypatch.setattr("moefy_hf.profiling.KEPT_TOKENS", 7)
+    monkeypatch.setattr("moefy_hf.measure.profile.KEPT_TOKENS", 7)
     batches = [{"pixel_values": torch.randn(1, 3, 8, 8)}] * 4  # five tokens each
     with profile(tiny_model("vit"), batches, progress=False) as found:
         assert len(found.batches) == 2

@@ -6,8 +6,8 @@ from batches import text_batches
 from tiny import convert, run, tiny_inputs, tiny_model
 
 from moefy_hf import allocate_budgets, evaluate, measure_reach
+from moefy_hf.conversion.thresholds import counted_experts
 from moefy_hf.modeling.selection import SELECTIONS
-from moefy_hf.reach import counted_experts
 
 DYNAMIC = [name for name, cls in SELECTIONS.items() if cls.dynamic]
 BATCHES = text_batches(20, rows=8, seed=5)

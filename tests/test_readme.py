@@ -15,7 +15,7 @@ import sweep_tables  # noqa: E402
 
 from moefy_hf.modeling.routers import ROUTERS  # noqa: E402
 from moefy_hf.modeling.selection import SELECTIONS  # noqa: E402
-from moefy_hf.splitting import SPLITTERS  # noqa: E402
+from moefy_hf.splitters import SPLITTERS  # noqa: E402
 
 KNOWN = {path: json.loads(path.read_text()) for path in sorted((ROOT / "model_cards" / "facts").glob("*.json"))}
 FACTS = [path for path, facts in KNOWN.items() if "rows" in facts]
@@ -96,14 +96,14 @@ def test_fine_experts_are_as_fast_as_they_were_measured():
 
 @pytest.mark.parametrize("preset", ["t5-base", "opt-1.3b"])
 def test_generation_is_as_fast_as_it_was_measured(preset):
-    found = json.loads((ROOT / "moefy_hf" / "benchmarks" / f"{preset}_generate.json").read_text())
+    found = json.loads((ROOT / "model_cards" / "speed" / f"{preset}_generate.json").read_text())
     ratio = next(row["ratio"] for row in found["rows"] if row["implementation"] == "cpu")
     name = {"t5-base": "T5-base {} times", "opt-1.3b": "OPT-1.3B {} times"}[preset].format(f"{ratio:.2f}")
     assert name in " ".join((ROOT / "README.md").read_text().split())
 
 
 def whole_model(name: str) -> list[dict[str, str]]:
-    with open(ROOT / "moefy_hf" / "benchmarks" / f"{name}.csv", newline="") as file:
+    with open(ROOT / "model_cards" / "speed" / f"{name}.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 

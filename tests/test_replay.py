@@ -6,7 +6,7 @@ from tiny import NAMES, convert, tiny, tiny_inputs, tiny_model
 from torch import nn
 
 from moefy_hf import find_sites
-from moefy_hf.replay import before, block_of, recorded, replayed
+from moefy_hf.conversion.replay import before, block_of, recorded, replayed
 
 CACHING = ("llama", "gpt2", "opt", "t5", "bart", "gpt_neox", "qwen3", "gemma3_text", "phi3")  # decoders with a cache
 

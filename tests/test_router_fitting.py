@@ -16,9 +16,9 @@ from moefy_hf import (
     permute_neurons_,
     profile,
 )
+from moefy_hf.conversion.fit_routers import tokens_needed
+from moefy_hf.measure.profile import ModelProfile
 from moefy_hf.modeling.routers import ROUTERS
-from moefy_hf.profiling import ModelProfile
-from moefy_hf.router_fitting import tokens_needed
 
 EXPERTS, SIZE, WIDTH = 8, 8, 16
 TRAINABLE = [name for name, router in ROUTERS.items() if router.trainable]

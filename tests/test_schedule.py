@@ -2,7 +2,7 @@
 
 import pytest
 
-from moefy_hf.schedule import SCHEDULES, STAGES, Phase, Timetable, as_dicts, make_schedule
+from moefy_hf.training.schedule import SCHEDULES, STAGES, Phase, Timetable, as_dicts, make_schedule
 
 
 def shares(phases, total: int, target: float = 0.25) -> list:

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.activations import ACT2FN
 
 from moefy_hf import MoeficationConfig, SparsityPenaltyCallback, find_sites, moefy_, profile, relufy_
-from moefy_hf.sparsity import PENALTIES
+from moefy_hf.training.sparsity import PENALTIES
 
 # ---- relufy_
 

@@ -11,9 +11,10 @@ from test_cli import number_tokenizer
 from tiny import VOCAB, convert, tiny_model
 from transformers import AutoTokenizer
 
-from moefy_hf import commands, load_checkpoint
-from moefy_hf.cli import main
-from moefy_hf.text_files import TextBatches, decoder_start_of, longest_text, read_labelled, read_lines
+from moefy_hf import load_checkpoint
+from moefy_hf.cli import commands
+from moefy_hf.cli.main import main
+from moefy_hf.data import TextBatches, decoder_start_of, longest_text, read_labelled, read_lines
 
 CLASSIFIER, SEQ2SEQ = "AutoModelForSequenceClassification", "AutoModelForSeq2SeqLM"
 ROWS = [("5 6 7", 0), ("8 9 10 é", 1)] * 20

@@ -7,15 +7,16 @@ import pytest
 import torch
 import transformers
 from batches import text_batches
-from conftest import whole_around
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny import convert, distance, run, tiny_inputs, tiny_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from moefy_hf import MoeficationConfig, convertible, evaluate, moefy_, permute_neurons_, profile
+from moefy_hf import MoeficationConfig, evaluate, moefy_, permute_neurons_, profile
+from moefy_hf.conversion import checks as convertible
 
 CAUSAL = "AutoModelForCausalLM"
+WHOLE_AROUND = convertible.whole_around  # which conftest.py replaces in each test
 LEARNING = {"splitter": "coactivation", "router": "linear"}
 
 
@@ -92,7 +93,7 @@ def test_ffns_that_share_weights_are_refused():
 
 
 def test_a_part_of_a_larger_model_is_refused(monkeypatch):
-    monkeypatch.setattr(convertible, "whole_around", whole_around)
+    monkeypatch.setattr(convertible, "whole_around", WHOLE_AROUND)
     whole = tiny_model("clip")
     with pytest.raises(ValueError, match="CLIPVisionTransformer is part of a CLIPModel|CLIPVisionModel is part of a"):
         convert(whole.vision_model, k=2)

@@ -1,7 +1,7 @@
 """See the experts: what each responds to, what happens without it, and a report to open."""
 
 from .ablation import ablate, remove_together
-from .analysing import Analysis, analyze
+from .analyze import Analysis, analyze
 from .partitions import compare_partitions
 from .pruning import prune
 from .report import write_report

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..architectures import check_moefied
-from ..quality import is_causal, predictions
-from ..tables import markdown
+from ..io import markdown
+from ..loading import check_moefied
+from ..measure.metrics import is_causal, predictions
 
 Batches = Iterable[Mapping[str, Any]]
 Experts = dict[int, list[int]]

@@ -9,10 +9,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..controls import selecting
+from ..measure.contexts import all_experts
+from ..measure.profile import observed
+from ..measure.router_inputs import ReadInputs, kept
 from ..modeling.ffn_sites import FfnSite
-from ..profiling import observed
-from ..reading import ReadInputs, kept
 from .sums import Examples, Groups, NeuronSums, TextBatch, UseSums
 from .texts import TextStream
 from .words import KINDS, token_kinds
@@ -155,7 +155,7 @@ def measure(
         before = used
 
     bar = tqdm(total=found.tokens, unit="token", unit_scale=True, desc="analyze", disable=not progress)
-    everything = selecting(model, type="top_k", k=1.0, allocation="uniform")
+    everything = all_experts(model)
     with bar, everything, observed(model, sites, seen) as run:
         for rows in stream:
             labels = rows.pop("labels")

@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 from transformers import PreTrainedModel
 
-from ..architectures import check_moefied
+from ..loading import check_moefied
 from ..modeling.ffn_sites import FfnSite
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..architectures import check_moefied
+from ..loading import check_moefied
+from ..measure.router_inputs import read_at
 from ..modeling.allocation import MEASURED
 from ..modeling.ffn_sites import FfnSite, find_sites
-from ..reading import read_at
 
 # config fields that say how wide FFNs are, over all supported model types
 WIDTHS = (

@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from ..folders import write_whole
-from .analysing import Analysis
+from ..io import write_whole
+from .analyze import Analysis
 
 TEMPLATE = "report.html.jinja"
 

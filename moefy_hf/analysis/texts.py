@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..text_files import check_plain_text, labelled_rows, opened
+from ..data import check_plain_text, labelled_rows, opened
 
 WINDOW = 32  # batches among which texts are sorted by length, so that little is padding
 

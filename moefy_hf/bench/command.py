@@ -5,8 +5,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from ..folders import check_files, write_whole
-from ..plots import plot_bench
+from ..evaluation.plots import plot_bench
+from ..io import check_files, write_whole
 from .ffns import TOKENS, bench_ffns
 from .models import bench_model
 from .report import save_csv, table

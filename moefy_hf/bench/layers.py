@@ -13,12 +13,12 @@ from moefy_ffn import MoeFfn
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architectures import load_checkpoint
-from ..execution import ACTIVATIONS, SparseFfn, misfit
+from ..loading import load_checkpoint
+from ..measure.router_inputs import scorer
 from ..modeling.ffn_sites import FfnSite, FfnWeights
 from ..modeling.moefied import is_moefied
 from ..modeling.routed_activation import follow_replacements
-from ..reading import scorer
+from ..runtime.execution import ACTIVATIONS, SparseFfn, misfit
 from .presets import preset_config, shape_of
 from .settings import DTYPES, Settings
 from .timing import can_prepack

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architectures import checkpoint_class
-from ..conversion import moefy_
-from ..execution import FEW_TOKENS
+from ..conversion.convert import moefy_
+from ..loading import checkpoint_class
+from ..runtime.execution import FEW_TOKENS
 from .layers import load_moefied, sparse, through_modules
 from .presets import preset_config, shape_of
 from .settings import CHECKED, DTYPES, TOLERANCE, Settings

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..architectures import checkpoint_class
+from ..loading import checkpoint_class
 
 MINILM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
 T5 = {"decoder_start_token_id": 0}

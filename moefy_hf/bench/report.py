@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..benchmarks.tables import write_csv
+from ..io import write_csv
 
 
 def table(found: dict[str, Any]) -> str:

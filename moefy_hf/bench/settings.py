@@ -7,9 +7,9 @@ import torch
 from moefy_ffn import BuildError
 from moefy_ffn.build import library
 
-from ..configuration import MoeficationConfig
-from ..implementations import KERNEL_ROUTERS
+from ..config import MoeficationConfig
 from ..modeling.routers import ROUTERS
+from ..runtime.backends import KERNEL_ROUTERS
 from .presets import PRESETS
 
 NAMES = ("masked", "torch", "cpu")  # implementations that run on the CPU, which dense is compared with

@@ -8,11 +8,11 @@ from .ffn_sites import *
 from .interventions import *
 from .moefied import *
 from .needs import *
-from .pre_gating import *
 from .routed_activation import *
 from .router_base import *
+from .router_pre_gated import *
 from .routers import *
-from .routers_from_neurons import *
+from .routers_from_weights import *
 from .selection import *
 """
 

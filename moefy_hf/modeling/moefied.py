@@ -21,9 +21,9 @@ from .adapters import warn_of_other_order
 from .allocation import changed, resolve_selection
 from .ffn_sites import FfnSite, by_stack, find_sites
 from .interventions import scaled
-from .pre_gating import carry_passes_
 from .routed_activation import RoutedActivation, follow_replacements, is_routed
 from .router_base import Router
+from .router_pre_gated import carry_passes_
 from .routers import router_class
 
 # A key of every checkpoint that no model has: transformers' load report names it where the dense model is loaded
@@ -318,7 +318,9 @@ class MoefiedMixin:
             ImportError: moefy-hf is not installed: a checkpoint's own files hold no kernels; or Triton is not.
         """
         try:
-            execution = importlib.import_module("moefy_hf.execution")  # a string: no file of this one travels there
+            execution = importlib.import_module(
+                "moefy_hf.runtime.execution"
+            )  # a string: no file of this one travels there
         except ImportError as error:
             raise ImportError(f"implementations come with the package: pip install moefy-hf ({error})") from error
         execution.set_implementation_(self, name)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .pre_gating import PreGatedRouter
 from .router_base import Router, activation_mass, expert_centres, prior_affinity
-from .routers_from_neurons import AnalyticRouter, MeanGateRouter, PartialInputRouter, SimilarityRouter
+from .router_pre_gated import PreGatedRouter
+from .routers_from_weights import AnalyticRouter, MeanGateRouter, PartialInputRouter, SimilarityRouter
 
 if TYPE_CHECKING:  # ffn_sites needs this file
     from .ffn_sites import FfnWeights

@@ -12,7 +12,7 @@ from tiny import convert, distance, run, tiny_inputs, tiny_model
 from moefy_hf import MoeficationConfig
 from moefy_hf.analysis import Analysis, TextStream, analyze
 from moefy_hf.analysis.measuring import measure, measure_load, survey
-from moefy_hf.conversion import install_routers_
+from moefy_hf.conversion.convert import install_routers_
 
 
 def stream(path: str, model, **settings) -> TextStream:

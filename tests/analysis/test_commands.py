@@ -11,9 +11,10 @@ from planted import CLASS, number_tokenizer, planted_model, write_texts
 from tiny import distance, run, tiny_inputs, tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from moefy_hf import MoeficationConfig, analysis_commands, model_card, moefy_, write_card
-from moefy_hf.cli import main
-from moefy_hf.facts import read_facts
+from moefy_hf import MoeficationConfig, model_card, moefy_, write_card
+from moefy_hf.cli import analysis as analysis_commands
+from moefy_hf.cli.main import main
+from moefy_hf.hub.facts import read_facts
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 from expert_facts import facts_of  # noqa: E402

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control, hypergeom
 
-from moefy_hf.analysis.statistics import (
+from moefy_hf.analysis.significance import (
     FEWEST_TEXTS,
     alignment,
     class_excess,

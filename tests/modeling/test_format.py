@@ -19,7 +19,7 @@ from tiny import run, tiny_inputs, tiny_model
 from transformers import AutoConfig, PreTrainedModel
 
 from moefy_hf import MoeficationConfig, moefy_
-from moefy_hf.architectures import checkpoint_class
+from moefy_hf.loading import checkpoint_class
 from moefy_hf.modeling.moefied import FORMAT_VERSION
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"

@@ -14,10 +14,10 @@ from tiny import NAMES, distance, run, tensors, tiny, tiny_inputs, tiny_model
 from torch import nn
 
 from moefy_hf import MoeficationConfig, find_sites, measure_reach, moefy_, profile, reroute_
-from moefy_hf.conversion import install_routers_
-from moefy_hf.execution import SparseFfn
-from moefy_hf.implementations import experts_of
-from moefy_hf.modeling.pre_gating import PreGatedRouter
+from moefy_hf.conversion.convert import install_routers_
+from moefy_hf.modeling.router_pre_gated import PreGatedRouter
+from moefy_hf.runtime.backends import experts_of
+from moefy_hf.runtime.execution import SparseFfn
 
 SIZE = 8
 BATCHES = text_batches(20, rows=8, length=16)

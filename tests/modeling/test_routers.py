@@ -11,7 +11,7 @@ from torch import nn
 from moefy_hf.modeling.ffn_sites import FfnWeights
 from moefy_hf.modeling.router_base import activation_mass, expert_centres, output_norm, prior_affinity
 from moefy_hf.modeling.routers import ROUTERS, LowRankRouter, router_class
-from moefy_hf.modeling.routers_from_neurons import AnalyticRouter, PartialInputRouter
+from moefy_hf.modeling.routers_from_weights import AnalyticRouter, PartialInputRouter
 
 D, E, M = 6, 4, 3
 

@@ -6,14 +6,7 @@ import math
 import pytest
 import torch
 
-from moefy_hf.modeling.allocation import (
-    ALLOCATIONS,
-    allocate,
-    apportion,
-    changed,
-    count_experts,
-    resolve_selection,
-)
+from moefy_hf.modeling.allocation import ALLOCATIONS, allocate, apportion, changed, count_experts, resolve_selection
 from moefy_hf.modeling.selection import SELECTIONS, Dynamic
 
 EXPERTS = [8, 8, 12]  # per layer

@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moefy_hf import MoeficationConfig, Sweep, evaluate, moefy_
-from moefy_hf.facts import read_facts
+from moefy_hf.hub.facts import read_facts
 
 CONFIG = Path(recipe_module.__file__).parent / "configs" / "smollm2" / "moefication.yaml"
 TOP_2 = {"type": "top_k", "k": 2, "allocation": "uniform"}

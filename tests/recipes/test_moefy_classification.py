@@ -12,7 +12,7 @@ from stages import MARKER
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moefy_hf import Sweep, find_sites
-from moefy_hf.facts import read_facts
+from moefy_hf.hub.facts import read_facts
 from moefy_hf.modeling.moefied import is_moefied
 
 

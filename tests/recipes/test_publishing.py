@@ -3,7 +3,8 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from moefy_hf import PushError, hub
+from moefy_hf import PushError
+from moefy_hf.hub import push as hub
 
 REPO = "user/movies-moe"
 ONE_STEP = {"max_steps": 1, "splitter": "random", "router": "random", "allocation": "uniform"}

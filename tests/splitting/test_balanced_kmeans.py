@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moefy_hf.splitting.balanced_kmeans import balanced_kmeans, inertia
-from moefy_hf.splitting.equal_parts import (
+from moefy_hf.splitters.balanced_kmeans import balanced_kmeans, inertia
+from moefy_hf.splitters.equal_parts import (
     _rounds,
     coarsen,
     grow_parts,

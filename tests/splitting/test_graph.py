@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 
-from moefy_hf.splitting import graph
-from moefy_hf.splitting.graph import (
+from moefy_hf.splitters import graph
+from moefy_hf.splitters.graph import (
     KINDS,
     METHODS,
     coactivation_matrix,

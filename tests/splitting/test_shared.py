@@ -7,9 +7,9 @@ from batches import text_batches
 from tiny import convert, distance, run, tiny_inputs, tiny_model
 
 from moefy_hf import find_sites, profile
-from moefy_hf.splitting import SPLITTERS
-from moefy_hf.splitting import shared as module
-from moefy_hf.splitting.shared import activation_rates, apart
+from moefy_hf.splitters import SPLITTERS
+from moefy_hf.splitters import shared_experts as module
+from moefy_hf.splitters.shared_experts import activation_rates, apart
 
 BATCHES = text_batches(20, rows=8)
 

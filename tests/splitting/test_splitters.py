@@ -9,10 +9,10 @@ from tiny import tiny_model
 from torch import nn
 
 from moefy_hf import find_sites, profile
+from moefy_hf.measure.profile import SiteProfile
 from moefy_hf.modeling.ffn_sites import FfnWeights
-from moefy_hf.profiling import SiteProfile
-from moefy_hf.splitting import SPLITTERS
-from moefy_hf.splitting.activation_markers import marked
+from moefy_hf.splitters import SPLITTERS
+from moefy_hf.splitters.activation_markers import marked
 
 
 def weights_of(neurons: int, width: int = 16, gated: bool = False, seed: int = 0) -> FfnWeights:
@@ -282,7 +282,7 @@ def test_the_order_of_neurons_does_not_matter(name):
 def test_coactivation_does_not_depend_on_chunks(monkeypatch):
     weights, stats, _ = firing_together(8, 8, gated=False)
     whole = groups(split("coactivation", weights, 8, stats), 8)
-    monkeypatch.setattr("moefy_hf.profiling.CHUNK", 7)
+    monkeypatch.setattr("moefy_hf.measure.profile.CHUNK", 7)
     assert groups(split("coactivation", weights, 8, stats), 8) == whole
 
 

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from test_triton import on_each_device  # noqa: E402
 
-from moefy_hf import execution  # noqa: E402
+from moefy_hf.runtime import execution  # noqa: E402
 
 
 def moefied(name: str, device: str, k: int = 2):

@@ -1,0 +1,211 @@
+"""What is found wrong with a model, settings and calibration data before a conversion changes anything."""
+
+import gc
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..config import MoeficationConfig
+from ..loading import moefied_class
+from ..measure.metrics import OVERFLOW, is_adapted, predictions
+from ..measure.profile import ModelProfile
+from ..modeling.allocation import count_experts, per_layer, resolve_selection, setting_name
+from ..modeling.ffn_sites import FfnSite, by_stack, check_plain, find_sites
+from ..modeling.moefied import check_shared, is_moefied, selected_sites, split_sizes
+from ..modeling.routers import ROUTERS
+from ..splitters import SPLITTERS
+from .budgets import COMPARING_PREDICTIONS, MEASURES
+from .fit_routers import tokens_needed
+
+logger = logging.get_logger("moefy_hf")
+
+
+def check_convertible(
+    model: PreTrainedModel, config: MoeficationConfig, calibration: Any
+) -> tuple[list[FfnSite], list[tuple[int, int]]]:
+    """Find whatever can be found wrong before any work.
+
+    Returns:
+        the FFNs to convert, and (E, m) of each.
+
+    Raises:
+        ValueError: as `moefy_`, but for what only reading the calibration data shows.
+    """
+    check_unwrapped(model)
+    if is_moefied(model):
+        raise ValueError(
+            f"{type(model).__name__} is MoEfied already; use set_selection, fit_routers or allocate_budgets on it"
+        )
+    sites = selected_sites(find_sites(model), config.layers)
+    moefied_class(type(model))
+    sizes = [split_sizes(site, config.num_experts, config.expert_size) for site in sites]
+    check_shared(config.shared_experts, sites, sizes)
+    check_counts(config.router, sites, [experts for experts, _ in sizes])
+    if "k" in config.selection:
+        for k, (experts, _) in zip(per_layer("k", config.selection["k"], len(sizes)), sizes, strict=True):
+            count_experts(k, experts, config.shared_experts)
+    else:
+        resolve_selection(config.selection, [experts for experts, _ in sizes], shared=config.shared_experts)
+    owners: dict[int, str] = {}
+    for site in sites:
+        check_plain(site)
+        for name, param, _, _ in site.neuron_dims():
+            if type(param) is not torch.nn.Parameter or param.is_meta:
+                kind = "on the meta device" if param.is_meta else f"a {type(param).__name__}"
+                raise ValueError(
+                    f"{site.name}.{name} is {kind}: convert a model that is neither sharded, quantised nor offloaded"
+                )
+            if (other := owners.setdefault(id(param), site.name)) != site.name:
+                raise ValueError(f"{site.name} and {other} share {name}: one order of neurons cannot suit both")
+            if not param.isfinite().all():
+                raise ValueError(f"{site.name}.{name} holds weights that are not finite in {param.dtype}: {OVERFLOW}")
+        if next(site.act.parameters(), None) is not None:
+            raise ValueError(
+                f"{site.name}: its activation {type(site.act).__name__} has parameters, which no split can follow"
+            )
+    allocation = config.selection.get("allocation")
+    if allocation in COMPARING_PREDICTIONS and _headless(model):
+        raise ValueError(
+            f'allocation "{allocation}" compares predictions and {type(model).__name__} has no head: convert one '
+            'that has, or use allocation "angular" or "uniform"'
+        )
+    if calibration is None and (users := users_of_data(config, allocation)):
+        raise ValueError(
+            f"calibration data is missing: {' and '.join(users)} learns from it; give batches, or choose from "
+            f"splitters {_names(SPLITTERS, 'needs_profile')} and routers {_names(ROUTERS, 'trainable')}"
+        )
+    return sites, sizes
+
+
+def users_of_data(config: MoeficationConfig, allocation: str | None) -> list[str]:
+    """What of a conversion learns from calibration data."""
+    uses = {
+        f"splitter {config.splitter!r}": SPLITTERS[config.splitter].needs_profile,
+        f"router {config.router!r}": ROUTERS[config.router].trainable,
+        f'allocation "{allocation}"': allocation in MEASURES,
+        f"selection {config.selection['type']!r} with a budget k": (
+            setting_name(config.selection["type"]) is not None and "k" in config.selection
+        ),
+        "shared_experts": config.shared_experts > 0,
+        "compensation": config.compensation,
+    }
+    return [what for what, learns in uses.items() if learns]
+
+
+def check_unwrapped(model: Any) -> None:
+    """
+    Raises:
+        ValueError: no transformers model, or one that is wrapped, sharded, or part of a larger one.
+    """
+    names = {base.__name__ for base in type(model).__mro__}
+    if is_adapted(model):
+        raise ValueError(
+            "an adapter cannot follow neurons that are permuted: merge it first, model = model.merge_and_unload(), or "
+            "add it after conversion"
+        )
+    if "OptimizedModule" in names:
+        raise ValueError("this model is compiled: convert the one inside, model._orig_mod, and compile that")
+    if names & {"FSDPModule", "FullyShardedDataParallel"}:
+        raise ValueError("FSDP has sharded this model, and shards cannot be permuted: convert it before it is sharded")
+    if names & {"DataParallel", "DistributedDataParallel"}:
+        raise ValueError(f"this is a {type(model).__name__}: convert the model inside, model.module, and wrap that")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"what is converted is a transformers model, got a {type(model).__name__}")
+    if whole_around(model) is not None:
+        gc.collect()  # a whole that was deleted may linger
+    if (whole := whole_around(model)) is not None:
+        raise ValueError(
+            f"this {type(model).__name__} is part of a {type(whole).__name__}, which would be saved with routers and "
+            "load as a dense model: convert the whole; or take the part out first (part = whole.part; del whole)"
+        )
+
+
+def whole_around(model: torch.nn.Module) -> PreTrainedModel | None:
+    """A transformers model that holds this one, at any depth."""
+    for holder in gc.get_referrers(model):
+        if type(holder) is dict and all(isinstance(each, torch.nn.Module | None) for each in holder.values()):
+            for owner in owners_of(holder):
+                if isinstance(owner, PreTrainedModel):
+                    return whole_around(owner) or owner
+                if (whole := whole_around(owner)) is not None:
+                    return whole
+    return None
+
+
+def owners_of(children: dict[str, Any]) -> list[torch.nn.Module]:
+    """The modules whose children these are: Python may keep attributes in a dictionary, or in the object itself."""
+    found = []
+    for each in gc.get_referrers(children):
+        holders = gc.get_referrers(each) if type(each) is dict and each.get("_modules") is children else [each]
+        found += [held for held in holders if isinstance(held, torch.nn.Module) and held._modules is children]
+    return found
+
+
+def check_counts(router: str, sites: list[FfnSite], num_experts: list[int]) -> None:
+    """
+    Raises:
+        ValueError: one router for all layers of a stack, which have different numbers of experts.
+    """
+    counts = {site.name: experts for site, experts in zip(sites, num_experts, strict=True)}
+    for members in by_stack(sites).values():
+        ROUTERS[router].check_counts([counts[site.name] for site in members], members[0].name)
+
+
+def _names(registry: Mapping[str, Any], unwanted: str) -> str:
+    return ", ".join(repr(name) for name, entry in registry.items() if not getattr(entry, unwanted))
+
+
+def check_profile(
+    config: MoeficationConfig, sites: list[FfnSite], sizes: list[tuple[int, int]], found: ModelProfile
+) -> None:
+    if len(found.sites) != len(sites):
+        raise ValueError(f"the profile has {len(found.sites)} layers, {len(sites)} are to be converted")
+    for site, (experts, _), stats in zip(sites, sizes, found.sites, strict=True):
+        if len(stats.active) != site.sizes[1]:
+            raise ValueError(
+                f"the profile is of another model: {len(stats.active)} neurons, {site.name} has {site.sizes[1]}"
+            )
+        if stats.inputs is None:
+            raise ValueError(
+                f"the profile holds no sample of the inputs of {site.name}: none was kept, or it was closed"
+            )
+        needed = {"router " + repr(config.router): tokens_needed(site.sizes[0], experts - config.shared_experts)}
+        if not ROUTERS[config.router].trainable:
+            needed.clear()
+        if SPLITTERS[config.splitter].needs_profile:
+            needed["splitter " + repr(config.splitter)] = site.sizes[1]
+        for what, tokens in needed.items():
+            if stats.tokens < tokens:
+                raise ValueError(
+                    f"calibration is too small: {stats.tokens} tokens reached {site.name}, "
+                    f"{what} needs at least {tokens}"
+                )
+
+
+@torch.no_grad()
+def check_predictions(model: PreTrainedModel, batches: list[Mapping[str, Any]]) -> None:
+    """Sensitivity compares predictions: find out that there are none before anything is changed."""
+    remedy = 'select with "allocation": "angular" or "uniform" instead of "sensitivity"'
+    try:
+        found = any(len(predictions(model, batch)[0]) for batch in batches)
+    except ValueError as error:
+        raise ValueError(f"{error}; or {remedy}") from error
+    if not found:
+        raise ValueError(f"no position of the calibration data counts, all its labels are -100: {remedy}")
+
+
+def _headless(model: PreTrainedModel) -> bool:
+    cls = type(model) if is_moefied(model) else moefied_class(type(model))
+    return cls._auto_class in ("AutoModel", "AutoModelForTextEncoding")
+
+
+def default_allocation(model: PreTrainedModel, config: MoeficationConfig, calibration: Any) -> str:
+    if calibration is None or isinstance(config.selection.get("k"), list | tuple):
+        return "uniform"
+    if _headless(model):
+        logger.warning_once(f"{type(model).__name__} predicts nothing to measure sensitivity by: budgets are uniform")
+        return "uniform"
+    return "sensitivity"

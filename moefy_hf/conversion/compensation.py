@@ -1,0 +1,55 @@
+"""Mean compensation: an expert that does not run contributes what it does on average when it does not run."""
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..loading import check_moefied
+from ..measure.profile import CHUNK, ModelProfile, SiteProfile, check_sample
+from ..measure.router_inputs import check_same_tokens, kept, read_at
+from ..modeling.ffn_sites import FfnSite
+
+
+@torch.no_grad()
+def compensate_(model: PreTrainedModel, profile: ModelProfile, *, progress: bool = True) -> None:
+    """Give every neuron that does not run its mean, at the selection the model has now, in place (G-MoEfication,
+    section 3, with one difference: their means are over all tokens, which counts what selected experts add twice).
+
+    With all experts selected nothing is compensated, and a model loaded as its dense self knows no means. For another
+    budget, measure again.
+
+    Args:
+        profile: of this model's routed FFNs, with a sample; neurons may have been permuted since.
+
+    Raises:
+        ValueError: the model is not MoEfied, or the profile is of another number of FFNs or has no sample. The model
+            is unchanged then.
+    """
+    check_moefied(model)
+    sites = model.moe_sites()
+    check_sample(sites, profile)
+    readers = read_at(sites)
+    check_same_tokens(sites, profile, readers)
+    bar = tqdm(sites, desc="means", unit="layer", disable=not progress)
+    for site, stats, read in zip(bar, profile.sites, readers, strict=True):
+        means = means_of_dropped(site, stats, profile.sites[read])
+        site.act.compensate_(means.to(site.down.weight.device, site.down.weight.dtype))
+    model.config.moefication["compensation"] = True
+
+
+def means_of_dropped(site: FfnSite, stats: SiteProfile, read: SiteProfile | None = None) -> torch.Tensor:
+    """(f,): the mean activation of each neuron over the tokens for which its expert does not run; 0 where it always
+    runs. `read` is of the FFN whose input the router reads, if that is another."""
+    routed, weights = site.act, site.weights()
+    sums = torch.zeros(weights.down.shape[1], dtype=torch.float64)
+    counts = torch.zeros(routed.num_experts, dtype=torch.float64)
+    inputs = (read or stats).inputs
+    assert inputs is not None, "check_sample comes first"
+    for x, (_, neurons) in zip(inputs.split(CHUNK), stats.activations(weights), strict=True):
+        keep = kept(routed, x.to(neurons.device))
+        if keep is None:
+            break
+        experts = neurons.float().unflatten(-1, (routed.num_experts, routed.expert_size))
+        sums += experts.masked_fill(keep.unsqueeze(-1), 0).sum(0, dtype=torch.float64).flatten().cpu()
+        counts += (~keep).sum(0).cpu()
+    return sums / counts.clamp_min(1).repeat_interleave(routed.expert_size)

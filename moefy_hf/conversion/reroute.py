@@ -1,0 +1,119 @@
+"""Give a converted model routers of another kind, to compare them on one split."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..loading import check_moefied
+from ..measure.profile import ModelProfile, check_sample
+from ..modeling.ffn_sites import FfnSite, permute_neurons_
+from ..modeling.moefied import FORMAT_VERSION, join_routers_, new_router
+from ..modeling.routed_activation import RoutedActivation
+from ..modeling.routers import ROUTERS, router_class
+from ..modeling.selection import SELECTIONS
+from .checks import check_counts
+from .convert import init_routers_
+from .expert_matching import aligned_orders
+from .fit_routers import RouterFit, fit_routers
+
+OF_ROUTERS = ("reach", "sensitivity")  # what a config holds of measurements with the routers that a model had
+
+
+def reroute_(
+    model: PreTrainedModel,
+    router: str,
+    profile: ModelProfile | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[RouterFit]:
+    """Replace all routers of a MoEfied model, in place, by ones of another kind; the experts stay what they are, but
+    for their order where one router is to choose for all layers.
+
+    What was measured with the old ones (what dynamic selections spend, sensitivity, means of dropped experts) is
+    forgotten.
+
+    Args:
+        router: of `ROUTERS`.
+        profile: of this model's routed FFNs, with a sample, which the routers are fitted on; not needed by kinds that
+            are not trained.
+        settings: as `MoeficationConfig(router_settings=...)`.
+        seed: of the weights that routers begin with, and of the order of tokens in their fit.
+
+    Returns:
+        how well each layer's router finds its experts; empty without a profile.
+
+    Raises:
+        ValueError: the model is not MoEfied, an unknown router or setting (the valid ones are listed), a router that
+            is fitted and no profile or one that is too small, one router for layers with different numbers of experts
+            or with code that came with a checkpoint, or a selection that depends on what was measured. The model is
+            unchanged then.
+    """
+    check_reroutable(model, router, profile, settings)
+    section, sites = model.config.moefication, model.moe_sites()
+    orders = corresponding(sites, profile) if profile is not None and ROUTERS[router].per_stack else []
+    before, moved = [site.act.router for site in sites], list[tuple[FfnSite, torch.Tensor]]()
+    try:
+        for site, order in zip(sites, orders, strict=False):  # no orders: experts stay where they are
+            permute_neurons_(site, order)
+            moved.append((site, order))
+        for site in sites:
+            site.act.router = new_router(router, site, site.act.num_experts, site.act.shared, settings)
+        join_routers_(model, sites)
+        init_routers_(model, seed)
+        fits = fit_routers(model, profile, seed=seed, progress=progress) if profile is not None else []
+    except BaseException:
+        for site, old in zip(sites, before, strict=True):
+            site.act.router = old
+        for site, order in moved:
+            permute_neurons_(site, order.argsort())
+        raise
+    section.update(router=router, router_settings=dict(settings or {}), format_version=FORMAT_VERSION)
+    for measured in OF_ROUTERS:
+        section.pop(measured, None)
+    return fits
+
+
+def check_reroutable(
+    model: PreTrainedModel,
+    router: str,
+    profile: ModelProfile | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """
+    Raises:
+        ValueError: see `reroute_`.
+    """
+    check_moefied(model)
+    router_class(router, settings)
+    section, sites = model.config.moefication, model.moe_sites()
+    selection = section["selection"]
+    budget = "k" in selection and SELECTIONS[selection["type"]].dynamic
+    if budget or selection.get("allocation") in OF_ROUTERS or section.get("compensation"):
+        raise ValueError(
+            f"{dict(selection)} depends on what was measured with the old routers: first "
+            'model.set_selection(type="top_k", k=..., allocation="uniform"), and no compensation'
+        )
+    if profile is None and ROUTERS[router].trainable:
+        free = ", ".join(name for name, cls in ROUTERS.items() if not cls.trainable)
+        raise ValueError(f"router {router!r} is fitted to data: give a profile, or choose from {free}")
+    if profile is not None:
+        check_sample(sites, profile)
+    if ROUTERS[router].per_stack and not all(isinstance(site.act, RoutedActivation) for site in sites):
+        raise ValueError(
+            f"router {router!r} needs this package's own code, not that of a checkpoint: load the model with "
+            "moefy_hf.load_checkpoint(name)"
+        )
+    check_counts(router, sites, [site.act.num_experts for site in sites])
+
+
+def corresponding(sites: list[FfnSite], profile: ModelProfile) -> list[torch.Tensor]:
+    """For each FFN the order of neurons (f,) in which its experts have the numbers of those of the first layer."""
+    as_they_are = [torch.arange(site.sizes[1]) for site in sites]
+    with torch.autocast(sites[0].down.weight.device.type, enabled=False):
+        return aligned_orders(
+            sites, as_they_are, [site.act.num_experts for site in sites], profile, sites[0].act.shared
+        )

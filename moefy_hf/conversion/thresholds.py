@@ -1,0 +1,97 @@
+"""What dynamic selections spend: how many experts each of their settings computes, layer by layer."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..loading import check_moefied
+from ..measure.profile import ModelProfile, SiteProfile, check_sample, profile, real_tokens
+from ..measure.router_inputs import read_at, scorer
+from ..modeling.ffn_sites import FfnSite
+from ..modeling.selection import SELECTIONS, Dynamic
+
+TOKENS = 8192  # that a layer's table is measured on
+STEPS = 32  # of a table: shares of the routed experts, evenly spaced
+
+
+def measure_reach(
+    model: PreTrainedModel,
+    data: Iterable[Mapping[str, Any]] | ModelProfile,
+    kinds: Iterable[str] | None = None,
+    *,
+    progress: bool = True,
+) -> None:
+    """Find what every setting of the dynamic selections computes, so that a budget can be asked for instead:
+    `model.set_selection(type="threshold", k=0.25)`. Kept in the model's config, and saved with it.
+
+    Args:
+        data: model-ready batches, run at the selection the model has now; or a profile of this model that keeps a
+            sample.
+        kinds: of selections; all dynamic ones by default.
+
+    Raises:
+        ValueError: the model is not MoEfied, an unknown selection (the valid ones are listed) or one that is not
+            dynamic, no data, or a profile of other FFNs or without a sample.
+    """
+    check_moefied(model)
+    dynamic = {name: cls for name, cls in SELECTIONS.items() if issubclass(cls, Dynamic)}
+    kinds = list(dynamic if kinds is None else kinds)
+    for kind in kinds:
+        if kind not in dynamic:
+            raise ValueError(f"unknown dynamic selection {kind!r}; choose from {', '.join(dynamic)}")
+    if not kinds:
+        return
+    if not isinstance(data, ModelProfile):
+        layers = model.config.moefication["layers"]
+        with profile(model, data, max_tokens=TOKENS, layers=layers, progress=progress) as found:
+            measure_reach(model, found, kinds)
+        return
+    shares = [step / STEPS for step in range(STEPS + 1)]
+    tables: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
+    sites = model.moe_sites()
+    check_sample(sites, data)
+    for site, read in zip(sites, read_at(sites), strict=True):
+        strengths = sampled_strengths(site, data.sites[read])
+        for kind in kinds:
+            needs = dynamic[kind].needs(strengths).flatten().sort().values
+            places = [round(share * (len(needs) - 1)) for share in shares]
+            tables[kind].append([float(f"{float(needs[place]):.5g}") for place in places])
+    section = model.config.moefication
+    section["reach"] = {**section.get("reach", {}), "share": shares, **tables}
+
+
+@torch.no_grad()
+def sampled_strengths(site: FfnSite, stats: SiteProfile) -> torch.Tensor:
+    """(T, E - S): what the router of a FFN gives the experts on the first tokens of a sample of what it reads."""
+    assert stats.inputs is not None, "check_sample comes first"
+    router = scorer(site.act.router)
+    return router.strengths(router(stats.inputs[:TOKENS].to(site.down.weight.device))).float().cpu()
+
+
+@contextmanager
+def counted_experts(
+    model: PreTrainedModel, batch: Mapping[str, Any], counts: dict[str, list[float]]
+) -> Iterator[None]:
+    """Add to `counts`, by the name of the FFN, the [experts computed, tokens] of the forward passes within; padding
+    is left out."""
+
+    def count(site: FfnSite, scores: torch.Tensor) -> None:
+        keep = site.act.chosen(scores).flatten(0, -2)  # (T, E)
+        real = real_tokens(model, site, batch, len(keep))
+        keep = keep if real is None else keep[real.to(keep.device)]
+        both = counts.setdefault(site.name, [0.0, 0.0])
+        both[0] += float(keep.sum())
+        both[1] += len(keep)
+
+    handles = [
+        site.act.router.register_forward_hook(lambda _, args, scores, site=site: count(site, scores))
+        for site in model.moe_sites()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

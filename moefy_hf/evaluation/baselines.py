@@ -1,0 +1,219 @@
+"""Training-free sparsity at the level of neurons, what one would try instead of experts, as rows of a sweep.
+
+Each baseline leaves out the entries of some tensors of a dense FFN that lie below a threshold. Thresholds are
+quantiles on calibration data, one per tensor, of the same share in every layer (TEAL's searched budgets are left out).
+
+- "cats" (CATS): |act(gate x)|; the gate is computed exactly and so counts in full, as does `up` in an ungated FFN.
+- "teal" (TEAL): the magnitude of each matrix' inputs.
+- "wina" (WINA): that magnitude times the norm of the matrix' column which an input meets.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..measure.contexts import all_experts
+from ..measure.flops import ModelFlops, ffn_flops
+from ..measure.metrics import Quality, predictions
+from ..measure.profile import real_tokens
+from ..modeling.allocation import count_experts
+from ..modeling.ffn_sites import FfnSite, find_sites
+
+logger = logging.get_logger("moefy_hf")
+
+CALIBRATION_TOKENS = 4096
+DRAWN = 2**14  # scores kept of each tensor of each calibration batch
+
+
+@dataclass
+class Place:
+    """A tensor (..., n) of an FFN whose small entries are left out: the output of `module`, or else its input.
+
+    Attributes:
+        weight: (n,) factor of an entry's magnitude; None for 1.
+        flops: per token, of what multiplies the tensor.
+        drawn: scores of entries on calibration data.
+        kept, seen: entries of real tokens above the threshold, and all of them.
+    """
+
+    site: FfnSite
+    module: nn.Module
+    output: bool
+    weight: torch.Tensor | None
+    flops: int
+    threshold: float = 0.0
+    drawn: list[torch.Tensor] = field(default_factory=list, repr=False)
+    kept: int = 0
+    seen: int = 0
+
+    def score(self, tensor: torch.Tensor) -> torch.Tensor:
+        found = tensor.detach().float().abs()
+        return found if self.weight is None else found * self.weight
+
+    def at(self, share: float) -> "Place":
+        """With the threshold that `share` of the calibration entries exceed."""
+        threshold = 0.0
+        if share < 1:
+            entries = torch.cat(self.drawn).sort().values  # more of them, maybe, than torch.quantile takes
+            threshold = float(entries[round((1 - share) * (len(entries) - 1))])
+        return replace(self, threshold=threshold, kept=0, seen=0)
+
+
+def column_norms(*rows: torch.Tensor) -> torch.Tensor:
+    """(f, n), ... -> (n,) of one Linear, whose rows may come in parts."""
+    return torch.stack([part.detach().float().square().sum(0) for part in rows]).sum(0).sqrt()
+
+
+def places_of(site: FfnSite, baseline: str) -> list[Place]:
+    """Where a baseline looks in one FFN."""
+    weights, (d, f) = site.weights(), site.sizes
+    up = (weights.up,) if weights.gate is None else (weights.gate, weights.up)
+    if baseline == "cats":  # `down` depends on it, and `up` in a gated FFN
+        return [Place(site, site.act, True, None, 2 * d * f * len(up))]
+    linears: list[tuple[Any, tuple[torch.Tensor, ...]]] = [(site.down, (weights.down,))]
+    linears += [(site.up, up)] if site.gate is None else [(site.gate, up[:1]), (site.up, up[1:])]
+    return [
+        Place(site, linear, False, column_norms(*rows) if baseline == "wina" else None, 2 * d * f * len(rows))
+        for linear, rows in linears
+    ]
+
+
+@contextlib.contextmanager
+def shown(places: Sequence[Place], handle: Callable[[Place, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+    """Show each place's tensor to `handle`, which may return another one to go on with."""
+
+    def on_input(place: Place, args: tuple) -> tuple | None:
+        changed = handle(place, args[0])
+        return None if changed is None else (changed, *args[1:])
+
+    handles = []
+    for place in places:
+        if place.output:
+            hook = place.module.register_forward_hook(lambda _, args, out, place=place: handle(place, out))
+        else:
+            hook = place.module.register_forward_pre_hook(lambda _, args, place=place: on_input(place, args))
+        handles.append(hook)
+    try:
+        yield
+    finally:
+        for each in handles:
+            each.remove()
+
+
+def real_rows(model: PreTrainedModel, place: Place, batch: Mapping[str, Any], rows: torch.Tensor) -> torch.Tensor:
+    """(..., n) -> (T, n), without padding."""
+    rows = rows.reshape(-1, rows.shape[-1])
+    mask = real_tokens(model, place.site, batch, len(rows))
+    return rows if mask is None else rows[mask]
+
+
+def calibrate_(model: PreTrainedModel, places: Sequence[Place], batches: Iterable[Mapping[str, Any]]) -> None:
+    """Draw scores of every place while the dense model reads some thousand tokens.
+
+    Raises:
+        ValueError: `batches` hold no token.
+    """
+    generator, tokens = torch.Generator().manual_seed(0), 0
+    current: Mapping[str, Any] = {}
+
+    def draw(place: Place, tensor: torch.Tensor) -> None:
+        nonlocal tokens
+        rows = real_rows(model, place, current, place.score(tensor))
+        tokens += len(rows) if place is places[0] else 0
+        if rows.numel():
+            index = torch.randint(rows.numel(), (min(DRAWN, rows.numel()),), generator=generator)
+            place.drawn.append(rows.flatten()[index.to(rows.device)].cpu())
+
+    with shown(places, draw):
+        for current in batches:
+            predictions(model, current)
+            if tokens >= CALIBRATION_TOKENS:
+                break
+    if not tokens:
+        raise ValueError("there is nothing to calibrate neuron-level baselines on: no batch held a token")
+
+
+@contextlib.contextmanager
+def left_out(model: PreTrainedModel, places: Sequence[Place], batch: Mapping[str, Any]) -> Iterator[None]:
+    """Zero what lies below the places' thresholds, and count what does not."""
+
+    def zero(place: Place, tensor: torch.Tensor) -> torch.Tensor:
+        keep = place.score(tensor) > place.threshold  # exact zeros cost nothing either
+        counted = real_rows(model, place, batch, keep)
+        place.kept, place.seen = place.kept + int(counted.sum()), place.seen + counted.numel()
+        return tensor.masked_fill(~keep, 0)
+
+    with shown(places, zero):
+        yield
+
+
+def places_at(calibrated: Mapping[str, Sequence[Place]], name: str, k: int | float) -> list[Place] | None:
+    """A baseline's places, with thresholds by which each FFN computes as much of its weights as k experts are; None,
+    which is logged, where what it always computes is more than that."""
+    found = []
+    for place in calibrated[name]:
+        experts = place.site.act.num_experts
+        left_out = 1 - count_experts(k, experts, place.site.act.shared) / experts
+        sparse = sum(each.flops for each in calibrated[name] if each.site is place.site) / ffn_flops(place.site)
+        if left_out >= sparse:
+            logger.warning(f"{name} computes {1 - sparse:.0%} of {place.site.name} in any case: no row for k={k}")
+            return None
+        found.append(place.at(1 - left_out / sparse))
+    return found
+
+
+def computed_flops(flops: ModelFlops, sites: Sequence[FfnSite], places: Sequence[Place]) -> float:
+    """What all FFNs cost per token with what was left out. Comparing with thresholds, some d + f of 2 d f, is not
+    counted."""
+    saved: dict[int, float] = {}
+    for place in places:
+        saved[id(place.site.owner)] = saved.get(id(place.site.owner), 0.0) + place.flops * (
+            1 - place.kept / max(place.seen, 1)
+        )
+    costs = (ffn_flops(site) - saved.get(id(site.owner), 0.0) for site in sites)
+    return sum(tokens * cost for tokens, cost in zip(flops.tokens, costs, strict=True))
+
+
+@torch.no_grad()
+def baseline_rows(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    calibration: Iterable[Mapping[str, Any]],
+    baselines: Sequence[str],
+    shares: Sequence[int | float],
+    flops: ModelFlops,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Rows of a sweep as `evaluate` has them, of the dense self of a MoEfied model in evaluation mode.
+
+    `ffn_flops` are those of the entries that were kept on `batches`, not those that the thresholds aimed at.
+
+    Raises:
+        ValueError: `calibration` or `batches` hold no token.
+    """
+    with all_experts(model):
+        sites = model.moe_sites()
+        calibrated = {name: [place for site in sites for place in places_of(site, name)] for name in baselines}
+        calibrate_(model, [place for each in calibrated.values() for place in each], calibration)
+        wanted = {(name, k): places_at(calibrated, name, k) for name in baselines for k in shares}
+        settings = {key: (places, Quality()) for key, places in wanted.items() if places is not None}
+        reference = Quality()
+        for batch in tqdm(batches, desc="neuron-level baselines", unit="batch", disable=not progress):
+            dense, labels = predictions(model, batch)
+            reference.update_(dense, dense, labels)
+            for places, quality in settings.values():
+                with left_out(model, places, batch):
+                    quality.update_(predictions(model, batch)[0], dense, labels)
+    rows = []
+    for (name, k), (places, quality) in settings.items():
+        ffn, whole = flops.ratio(computed_flops(flops, find_sites(model), places))
+        row = {"router": name, "type": "neurons", "k": k, "allocation": "uniform"}
+        rows.append(row | {"ffn_flops": ffn, "model_flops": whole} | quality.figures())
+    return rows

@@ -1,0 +1,219 @@
+"""Push a MoEfied checkpoint to the Hub: save, verify in a clean process, write the card, upload as one commit."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..io import is_hub_id, written_whole
+from ..loading import check_moefied
+from ..measure.metrics import is_adapted
+from .card import is_rendered, known_facts, moefied_config, write_card
+from .facts import add_facts, as_json
+from .verify import VerificationError, verify
+
+logger = logging.get_logger("moefy_hf")
+
+# hidden files, and what a Trainer keeps in a checkpoint: tokens and paths of this machine are in some of it
+LEFT_OUT = [
+    *(".*", "**/.*", "__pycache__/*", "*.tmp", "checkpoint-*/*", "runs/*", "optimizer*", "scheduler.pt", "scaler.pt"),
+    *("rng_state*", "trainer_state.json", "training_args.bin", "global_step*", "latest", "zero_to_fp32.py"),
+    "pytorch_model_fsdp*",
+]
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]  # old ones would be loaded first
+
+
+class PushError(OSError):
+    """Why a checkpoint was not pushed, and what to do."""
+
+
+def push_to_hub(
+    source: PreTrainedModel | str | Path,
+    repo_id: str,
+    *,
+    folder: str | Path | None = None,
+    processor: Any = None,
+    facts: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    private: bool | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+    overwrite: bool = False,
+    token: str | None = None,
+    message: str = "MoEfied checkpoint",
+) -> CommitInfo:
+    """Upload a MoEfied model with its modeling files, card and figures, as one commit, once it was verified.
+
+    Verified means: loaded by a new Python process in which this package cannot be imported, it gives the same outputs.
+    Files that the repository already has are not uploaded again: after a failure, push the folder again. A card that
+    somebody has written in is kept, in the folder or in the repository; old weights are deleted there.
+
+    Args:
+        source: a model, or the folder of a saved one.
+        repo_id: "owner/name"; created where it does not exist.
+        folder: where a model is saved first; must not exist. By default the name in repo_id.
+        processor: tokenizer, image processor or feature extractor to save beside it.
+        facts: what is known beyond the config, for the card: see `moefy_hf.hub.facts.PARTS`.
+        inputs: model inputs to verify with; by default made up from the config.
+        private: visibility of a new repository; by default the owner's setting.
+        branch: push to this branch, created where it does not exist.
+        create_pr: open a pull request instead of committing.
+        overwrite: also push to a repository that holds something which is not MoEfied.
+
+    Raises:
+        ValueError: not MoEfied, an unknown part of facts, or no repository id; nothing was written or sent.
+        FileExistsError: `folder` exists.
+        PushError: no token, a repository that is refused, a checkpoint that failed verification, or the network.
+    """
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id!r} is no repository: give 'owner/name'")
+    if create_pr and branch is not None:
+        raise ValueError(f"a pull request is against main: give branch={branch!r} or create_pr, not both")
+    facts = as_json(facts or {})
+    model, folder = model_and_folder(source, folder or repo_id.rpartition("/")[2])
+    api = HfApi(token=token)
+    check_repository(api, repo_id, branch, overwrite)
+    if model is not None:
+        save(model, folder, processor)
+    elif processor is not None:
+        processor.save_pretrained(folder)
+    add_facts(folder, **facts)
+    add_license(folder, api)
+    try:
+        verify(folder, model, inputs)
+    except VerificationError as error:
+        raise PushError(f"{folder} was not pushed: {error}") from error
+    return upload(
+        api,
+        folder,
+        repo_id,
+        private=private,
+        branch=branch,
+        create_pr=create_pr,
+        overwrite=overwrite,
+        message=message,
+    )
+
+
+def model_and_folder(source: PreTrainedModel | str | Path, folder: str | Path) -> tuple[PreTrainedModel | None, Path]:
+    """What is pushed: a model, and the folder that it is going to be saved in; or the folder of a saved one."""
+    if is_adapted(source):
+        raise ValueError("an adapter is not pushed with its model: merge_and_unload it first")
+    if not isinstance(source, PreTrainedModel):
+        moefied_config(Path(source))
+        return None, Path(source)
+    check_moefied(source)
+    if Path(folder).exists():
+        raise FileExistsError(f"{folder} exists: choose another folder, or push what is there by its name")
+    return source, Path(folder)
+
+
+def save(model: PreTrainedModel, folder: Path, processor: Any = None) -> None:
+    with written_whole(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        if processor is not None:
+            processor.save_pretrained(unfinished)
+
+
+def check_repository(api: HfApi, repo_id: str, branch: str | None, overwrite: bool) -> None:
+    """Refuse early: without a valid token, and where something that is not MoEfied would be overwritten."""
+    if not isinstance(api.token, str) and get_token() is None:
+        raise PushError("there is no token: run `hf auth login`, set HF_TOKEN, or pass token")
+    try:
+        api.whoami()
+        held, revision = files_of(api, repo_id, branch)
+        if overwrite or set(held) <= {".gitattributes", "README.md"}:
+            return
+        held_config = "config.json" in held and api.hf_hub_download(repo_id, "config.json", revision=revision)
+        config = json.loads(Path(held_config).read_text(encoding="utf-8")) if held_config else {}
+    except Exception as error:  # of the network, in whatever words
+        raise PushError(f"cannot push to {repo_id}: {error}") from error
+    if "moefication" not in config:
+        raise PushError(
+            f"{repo_id} holds something that is not a MoEfied model ({', '.join(held[:3])}, ...): choose another "
+            "repository, or overwrite=True (--overwrite)"
+        )
+
+
+def files_of(api: HfApi, repo_id: str, branch: str | None) -> tuple[list[str], str | None]:
+    """What a push would change, and where that is: main where the branch is new, nothing where all is."""
+    try:
+        return api.list_repo_files(repo_id, revision=branch), branch
+    except RevisionNotFoundError:
+        return api.list_repo_files(repo_id), None
+    except RepositoryNotFoundError:
+        return [], None
+
+
+def add_license(folder: Path, api: HfApi) -> None:
+    """The base model's licence, where the Hub knows it."""
+    facts = known_facts(folder)
+    base = facts.get("base_model")
+    if "license" in facts or base is None or not is_hub_id(base):
+        return
+    try:
+        card = api.model_info(base).card_data
+    except Exception as error:
+        logger.warning(f"the card names no licence: that of {base} could not be read ({error})")
+        return
+    if card is not None and isinstance(card.license, str):  # a list of licences is not one
+        add_facts(folder, license=card.license)
+
+
+def renew_card(api: HfApi, folder: Path, repo_id: str, branch: str | None) -> None:
+    """Render the card, unless there is one, here or in the repository, that somebody has written in."""
+    path = folder / "README.md"
+    if path.exists() and not is_rendered(path.read_text(encoding="utf-8")):
+        return
+    held, revision = files_of(api, repo_id, branch)
+    if "README.md" in held:
+        text = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8")
+        if not is_rendered(text):
+            path.write_text(text, encoding="utf-8")
+            logger.warning(f"the card of {repo_id} is kept as it is: somebody has written in it")
+            return
+    write_card(folder, repo_id, branch, overwrite=True)
+
+
+def upload(
+    api: HfApi,
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None,
+    branch: str | None,
+    create_pr: bool,
+    overwrite: bool,
+    message: str,
+) -> CommitInfo:
+    try:
+        renew_card(api, folder, repo_id, branch)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if branch is not None and not branch.startswith("refs/"):
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=message,
+            revision=branch,
+            create_pr=create_pr,
+            ignore_patterns=LEFT_OUT,
+            delete_patterns=WEIGHTS,
+        )
+    except Exception as error:  # of the network, in whatever words
+        cause = error if error.__cause__ is None else f"{error} {error.__cause__}"
+        flags = [f"--{name}" for name, on in (("create_pr", create_pr), ("overwrite", overwrite)) if on]
+        flags += ["--private"] if private else []
+        flags += [] if branch is None else ["--branch", branch]
+        again = shlex.join(["moefy", "push", str(folder), repo_id, *flags, "--message", message])
+        raise PushError(
+            f"the upload to {repo_id} failed: {cause}. {folder} is complete and verified; what was uploaded is not "
+            f"sent again: {again}"
+        ) from error

@@ -1,0 +1,76 @@
+"""Folders and files that are there whole or not at all, tables, and names on the Hub."""
+
+import contextlib
+import csv
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+PICTURES = (".png", ".pdf", ".svg")  # that plots are drawn as
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A temporary sibling to write to, which becomes `folder` (absent or empty until then) unless something fails."""
+    temporary = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, and rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)
+
+
+def check_files(*paths: str | None, plot: str | None) -> None:
+    """Before the work whose figures they get.
+
+    Raises:
+        ValueError: one that cannot be written, or a picture without matplotlib.
+    """
+    for path in filter(None, (*paths, plot)):
+        folder = Path(path).absolute().parent
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder for {path}")
+        if Path(path).is_dir() or not os.access(path if Path(path).exists() else folder, os.W_OK):
+            raise ValueError(f"{path} cannot be written")
+    if plot and find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'moefy-hf[plots]'")
+    if plot and Path(plot).suffix not in PICTURES:
+        raise ValueError(f"--plot draws {', '.join(PICTURES)}, got {plot}")
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Rows of equal keys as a Markdown table."""
+
+    def cell(value: Any) -> str:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value}"
+
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(map(cell, row.values())) + " |" for row in rows)])
+
+
+def write_csv(path: str, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be that of a repository: 'owner/name', and no folder here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and not Path(name).exists()

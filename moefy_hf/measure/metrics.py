@@ -1,0 +1,127 @@
+"""What a model predicts on a batch, and how good that is: labels, and the dense model's own predictions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..modeling.moefied import is_moefied
+from .batches import check_batch
+
+# decoders of encoder-decoder families: as language models of their own they take labels that are shifted already
+SHIFTED_LABELS = ("bart", "mbart", "pegasus", "marian", "whisper")
+
+
+OVERFLOW = "load the model in float32 or bfloat16 (--dtype), or look for the batch that it overflows on"
+
+
+class Quality:
+    """Running sums of what one setting predicts, over the labelled positions of all batches."""
+
+    def __init__(self):
+        self.count = self.labelled = 0
+        self.loss = self.correct = self.agree = self.divergence = 0.0
+
+    def update_(self, logits: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor | None) -> None:
+        """logits and the dense model's (N, C), labels (N,) or None. A position where logits overflowed neither agrees
+        nor is correct.
+
+        Raises:
+            ValueError: the dense model's overflowed: there is nothing to compare with.
+        """
+        logits, dense = logits.float(), dense.float()
+        if not usable(dense).all():
+            raise ValueError(f"the dense model's predictions are not finite: {OVERFLOW}")
+        best = logits.argmax(-1).masked_fill(~usable(logits), -1)  # (N,)
+        self.count += len(logits)
+        self.agree += float((best == dense.argmax(-1)).sum())
+        reference = dense.log_softmax(-1)
+        self.divergence += float(F.kl_div(logits.log_softmax(-1), reference, log_target=True, reduction="sum"))
+        if labels is not None:
+            self.labelled += len(labels)
+            self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            self.correct += float((best == labels).sum())
+
+    def figures(self) -> dict[str, float]:
+        found = {"agreement": self.agree / self.count, "kl": self.divergence / self.count}
+        if self.labelled:
+            loss = self.loss / self.labelled
+            found |= {
+                "accuracy": self.correct / self.labelled,
+                "loss": loss,
+                "perplexity": float(torch.tensor(loss).exp()),
+            }
+        return found
+
+
+def usable(logits: torch.Tensor) -> torch.Tensor:
+    """(N, C) -> (N,) bool: no nan and no inf; -inf is how models rule a class out."""
+    return ~(logits.isnan() | logits.isposinf()).any(-1)
+
+
+def predictions(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run one batch: logits (N, C) at the positions that count, and their labels (N,) or None."""
+    check_batch(model, batch)
+    device = next(model.parameters()).device
+    batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    output = model(**batch)
+    return counted(model, output, batch)
+
+
+def counted(model: PreTrainedModel, output: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A model's output on a batch: logits (N, C) at the positions that count, and their labels (N,) or None."""
+    if hasattr(output, "start_logits"):  # question answering: two choices among the tokens
+        labels = None
+        if batch.get("start_positions") is not None:
+            labels = torch.cat([batch["start_positions"], batch["end_positions"]])
+        return torch.cat([output.start_logits, output.end_logits]), labels
+    logits, labels = getattr(output, "logits", None), batch.get("labels")
+    if logits is None:
+        raise ValueError(
+            f"{type(model).__name__} returns no logits to compare; evaluate a model with one prediction head"
+        )
+    if logits.dim() == 2:
+        _check_classes(model, logits, labels)
+        return logits, labels
+    if labels is None:
+        mask = batch.get("attention_mask")
+        return logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:2] else logits.flatten(
+            0, 1
+        ), None
+    if is_causal(model) and model.config.model_type not in SHIFTED_LABELS:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    counts = labels != -100
+    return logits[counts], labels[counts]
+
+
+def _check_classes(model: PreTrainedModel, logits: torch.Tensor, labels: torch.Tensor | None) -> None:
+    """One class per row is what can be compared: neither numbers (regression) nor several labels at once."""
+    problem = getattr(model.config, "problem_type", None)
+    several = problem in ("regression", "multi_label_classification") or logits.shape[-1] == 1
+    if several or (labels is not None and (labels.is_floating_point() or labels.shape != logits.shape[:1])):
+        shape = "no labels" if labels is None else f"{labels.dtype} labels of shape {tuple(labels.shape)}"
+        raise ValueError(
+            f"{type(model).__name__} gives logits of shape {tuple(logits.shape)}, there are {shape}, and its "
+            f"problem_type is {problem}: only predictions of one of several classes can be compared, not regression "
+            "or multi-label ones"
+        )
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model below an adapter."""
+    return model.get_base_model() if is_adapted(model) else model
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether peft has put adapters around it; by name, for importing peft takes seconds."""
+    return any(base.__name__ == "PeftModel" for base in type(model).__mro__)
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Is this a language model, that predicts each token from those before it?"""
+    model = unwrapped(model)
+    stock = model.stock_class() if is_moefied(model) else type(model)
+    return stock.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

@@ -1,0 +1,236 @@
+"""Learned selection: routers and model train together until few experts matter, then experts are selected for good.
+
+LTE, "Learn To be Efficient: Build Structured Sparsity in Large Language Models" (Zheng et al., NeurIPS 2024),
+section 4.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..conversion.reroute import OF_ROUTERS
+from ..measure.metrics import unwrapped
+from ..measure.profile import real_tokens
+from ..modeling.ffn_sites import FfnSite
+from ..modeling.moefied import is_moefied
+from .callback import refuse_sharded, say
+from .losses import ExtraLossCallback
+from .schedule import Phase, Timetable
+
+logger = logging.get_logger("moefy_hf")
+
+FLOOR = 0.01  # of the squared distance to the threshold
+SHARDED = "{} keeps parameters in shards, and routers cannot be frozen in those: train in one process or with DDP"
+
+
+class LearnedSelectionCallback(ExtraLossCallback):
+    """Trains the sigmoid routers of a MoEfied model with the model, in two stages.
+
+    In the first stage all experts run, each times its strength G = sigmoid(W x), and the loss is the model's own plus
+    `eta` mean(G^2) + `lam` mean(1 / ((G - tau)^2 + 0.01)), means over tokens, routed experts and FFNs; padding does
+    not count. Gradients reach routers and, through them, what they read. In the second one routers are frozen, the
+    experts with G >= tau run, unweighted, and the model trains on. The stage follows from the step, so a run may be
+    resumed anywhere.
+
+    The selection of the model is that threshold from the first step on. It is what evaluation computes and what
+    checkpoints hold in both stages: weighting is for training mode, and never saved.
+
+    It differs from the paper in the 0.01, without which the second penalty has no bound where G meets tau; in where
+    routers start: as `moefy_` has fitted them, not at random; and in the default of `lam`, 0.5 there: on a small
+    classifier that weight drowned the task, and hardly an expert crossed the threshold, whatever `eta`. Whether the
+    paper still weights experts in its second stage we could not find out.
+
+    Args:
+        eta: weight of the efficiency penalty, the budget's knob: the larger, the fewer experts.
+        tau: the threshold, between 0 and 1.
+        lam: weight of the separability penalty, which keeps G away from tau, and experts on their side of it.
+        until: the end of the first stage: a step (int), or a share of all steps (float in (0, 1]).
+
+    With an adapter, put the routers into it: `LoraConfig(..., modules_to_save=["router"])`. Its checkpoints lack the
+    base model's config: merge it before saving, or `set_selection(type="level", level=-log(tau))` after loading.
+
+    Logs carry `router_loss` (both penalties, 0 in the second stage) and `moe_experts`, the share with G >= tau.
+
+    Raises:
+        ValueError: a setting out of range; when the Trainer is made, a model that is not MoEfied yet, or only going to
+            be, routers that are not "sigmoid" or not in the adapter, compensation, older code that came with a
+            checkpoint, FSDP and DeepSpeed; when training begins, an optimizer without the routers, and a first stage
+            longer than the training.
+    """
+
+    name = "router_loss"
+
+    def __init__(self, eta: float, tau: float = 0.5, lam: float = 0.01, until: int | float = 0.5):
+        for which, value in (("eta", eta), ("lam", lam)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{which} is a weight and must not be negative, got {value}")
+        if not 0 < tau < 1:
+            raise ValueError(f"tau must lie between 0 and 1, as the strengths of experts do, got {tau}")
+        super().__init__(1.0)
+        self.eta, self.tau, self.lam = eta, tau, lam
+        self.phases = [Phase(until, name="soft")] + ([Phase(1.0, name="hard")] if until != 1.0 else [])
+        self.routers = RoutersInTraining([])
+        self.values: list[torch.Tensor] = []
+        self.share_sum, self.shares = torch.zeros(()), 0
+
+    # ---- the Trainer's events
+
+    def on_init_end(self, args, state, control, model, **kwargs):
+        refuse_sharded(args, SHARDED)
+        RoutersInTraining(checked_sites(model)).set_(soft=False, trainable=True)  # so that the optimizer holds them
+
+    def on_train_begin(self, args, state, control, model, optimizer=None, **kwargs):
+        timetable, routers = Timetable(self.phases, state.max_steps), RoutersInTraining(checked_sites(model))
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if any(id(parameter) not in held for parameter in routers.parameters()):
+            raise ValueError(
+                "the optimizer does not hold the routers: a Trainer must be made with both model= (model_init= comes "
+                f"too late) and callbacks=[{type(self).__name__}(...)]"
+            )
+        self.timetable, self.share_sum, self.shares = timetable, torch.zeros(()), 0
+        super().on_train_begin(args, state, control, model, **kwargs)
+        section = unwrapped(model).config.moefication
+        for measured in OF_ROUTERS:  # as they were
+            section.pop(measured, None)
+        self.enter(args, state, model)
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if self.enter(args, state, model):
+            say(args, state, f"routers are frozen; experts of at least strength {self.tau:g} run from here on")
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if not self.routers.soft:
+            self.routers.drop_gradients()  # a zero would still move them: momentum, weight decay
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        super().on_train_end(args, state, control)
+        if model is not None and self.timetable.at(max(state.global_step - 1, 0)) + 1 < len(self.phases):
+            logger.warning("training ended in its first stage: the model was not trained with the experts it selects")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if logs is not None and "loss" in logs and self.shares:
+            logs["moe_experts"] = float(self.share_sum) / self.shares
+            state.log_history[-1]["moe_experts"] = logs["moe_experts"]
+            self.share_sum, self.shares = torch.zeros(()), 0
+
+    # ---- what they come to
+
+    def enter(self, args, state, model) -> bool:
+        """Put the model into the stage of the step that begins: whether the second stage begins with it."""
+        base, wanted = unwrapped(model), {"type": "level", "level": -math.log(self.tau)}
+        if base.config.moefication["selection"] != wanted:
+            base.set_selection(**wanted)
+        soft, was = self.timetable.at(state.global_step) == 0, self.routers.soft
+        self.routers.set_(soft, trainable=soft or args.world_size > 1)  # DDP waits for all that it was given
+        return was and not soft
+
+    def watch(self, model: PreTrainedModel) -> list:
+        sites = unwrapped(model).moe_sites()
+        self.routers = RoutersInTraining(sites)
+        hooks = [
+            site.act.router.register_forward_hook(lambda _, args, scores, site=site: self.collect(model, site, scores))
+            for site in sites
+        ]
+        return [self.routers, *hooks]
+
+    def begin(self) -> None:
+        self.values = []
+
+    def collect(self, model: PreTrainedModel, site: FfnSite, scores: torch.Tensor) -> None:
+        act = site.act
+        if not act.training:
+            return
+        strengths = act.router.strengths(scores).flatten(0, -2)  # (T, E - S)
+        real = real_tokens(model, site, self.batch, len(strengths))
+        real = strengths.new_ones(len(strengths)) if real is None else real.to(strengths.dtype)
+        if act.weighs:
+            each = penalty(strengths, self.eta, self.tau, self.lam)  # (T,)
+            value = (each * real).sum() / real.sum().clamp_min(1)
+            if self.running:  # a checkpointed layer repeats the computation for its gradients, not for another value
+                self.values.append(value)
+        if self.running:
+            kept = act.chosen(scores.detach()).flatten(0, -2).float().mean(-1)  # (T,)
+            self.share_sum = self.share_sum.to(kept.device) + (kept * real).sum() / real.sum().clamp_min(1)
+            self.shares += 1
+
+    def value(self, model: PreTrainedModel, output: Any) -> torch.Tensor | None:
+        if self.values:
+            return torch.stack(self.values).mean()
+        # nothing; but under DDP a trainable parameter without a gradient stalls the run
+        return torch.stack([0 * parameter.sum() for parameter in self.routers.parameters()]).sum()
+
+
+def penalty(strengths: torch.Tensor, eta: float, tau: float, lam: float) -> torch.Tensor:
+    """(T, E) -> (T,): what a token's strengths cost, a mean over experts."""
+    separability = 1 / ((strengths - tau).square() + FLOOR)
+    return (eta * strengths.square() + lam * separability).mean(-1)
+
+
+class RoutersInTraining:
+    """The routers of a run, put into one stage or another; like a hook's handle, `remove` leaves them as they are
+    between runs."""
+
+    def __init__(self, sites: list[FfnSite]):
+        self.sites, self.soft = sites, False
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for site in self.sites:
+            router = site.act.router
+            if isinstance(router, ModulesToSaveWrapper):  # the adapter's copy is the one that runs
+                router = router.modules_to_save[router.active_adapters[0]]
+            yield from router.parameters()
+
+    def set_(self, soft: bool, trainable: bool) -> None:
+        self.soft = soft
+        for site in self.sites:
+            site.act.soft = soft
+        for parameter in self.parameters():
+            parameter.requires_grad_(trainable)
+
+    def drop_gradients(self) -> None:
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def remove(self) -> None:
+        self.set_(soft=False, trainable=False)
+        self.drop_gradients()
+
+
+def checked_sites(model: PreTrainedModel) -> list[FfnSite]:
+    """The routed FFNs of a model that can learn its selection.
+
+    Raises:
+        ValueError: see `LearnedSelectionCallback`.
+    """
+    base = unwrapped(model)
+    if not is_moefied(base) or base.config.moefication.get("splits") == 0:
+        raise ValueError(
+            "selection is learned by a model that has its experts, and a schedule of MoEficationCallback selects by "
+            "itself: convert the model first (moefy_hf.moefy_)"
+        )
+    section, sites = base.config.moefication, base.moe_sites()
+    if section["router"] != "sigmoid":
+        raise ValueError(
+            f"selection is learned by routers of kind 'sigmoid', the model has {section['router']!r}: convert with "
+            'router="sigmoid", or moefy_hf.reroute_(model, "sigmoid", profile)'
+        )
+    if any("soft" not in vars(site.act) for site in sites):
+        raise ValueError(
+            "this model runs code that came with its checkpoint and is too old to learn a selection: load it with "
+            "moefy_hf.load_checkpoint(name), whose code is the package's"
+        )
+    if section.get("compensation"):
+        raise ValueError("training moves the means of compensation: call moefy_hf.compensate_ when it is over")
+    if base is not model and any(not isinstance(site.act.router, ModulesToSaveWrapper) for site in sites):
+        raise ValueError(
+            "the adapter does not hold the routers, so its checkpoints would lack what they learn: make it with "
+            'modules_to_save=["router"]'
+        )
+    return sites

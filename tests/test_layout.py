@@ -1,0 +1,110 @@
+"""The house: which room may use which, and what an import costs."""
+
+import ast
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+import moefy_hf
+
+PACKAGE = Path(moefy_hf.__file__).parent
+FLOORS = [  # from the ground up: a room uses those below it
+    {"modeling"},  # which travels with checkpoints
+    {"data", "io", "loading"},
+    {"measure", "runtime"},
+    {"analysis", "exporters", "splitters"},
+    {"config"},
+    {"conversion"},
+    {"evaluation", "training"},
+    {"hub"},
+    {"bench"},
+    {"cli"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+ALIASES = {"execution"}  # what older checkpoints' code asks for by name
+
+
+def imports() -> dict[str, list[tuple[str, str]]]:
+    """Module of this package -> the (module it imports, line) of this package."""
+    found = defaultdict(list)
+    for path in PACKAGE.rglob("*.py"):
+        parts = ["moefy_hf", *path.relative_to(PACKAGE).with_suffix("").parts]
+        package = parts[:-1]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                base = package[: len(package) - node.level + 1] if node.level else []
+                target = [*base, *(node.module.split(".") if node.module else [])]
+                if target[:1] == ["moefy_hf"]:
+                    whole = [".".join([*target, alias.name]) for alias in node.names]
+                    known = [
+                        name for name in whole if (PACKAGE.parent / Path(*name.split("."))).with_suffix(".py").exists()
+                    ]
+                    for name in known or [".".join(target)]:
+                        found[".".join(parts)].append((name, f"{path.relative_to(PACKAGE)}:{node.lineno}"))
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_every_room_has_its_floor():
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert rooms - {"__init__"} == {*FLOOR, *ALIASES}
+    assert len([*PACKAGE.glob("*.py")]) <= 8
+
+
+def test_no_room_uses_one_above_it():
+    climbs = [
+        f"{where} uses {target}"
+        for module, targets in imports().items()
+        if room(module) in FLOOR
+        for target, where in targets
+        if room(target) != room(module) and FLOOR.get(room(target), 99) >= FLOOR[room(module)]
+    ]
+    assert not climbs, "\n".join(climbs)
+
+
+def test_rooms_do_not_go_in_circles():
+    uses = defaultdict(set)
+    for module, targets in imports().items():
+        uses[room(module)] |= {room(target) for target, _ in targets} - {room(module), ""}
+    done: set[str] = set()
+    while left := [each for each in uses if each not in done]:
+        free = [each for each in left if uses[each] <= done | {other for other in uses[each] if other not in uses}]
+        assert free, f"a circle among {', '.join(sorted(left))}"
+        done |= {*free}
+
+
+HEAVY = ("peft", "scipy", "sklearn", "matplotlib", "plotly", "transformers.models.llama4", "onnx", "trl")
+COSTS = {  # what runs -> what must not have been imported for it, and what everybody who runs it has imported anyway
+    "import moefy_hf": (("torch", "transformers", *HEAVY), ""),
+    "from moefy_hf.cli.main import parser; parser(['--help'])": (("torch", "transformers", *HEAVY), ""),
+    "from moefy_hf import moefy_, evaluate, load_checkpoint": (HEAVY, "from transformers import PreTrainedModel"),
+    "from moefy_hf import MoEficationCallback": (HEAVY, "from transformers import Trainer"),
+}
+
+
+def imported(code: str, names: tuple[str, ...]) -> set[str]:
+    program = f"import sys\n{code}\nprint(*[name for name in {names!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    return {*done.stdout.split()}
+
+
+@pytest.mark.parametrize("code", COSTS)
+def test_imports_cost_only_what_is_used(code):
+    """By modules, not by seconds."""
+    names, anyway = COSTS[code]
+    assert imported(code, names) <= imported(anyway, names)
+
+
+def test_public_names_are_there_and_found_when_asked_for():
+    for name in moefy_hf.__all__:
+        assert getattr(moefy_hf, name).__module__.startswith("moefy_hf."), name
+    assert set(moefy_hf.__all__) <= set(dir(moefy_hf))
+    with pytest.raises(AttributeError, match="no attribute 'moefy'"):
+        moefy_hf.moefy  # noqa: B018
