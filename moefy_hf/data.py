@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".xlsx")  # no text with a line each
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".xlsx")  # no text with a line each
 
 
 class TextBatches:
@@ -93,13 +93,16 @@ def opened(path: str) -> Iterator[TextIO]:
     """
     if not Path(path).is_file():
         raise ValueError(f"{path} is no file")
+    with open(path, "rb") as raw:
+        start = raw.read(4096)
+    packed = start[:2] in (b"\x1f\x8b", b"PK", b"BZ", b"\xfd7", b"(\xb5")
+    remedy = "unpack it first" if packed else "save it as UTF-8 (iconv -f latin1 -t utf-8, or -f utf-16)"
+    if b"\0" in start:  # UTF-16 without a mark is valid UTF-8
+        raise ValueError(f"{path} is not UTF-8 text: {remedy}")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             yield file
     except UnicodeDecodeError as error:
-        with open(path, "rb") as raw:
-            packed = raw.read(2) in (b"\x1f\x8b", b"PK", b"BZ")
-        remedy = "unpack it first" if packed else "save it as UTF-8 (iconv -f latin1 -t utf-8, or -f utf-16)"
         raise ValueError(f"{path} is not UTF-8 text: {remedy}") from error
 
 

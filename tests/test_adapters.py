@@ -1,5 +1,6 @@
 """Adapters: those of the dense model permuted for its MoEfied self, and those that change what a Linear reads."""
 
+import copy
 import json
 
 import peft
@@ -9,6 +10,7 @@ from batches import text_batches
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import convert, distance, run, tiny, tiny_inputs, tiny_model
+from transformers import AutoModel
 
 from moefy_hf import find_sites, load_checkpoint, permute_adapter_
 from moefy_hf.analysis.pruning import prune
@@ -91,6 +93,10 @@ def test_an_adapter_of_the_dense_model_fits_once_it_is_permuted(name, kind, save
     model.save_pretrained(folder / "fits")
     assert distance(run(put_on(folder, "fits"), inputs), want) < 1e-4
     assert not [each for each in recwarn if "permute_adapter_" in str(each.message)]
+    with pytest.raises(ValueError, match="permuted for, .*moefied', a MoEfied model: it fits as it is"):
+        permute_adapter_(model)
+    with pytest.raises(ValueError, match="it fits as it is"):
+        permute_adapter(folder / "fits", load_checkpoint(folder / "moefied"), folder / "twice")
 
 
 def test_an_adapter_of_attention_alone_fits_as_it_is(saved, recwarn):
@@ -114,6 +120,36 @@ def test_an_adapter_of_the_moefied_model_is_not_warned_of(tmp_path, recwarn):
     assert not [each for each in recwarn if "permut" in str(each.message)]
 
 
+def test_a_model_that_was_converted_in_this_process_is_not_its_dense_self(saved, recwarn):
+    """It has the dense model's name but for a mark, by which adapters know what they were trained on."""
+    inputs, want, folder = saved("llama", "lora")
+    model = AutoModel.from_pretrained(folder / "dense").eval()
+    convert(model, k=1.0)
+    wrong = PeftModel.from_pretrained(copy.deepcopy(model), folder / "adapter").eval()
+    assert distance(run(wrong, inputs), want) > 1e-3
+    assert [each for each in recwarn if "permute_adapter_" in str(each.message)]
+    recwarn.clear()
+    own = trained(model, KINDS["lora"](FFN["llama"]))
+    own.save_pretrained(folder / "own")
+    own.get_base_model()
+    convert(again := AutoModel.from_pretrained(folder / "dense").eval(), k=1.0)
+    again.save_pretrained(folder / "moefied")
+    loaded = put_on(folder, "own")
+    assert distance(run(loaded, inputs), run(own, inputs)) < 1e-5
+    assert not [each for each in recwarn if "permute_adapter_" in str(each.message)]
+    with pytest.raises(ValueError, match="MoEfied in memory.*it fits as it is"):
+        permute_adapter_(loaded)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_with_an_adapter_that_never_ran():
+    model, inputs = tiny_model("llama"), tiny_inputs("llama")
+    convert(model, k=2)
+    adapted = trained(model, KINDS["lora"](FFN["llama"]))
+    compiled = torch.compile(copy.deepcopy(adapted), fullgraph=True, backend="eager")
+    assert distance(run(compiled, inputs), run(adapted, inputs)) < 1e-5
+
+
 def test_on_the_command_line(saved, capsys):
     inputs, want, folder = saved("llama", "lora")
     (folder / "adapter" / "notes.txt").write_text("mine")
@@ -132,7 +168,7 @@ def test_on_the_command_line(saved, capsys):
 def test_what_cannot_be_permuted_is_refused(tmp_path):
     model = tiny_model("llama")
     convert(model, k=2)
-    with pytest.raises(ValueError, match="no adapter 'default'; it has: none"):
+    with pytest.raises(ValueError, match="no adapter 'default'; it has: none that PeftModel has loaded"):
         permute_adapter_(model)
     adapted = trained(model, INPUTS["oft"])
     before = {name: each.clone() for name, each in adapted.state_dict().items()}

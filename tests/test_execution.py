@@ -588,3 +588,20 @@ def test_a_model_that_fsdp_wraps_afterwards_runs_masked(tmp_path, monkeypatch):
         assert distance(run(whole, inputs), masked) < 1e-6 and not found
     finally:
         dist.destroy_process_group()
+
+
+def test_transformed_functions_are_masked():
+    model, inputs = moefied("bert"), tiny_inputs("bert")["input_ids"]
+    hidden = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
+    layer = model.encoder.layer[0]
+
+    def neurons(x):
+        return layer.output.dense(layer.intermediate(x))
+
+    run(model, {"input_ids": inputs})
+    with torch.no_grad():
+        masked = neurons(hidden)
+        model.set_moe_implementation("cpu")
+        torch.testing.assert_close(torch.func.vmap(neurons)(hidden), masked, rtol=1e-5, atol=1e-6)
+        value, _ = torch.func.jvp(neurons, (hidden,), (torch.ones_like(hidden),))
+        torch.testing.assert_close(value, masked, rtol=1e-5, atol=1e-6)

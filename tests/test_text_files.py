@@ -63,7 +63,7 @@ def test_a_table_that_excel_saved_is_read(classifier, tmp_path, capsys):
     assert read_lines(str(tmp_path / "marked.txt")) == ["5 6", "7 8"]
 
 
-@pytest.mark.parametrize("kind", ["latin-1", "utf-16", "gzip"])
+@pytest.mark.parametrize("kind", ["latin-1", "utf-16", "utf-16-le", "gzip"])
 @pytest.mark.parametrize("command", ["sweep", "analyze"])
 def test_another_encoding_is_one_line_that_names_the_file(command, kind, classifier, tmp_path, capsys):
     path = tmp_path / "data.csv"
@@ -90,7 +90,7 @@ def test_a_row_without_a_label_is_named(classifier, tmp_path, capsys):
     assert "has no column text; it has sentence, label" in refused(capsys, "sweep", classifier, "--csv", path)
 
 
-@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".tsv", ".parquet", ".CSV"])
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".ndjson", ".tsv", ".parquet", ".CSV"])
 def test_a_table_is_no_plain_text(kind, classifier, tmp_path, capsys):
     path = table(tmp_path / f"data{kind}")
     said = refused(capsys, "sweep", classifier, "--texts", path)
@@ -216,3 +216,14 @@ def test_heads_whose_classes_do_not_exclude_each_other_are_not_compared(problem,
     main([*map(str, command), "--allocation", "angular"])
     out = capsys.readouterr().out
     assert "quality is not predicted" in out and problem in out and "agreement" not in out
+
+
+def test_pruning_saves_the_type_that_it_came_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "computes_bfloat16", lambda: False)
+    model = tiny_model("llama-without-biases", "AutoModelForCausalLM").bfloat16()
+    convert(model, k=3)
+    folder = save(model, tmp_path / "moe")
+    (tmp_path / "texts.txt").write_text(words())
+    main(["prune", str(folder), str(tmp_path / "less"), "--count", "1", "--data", str(tmp_path / "texts.txt")])
+    for name, each in load_checkpoint(tmp_path / "less").named_parameters():
+        assert each.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name

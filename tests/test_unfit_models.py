@@ -191,6 +191,16 @@ def test_what_learns_nothing_converts_all_the_same(caplog):
         evaluate(model, data, progress=False)
 
 
+def test_predictions_that_overflow_are_an_error_before_anything_is_changed():
+    model = tiny_model("llama-without-biases", CAUSAL).half()
+    model.lm_head.weight.data.mul_(60000)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    with pytest.raises(ValueError, match="predictions on calibration data are not finite"):
+        moefy_(model, MoeficationConfig(expert_size=8), text_batches(20), progress=False)
+    assert type(model) is transformers.LlamaForCausalLM
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
 def test_weights_that_are_not_finite_are_an_error():
     model = tiny_model("bert")
     model.encoder.layer[1].intermediate.dense.weight.data[3, 4] = torch.nan

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..io import markdown
 from ..loading import check_moefied
-from ..measure.metrics import is_causal, predictions
+from ..measure.metrics import is_causal, predictions, usable
 
 Batches = Iterable[Mapping[str, Any]]
 Experts = dict[int, list[int]]
@@ -84,7 +84,7 @@ def task(model: PreTrainedModel, batches: Batches) -> Task:
     for batch in batches:
         logits, labels = labelled(model, batch)
         losses.append(F.cross_entropy(logits, labels, reduction="none").cpu())
-        hits.append((logits.argmax(-1) == labels).float().cpu())
+        hits.append((logits.argmax(-1).masked_fill(~usable(logits), -1) == labels).float().cpu())
     return Task(torch.cat(losses), torch.cat(hits))
 
 

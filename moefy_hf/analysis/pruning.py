@@ -46,6 +46,9 @@ def prune(model: PreTrainedModel, experts: Mapping[int, Iterable[int]]) -> PreTr
             state[name] = tensor
     pruned: PreTrainedModel = type(model)(config)
     pruned.to(dtype=model.dtype)  # type: ignore[call-arg]
+    for site in pruned.moe_sites():
+        site.act.router.float()  # as ever
+    pruned.config.dtype = model.config.dtype
     pruned.load_state_dict(state)
     if model.can_generate():
         pruned.generation_config = copy.deepcopy(model.generation_config)

@@ -22,7 +22,7 @@ from ..loading import load_checkpoint
 from ..measure.metrics import is_causal
 from ..modeling.moefied import is_moefied
 from .argument_types import positive, share_or_count
-from .commands import load_model, load_tokenizer, processors, text_batches
+from .commands import as_loaded, load_model, load_tokenizer, processors, text_batches
 
 CARRIED = ("base_model", "license", "calibration")  # facts that hold for what is left after pruning
 
@@ -163,7 +163,7 @@ def prune_model(args: Namespace) -> dict[str, Any]:
     before, after = model.num_parameters(), pruned.num_parameters()
     known = read_facts(args.model) if Path(args.model).is_dir() else {}
     with written_whole(output_dir) as folder:
-        pruned.save_pretrained(folder)
+        as_loaded(pruned).save_pretrained(folder)
         for processor in processors(args):
             processor.save_pretrained(folder)
         add_facts(folder, **{name: known[name] for name in CARRIED if name in known})

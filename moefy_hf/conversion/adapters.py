@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..io import written_whole
 from ..loading import check_moefied
-from ..modeling.adapters import ffn_linears
+from ..modeling.adapters import ffn_linears, is_of_moefied
 from ..modeling.ffn_sites import FfnSite
 
 # name of a tensor -> its dimensions that count what the Linear gives and what it reads
@@ -46,7 +46,7 @@ def permute_adapter_(model: PeftModel, adapter_name: str = "default") -> None:
         adapter_name: of the adapter.
 
     Raises:
-        ValueError: the model is not MoEfied, has no such adapter, does not know the order its neurons had (it was
+        ValueError: the model is not MoEfied, has no such adapter, or one that fits already, does not know the order its neurons had (it was
             converted by an older version), or the adapter mixes neurons (VeRA, OFT, LoKr on an FFN): merge that into
             the dense model before conversion. Nothing is changed then.
 
@@ -55,9 +55,12 @@ def permute_adapter_(model: PeftModel, adapter_name: str = "default") -> None:
         >>> permute_adapter_(model)
     """
     if not isinstance(model, PeftModel) or adapter_name not in model.peft_config:
-        has = ", ".join(model.peft_config) if isinstance(model, PeftModel) else "none"
-        raise ValueError(f"the model has no adapter {adapter_name!r}; it has: {has}")
+        has = ", ".join(model.peft_config) if isinstance(model, PeftModel) else "none that PeftModel has loaded"
+        raise ValueError(
+            f"the model has no adapter {adapter_name!r}; it has: {has} (moefy permute-adapter takes files)"
+        )
     base: Any = model.get_base_model()
+    check_of_dense(model.peft_config[adapter_name], base)
     permuted = permuted_adapter(get_peft_model_state_dict(model, adapter_name=adapter_name), base)
     model.peft_config[adapter_name].base_model_name_or_path = base.name_or_path
     set_peft_model_state_dict(model, permuted, adapter_name=adapter_name)
@@ -73,6 +76,7 @@ def permute_adapter(adapter: str | Path, model: PreTrainedModel, output_dir: str
     if output_dir.exists():
         raise ValueError(f"{output_dir} exists: choose another output_dir")
     config = PeftConfig.from_pretrained(str(adapter))
+    check_of_dense(config, model)
     permuted = permuted_adapter(load_peft_weights(str(adapter), device="cpu"), model)
     config.base_model_name_or_path = model.name_or_path
     with written_whole(output_dir) as folder:
@@ -81,6 +85,18 @@ def permute_adapter(adapter: str | Path, model: PreTrainedModel, output_dir: str
         config.save_pretrained(str(folder))
         save_file({name: value.contiguous() for name, value in permuted.items()}, folder / WEIGHTS, {"format": "pt"})
     return output_dir
+
+
+def check_of_dense(config: PeftConfig, model: Any) -> None:
+    """
+    Raises:
+        ValueError: the adapter was trained on the MoEfied model, or is permuted already.
+    """
+    if is_of_moefied(config, model):
+        raise ValueError(
+            f"this adapter was trained on, or permuted for, {config.base_model_name_or_path!r}, a MoEfied model: it "
+            "fits as it is"
+        )
 
 
 def permuted_adapter(state: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:

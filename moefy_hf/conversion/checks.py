@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..config import MoeficationConfig
 from ..loading import moefied_class
-from ..measure.metrics import OVERFLOW, is_adapted, predictions
+from ..measure.metrics import OVERFLOW, is_adapted, predictions, usable
 from ..measure.profile import ModelProfile
 from ..modeling.allocation import count_experts, per_layer, resolve_selection, setting_name
 from ..modeling.ffn_sites import FfnSite, by_stack, check_plain, find_sites
@@ -190,7 +190,12 @@ def check_predictions(model: PreTrainedModel, batches: list[Mapping[str, Any]]) 
     """Sensitivity compares predictions: find out that there are none before anything is changed."""
     remedy = 'select with "allocation": "angular" or "uniform" instead of "sensitivity"'
     try:
-        found = any(len(predictions(model, batch)[0]) for batch in batches)
+        found = False
+        for batch in batches:
+            logits = predictions(model, batch)[0]
+            if not usable(logits).all():
+                raise ValueError(f"the model's predictions on calibration data are not finite: {OVERFLOW}")
+            found = found or len(logits) > 0
     except ValueError as error:
         raise ValueError(f"{error}; or {remedy}") from error
     if not found:

@@ -16,6 +16,7 @@ from ..config import MoeficationConfig
 from ..io import is_hub_id
 from ..loading import moefied_class
 from ..measure.profile import ModelProfile, NotFiniteError, SiteProfile, profile
+from ..modeling.adapters import IN_MEMORY
 from ..modeling.allocation import setting_name
 from ..modeling.ffn_sites import FfnSite, FfnWeights, permute_neurons_
 from ..modeling.moefied import install_
@@ -83,7 +84,7 @@ def moefy_(
     """
     config = config or MoeficationConfig()
     sites, sizes = check_convertible(model, config, calibration)
-    section = config.section()
+    section, base_model = config.section(), model.name_or_path or ""
     selection = section["selection"]
     if "k" in selection:
         selection.setdefault("allocation", default_allocation(model, config, calibration))
@@ -133,7 +134,7 @@ def moefy_(
         sparsity=[stats.sparsity for stats in found.sites] if found else [],
         fits=fits,
         seconds=seconds,
-        base_model=model.name_or_path if is_hub_id(model.name_or_path or "") else None,
+        base_model=base_model if is_hub_id(base_model) else None,
     )
 
 
@@ -198,6 +199,8 @@ def install_routers_(model: PreTrainedModel, section: dict[str, Any]) -> None:
     with torch.device("meta"):  # transformers learns which outputs a class can record when one is made
         type(model)(copy.deepcopy(model.config))
     install_(model)
+    if not (model.name_or_path or "").endswith(IN_MEMORY):
+        model.name_or_path = (model.name_or_path or "") + IN_MEMORY  # by which adapters know what they are trained on
     for site in model.moe_sites():
         site.act.neuron_order.copy_(torch.arange(site.sizes[1]))
     model.config.auto_map = model.auto_map()

@@ -15,6 +15,19 @@ def ffn_linears(site: FfnSite) -> dict[str, str]:
     return {part: prefix + path for part, path in parts.items() if path is not None}
 
 
+IN_MEMORY = " (MoEfied in memory)"  # behind the dense model's name, until the MoEfied one is saved and loaded
+
+
+def is_of_moefied(config: Any, model: Any) -> bool:
+    """Whether an adapter says that it was trained on the MoEfied model, or was permuted for it."""
+    base, mapping = config.base_model_name_or_path or "", getattr(config, "auto_mapping", None) or {}
+    return (
+        base == model.name_or_path
+        or base.endswith(IN_MEMORY)
+        or str(mapping.get("base_model_class", "")).startswith("Moefied")
+    )
+
+
 def warn_of_other_order(model: Any, sites: Iterable[FfnSite], state_dict: dict, prefix: str) -> None:
     """Warn where an adapter that is being loaded acts on FFNs, and says that it was trained on another checkpoint:
     that may be the dense model.
@@ -23,13 +36,12 @@ def warn_of_other_order(model: Any, sites: Iterable[FfnSite], state_dict: dict, 
         state_dict: what is loaded; keys of this model's tensors begin with `prefix`.
     """
     for name, config in (getattr(model, "peft_config", None) or {}).items():
-        base, mapping = config.base_model_name_or_path, getattr(config, "auto_mapping", None) or {}
-        if base == model.name_or_path or str(mapping.get("base_model_class", "")).startswith("Moefied"):
+        if is_of_moefied(config, model):
             continue
         linears = [f"{prefix}{path}." for site in sites if is_routed(site.act) for path in ffn_linears(site).values()]
         if any(key.startswith(tuple(linears)) and name in key.split(".") for key in state_dict):
             warnings.warn(
-                f"adapter {name!r} was trained on {base!r}, and acts on FFNs whose neurons are permuted here. "
+                f"adapter {name!r} was trained on {config.base_model_name_or_path!r}, and acts on FFNs whose neurons are permuted here. "
                 "If that is the dense model, it does not fit as it is: call moefy_hf.permute_adapter_(model) once, or "
                 "run moefy permute-adapter; adapters of this MoEfied model fit",
                 stacklevel=2,

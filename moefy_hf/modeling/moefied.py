@@ -5,7 +5,6 @@ import importlib
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto import modeling_auto
 
 from .adapters import warn_of_other_order
@@ -24,7 +22,7 @@ from .interventions import scaled
 from .routed_activation import RoutedActivation, follow_replacements, is_routed
 from .router_base import Router
 from .router_pre_gated import carry_passes_
-from .routers import router_class
+from .routers import ROUTERS, router_class
 
 # A key of every checkpoint that no model has: transformers' load report names it where the dense model is loaded
 DENSE_NOTE = "NOTE: this is the DENSE model, the MoEfied one loads with trust_remote_code=True"
@@ -84,9 +82,6 @@ def install_(model: nn.Module) -> None:
         site.owner.register_forward_pre_hook(follow_replacements(routed, site))
         site.owner.register_forward_hook(refuse_bypass(routed, site.name))
     join_routers_(model, sites)
-    # FSDP wraps these, and nothing within: routers apart, whose type and training differ from the layer's
-    own = {type(site.act.router).__name__ for site in sites if next(site.act.router.parameters(), None) is not None}
-    model._no_split_modules = {*(model._no_split_modules or ()), *own}
 
 
 def new_router(
@@ -113,6 +108,12 @@ def join_routers_(model: nn.Module, sites: list[FfnSite]) -> None:
     for stack, members in by_stack(sites).items():
         type(members[0].act.router).join_(members, model.get_submodule(stack))
     carry_passes_(model)
+    # FSDP wraps these, and nothing within: routers apart, whose type and training differ from the layer's. Not those
+    # that hand scores on, which look for each other
+    classes = {type(site.act.router) for site in sites if next(site.act.router.parameters(), None) is not None}
+    named = {cls.__name__ for cls in classes if not cls.per_stack}
+    others = {each for each in model._no_split_modules or () if each not in {cls.__name__ for cls in ROUTERS.values()}}
+    model._no_split_modules = others | named
 
 
 def check_shared(shared: int, sites: list[FfnSite], sizes: list[tuple[int, int]]) -> None:
@@ -235,13 +236,25 @@ class MoefiedMixin:
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
         """As transformers does; a subclass that was not registered for an Auto class is saved as the MoEfied class
         that it extends, as transformers does with subclasses of its own."""
-        saved = self.moefied_class()
-        if is_main_process and not self.is_remote_code():
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            custom_object_save(object.__new__(saved), save_directory, config=self.config)
+        cls, saved, auto_map = type(self), self.moefied_class(), self.config.auto_map
         if not getattr(self, "_hf_peft_config_loaded", False):
-            state_dict = {DENSE_NOTE: torch.zeros(1, dtype=torch.uint8), **(state_dict or self.state_dict())}
-        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            state_dict = self.state_dict() if state_dict is None else state_dict  # empty where another process saves
+            state_dict = {DENSE_NOTE: torch.zeros(1, dtype=torch.uint8), **state_dict}
+        if "_auto_class" not in vars(cls):
+            self.__class__ = saved
+        elif cls is not saved:  # its own file is saved, and not the one that has the other heads
+            stem = saved.__module__.rpartition(".")[2]
+            self.config.auto_map = {k: v for k, v in auto_map.items() if not v.startswith(f"{stem}.")}
+        try:
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        finally:
+            self.__class__ = cls
+
+    def load_adapter(self, *args, **kwargs):
+        found = super().load_adapter(*args, **kwargs)
+        names = dict.fromkeys(name for name, _ in self.named_parameters())
+        warn_of_other_order(self, find_sites(self), names, "")  # type: ignore[arg-type]
+        return found
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         warn_of_other_order(self, find_sites(self), state_dict, prefix)  # type: ignore[arg-type]
@@ -249,10 +262,6 @@ class MoefiedMixin:
         unexpected = args[3]
         if prefix + DENSE_NOTE in unexpected:
             unexpected.remove(prefix + DENSE_NOTE)
-
-    @classmethod
-    def is_remote_code(cls) -> bool:
-        return "_auto_class" in vars(cls)  # not that of the class it extends, whose file does not define it
 
     def _set_gradient_checkpointing(self, *args, **kwargs):
         super()._set_gradient_checkpointing(*args, **kwargs)

@@ -162,7 +162,8 @@ class follow_replacements:
 
     def __call__(self, owner: nn.Module, args: tuple) -> None:
         routed = self.routed
-        if not routed.reads or routed.reads[0] is not self.site.first:
+        followed = torch.compiler.is_compiling() or routed.reads and routed.reads[0] is self.site.first
+        if not followed:
             routed.connect_(self.site.first)
         if routed.compensation is not None and routed.compensated != (down := self.site.down,):
             if routed.outlet is not None:

@@ -245,7 +245,8 @@ class _Calls(threading.local):
 
 def traced(x: torch.Tensor) -> bool:
     """Whether operations on x are being recorded or transformed: what a kernel writes would be a constant there."""
-    return torch.jit.is_tracing() or type(x) not in (torch.Tensor, nn.Parameter) or get_proxy_mode() is not None
+    wrapped = type(x) not in (torch.Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return wrapped or torch.jit.is_tracing() or get_proxy_mode() is not None
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from tiny import TINY, convert, distance, run, tiny_inputs, tiny_model
 
-from moefy_hf import load_checkpoint, moefied_class
+from moefy_hf import load_checkpoint, moefied_class, reroute_
 from moefy_hf.modeling import moefied, needs
 from moefy_hf.modeling.moefied import DENSE_NOTE
 from moefy_hf.modeling.routers import ROUTERS
@@ -63,6 +63,9 @@ def test_a_class_that_extends_a_moefied_one_is_saved_as_what_it_extends(tmp_path
     assert type(loaded).__name__ == "MoefiedLlamaForCausalLM"
     assert loaded.config.auto_map == model.config.auto_map
     assert distance(run(loaded, inputs), run(model, inputs)) == 0
+    assert (
+        type(extended) is Extended and type(load_checkpoint(tmp_path / "extended")).__name__ == type(loaded).__name__
+    )
     again = Extended.from_pretrained(tmp_path / "extended")
     assert torch.equal(again.extra.weight, extended.extra.weight)
 
@@ -80,7 +83,7 @@ def test_a_class_that_its_author_registers_is_saved_with_its_own_file(tmp_path, 
     mine = importlib.import_module("my_model").MyModel.from_pretrained(tmp_path / "moefied")
     mine.save_pretrained(tmp_path / "mine")
     assert (tmp_path / "mine" / "my_model.py").exists()
-    assert mine.config.auto_map["AutoModelForCausalLM"] == "my_model.MyModel"
+    assert mine.config.auto_map == {"AutoModelForCausalLM": "my_model.MyModel"}  # files of other heads are not there
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "mine", trust_remote_code=True)
     assert type(loaded).__name__ == "MyModel"
 
@@ -157,3 +160,23 @@ def test_each_modeling_file_names_all_it_needs_and_asks_for_the_version_first(mo
     code = text.partition('"""')[2].partition('"""')[2]
     assert code.lstrip().startswith("from .needs import")
     assert "moefied" in sys.modules["moefy_hf.modeling"].__dict__
+
+
+def test_a_process_that_only_takes_part_gathers_nothing(tmp_path, monkeypatch):
+    """Of a state that one process holds whole, the others are given an empty one."""
+    model = tiny_model("llama", CAUSAL)
+    convert(model, k=2)
+    monkeypatch.setattr(type(model), "state_dict", lambda *_, **__: pytest.fail("gathers"))
+    model.save_pretrained(tmp_path, is_main_process=False, state_dict={})
+    assert not [*tmp_path.glob("*.safetensors")]
+
+
+def test_a_model_names_the_routers_it_has_for_fsdp():
+    model = tiny_model("llama", CAUSAL)
+    convert(model, k=2)
+    assert {"RandomRouter", "LlamaDecoderLayer"} <= {*model._no_split_modules}
+    reroute_(model, "similarity")
+    assert "SimilarityRouter" in model._no_split_modules and "RandomRouter" not in model._no_split_modules
+    other = tiny_model("llama", CAUSAL)
+    convert(other, k=2, router="pre_gated", calibration=[tiny_inputs("llama")] * 20)
+    assert not [each for each in other._no_split_modules if "Router" in each]  # they hand scores to each other
