@@ -171,6 +171,7 @@ def test_what_cannot_be_permuted_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no adapter 'default'; it has: none that PeftModel has loaded"):
         permute_adapter_(model)
     adapted = trained(model, INPUTS["oft"])
+    adapted.peft_config["default"].base_model_name_or_path = "dense"
     before = {name: each.clone() for name, each in adapted.state_dict().items()}
     with pytest.raises(ValueError, match="oft_R.* mixes neurons.*merge this adapter into the dense model"):
         permute_adapter_(adapted)

@@ -46,9 +46,9 @@ def permute_adapter_(model: PeftModel, adapter_name: str = "default") -> None:
         adapter_name: of the adapter.
 
     Raises:
-        ValueError: the model is not MoEfied, has no such adapter, or one that fits already, does not know the order its neurons had (it was
-            converted by an older version), or the adapter mixes neurons (VeRA, OFT, LoKr on an FFN): merge that into
-            the dense model before conversion. Nothing is changed then.
+        ValueError: the model is not MoEfied, has no such adapter, or one that fits already, does not know the order its
+            neurons had (it was converted by an older version), or the adapter mixes neurons (VeRA, OFT, LoKr on an
+            FFN): merge that into the dense model before conversion. Nothing is changed then.
 
     Example:
         >>> model = PeftModel.from_pretrained(load_checkpoint("my-moe"), "my-lora")
