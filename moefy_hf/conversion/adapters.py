@@ -46,7 +46,7 @@ def permute_adapter_(model: PeftModel, adapter_name: str = "default") -> None:
         adapter_name: of the adapter.
 
     Raises:
-        ValueError: the model is not MoEfied, has no such adapter, or one that fits already, does not know the order its
+        ValueError: the model is not MoEfied, has no such adapter or one that fits already, does not know the order its
             neurons had (it was converted by an older version), or the adapter mixes neurons (VeRA, OFT, LoKr on an
             FFN): merge that into the dense model before conversion. Nothing is changed then.
 
@@ -90,8 +90,9 @@ def permute_adapter(adapter: str | Path, model: PreTrainedModel, output_dir: str
 def check_of_dense(config: PeftConfig, model: Any) -> None:
     """
     Raises:
-        ValueError: the adapter was trained on the MoEfied model, or is permuted already.
+        ValueError: the model is dense, or the adapter was trained on the MoEfied model, or is permuted already.
     """
+    check_moefied(model)
     if is_of_moefied(config, model):
         raise ValueError(
             f"this adapter was trained on, or permuted for, {config.base_model_name_or_path!r}, a MoEfied model: it "
@@ -105,7 +106,6 @@ def permuted_adapter(state: dict[str, torch.Tensor], model: PreTrainedModel) -> 
     Raises:
         ValueError: see `permute_adapter_`.
     """
-    check_moefied(model)
     found = dict(state)
     for site in model.moe_sites():
         for part, path in ffn_linears(site).items():

@@ -22,7 +22,7 @@ def is_of_moefied(config: Any, model: Any) -> bool:
     """Whether an adapter says that it was trained on the MoEfied model, or was permuted for it."""
     base, mapping = config.base_model_name_or_path or "", getattr(config, "auto_mapping", None) or {}
     return (
-        base == model.name_or_path
+        (base != "" and base == model.name_or_path)
         or base.endswith(IN_MEMORY)
         or str(mapping.get("base_model_class", "")).startswith("Moefied")
     )
