@@ -42,8 +42,7 @@ def warn_of_other_order(model: Any, sites: Iterable[FfnSite], state_dict: dict, 
         if any(key.startswith(tuple(linears)) and name in key.split(".") for key in state_dict):
             warnings.warn(
                 f"adapter {name!r} was trained on {config.base_model_name_or_path!r}, and acts on FFNs whose neurons "
-                "are permuted here. "
-                "If that is the dense model, it does not fit as it is: call moefy_hf.permute_adapter_(model) once, or "
-                "run moefy permute-adapter; adapters of this MoEfied model fit",
+                "are permuted here. If that is the dense model, it does not fit as it is: call "
+                "moefy_hf.permute_adapter_(model) once, or run moefy permute-adapter; adapters of this model fit",
                 stacklevel=2,
             )

@@ -242,7 +242,7 @@ class MoefiedMixin:
             state_dict = {DENSE_NOTE: torch.zeros(1, dtype=torch.uint8), **state_dict}
         if "_auto_class" not in vars(cls):
             self.__class__ = saved
-        elif cls is not saved:  # its own file is saved, and not the one that has the other heads
+        elif cls.__module__ != saved.__module__:  # its own file is saved, and not the one that has the other heads
             stem = saved.__module__.rpartition(".")[2]
             self.config.auto_map = {k: v for k, v in auto_map.items() if not v.startswith(f"{stem}.")}
         try:
@@ -327,9 +327,8 @@ class MoefiedMixin:
             ImportError: moefy-hf is not installed: a checkpoint's own files hold no kernels; or Triton is not.
         """
         try:
-            execution = importlib.import_module(
-                "moefy_hf.runtime.execution"
-            )  # a string: no file of this one travels there
+            # a string: no file of this one travels there
+            execution = importlib.import_module("moefy_hf.runtime.execution")
         except ImportError as error:
             raise ImportError(f"implementations come with the package: pip install moefy-hf ({error})") from error
         execution.set_implementation_(self, name)

@@ -180,3 +180,15 @@ def test_a_model_names_the_routers_it_has_for_fsdp():
     other = tiny_model("llama", CAUSAL)
     convert(other, k=2, router="pre_gated", calibration=[tiny_inputs("llama")] * 20)
     assert not [each for each in other._no_split_modules if "Router" in each]  # they hand scores to each other
+
+
+def test_a_class_that_transformers_remakes_keeps_all_heads(tmp_path):
+    """It adds GenerationMixin to custom classes that write a method of it anew."""
+    model = tiny_model("llama", CAUSAL)
+    convert(model, k=2)
+    cls = type(model)
+    model.__class__ = type(cls.__name__, (cls, transformers.GenerationMixin), {**cls.__dict__})
+    heads = {**model.config.auto_map}
+    model.save_pretrained(tmp_path)
+    assert model.config.auto_map == heads and len(heads) > 1
+    assert transformers.AutoConfig.from_pretrained(tmp_path).auto_map == heads
