@@ -21,7 +21,7 @@ _HOMES = {  # public name -> the module that has it, imported when the name is f
     "measure_reach": "conversion.thresholds",
     "model_card": "hub.card",
     "MoEficationCallback": "training.callback",
-    "MoeficationConfig": "config",
+    "MoEficationConfig": "config",
     "moefied_class": "loading",
     "moefy_": "conversion.convert",
     "permute_adapter_": "conversion.adapters",
@@ -44,7 +44,7 @@ __version__ = "0.1.0"
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:  # for editors and type checkers
-    from .config import MoeficationConfig as MoeficationConfig
+    from .config import MoEficationConfig as MoEficationConfig
     from .conversion.adapters import permute_adapter_ as permute_adapter_
     from .conversion.budgets import allocate_budgets as allocate_budgets
     from .conversion.compensation import compensate_ as compensate_

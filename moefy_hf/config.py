@@ -1,35 +1,40 @@
-"""What a conversion is told to do; stored in the model's config.json under "moefication"."""
+"""`MoEficationConfig`: what a conversion is told to do; stored in the model's config.json under "moefication"."""
 
-from dataclasses import asdict, dataclass, field
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from .modeling.allocation import check_selection, count_experts, resolve_selection, setting_name
+from .arguments import about, name_and_number, positive, share_or_count, switch
+from .modeling.allocation import ALLOCATIONS, MEASURED, check_selection, count_experts, resolve_selection, setting_name
 from .modeling.moefied import FORMAT_VERSION
-from .modeling.routers import router_class
+from .modeling.routers import ROUTERS, router_class
+from .modeling.selection import SELECTIONS
 from .splitters import SPLITTERS
+
+AUTO = "auto"  # an allocation that depends on the model and on whether there is data
 
 
 @dataclass
-class MoeficationConfig:
-    """Settings of a conversion.
+class MoEficationConfig:
+    """Settings of a conversion; the same for Python, `moefy convert` and the recipes.
 
     Args:
-        num_experts: experts per FFN; None derives it from `expert_size`.
         expert_size: neurons per expert (the paper uses 32); ignored where `num_experts` is given.
-        splitter: how neurons are grouped: "random", "parameter_clustering", "gate_clustering", "coactivation",
-            "activation_markers", "output_aware".
-        router: what predicts the experts a token needs. Fitted: "linear", "low_rank" (for many small experts),
-            "prior_approximate", "sigmoid", "mlp", "norm_regression", "relu_rmsnorm"; and "pre_gated", one for all
-            layers, so that experts are known ahead. Made of the experts' weights: "analytic", "mean_gate",
-            "partial_input", "similarity"; and "random".
+        num_experts: experts per FFN.
+        splitter: how neurons are grouped, of `SPLITTERS`.
+        router: what predicts the experts that a token needs, of `ROUTERS`.
         router_settings: what the router is made with, instead of its defaults: `{"rank": 64}` of "low_rank",
             `{"hidden": 128}` of "norm_regression", `{"inputs": 0.4}` (share of the FFN's inputs that it reads) of
             "partial_input".
-        selection: `{"type": "top_k", "k": 0.2}`; k is a share of the experts (float), a count (int), or one of these
-            per layer; `"allocation": "sensitivity"` spreads an average k over layers by their measured sensitivity,
-            "angular" by how far they turn the hidden states, "uniform" gives each layer the same. Without
-            "allocation": by sensitivity where there is calibration data.
-            Types "threshold", "top_p" and "level" compute as many experts as a token needs, k on average.
+        k: experts that a token computes: a share of them (float), a count (int), or a list with one of these per
+            layer. Dynamic selections compute k on average. Ignored where `threshold` is given.
+        selection: of `SELECTIONS`: "top_k", or "threshold", "top_p" and "level", which compute as many experts as a
+            token needs. Also the whole selection as `config.json` holds it: `{"type": "top_k", "k": 0.2}`.
+        threshold: of a dynamic selection, instead of a budget k: its `tau`, `p` or `level`; one, or a list.
+        allocation: how the layers share the budget k: "uniform" gives each the same, "sensitivity" more to those whose
+            experts the predictions depend on, "angular" to those that turn the hidden states further (CFSP), "global"
+            is one threshold for all layers. "auto" is by sensitivity where there is data and a head, else uniform.
         shared_experts: how many experts run for every token; `k` counts them. They are made of the neurons that most
             tokens need (CMoE); the splitter groups the others.
         compensation: let an expert that does not run contribute what it does on average when it does not.
@@ -39,19 +44,57 @@ class MoeficationConfig:
 
     Raises:
         ValueError: an unknown name (the valid ones are listed) or a number out of range.
+
+    Example:
+        >>> MoEficationConfig(expert_size=16, k=0.25, allocation="uniform")
     """
 
-    num_experts: int | None = None
-    expert_size: int | None = 32
-    splitter: str = "parameter_clustering"
-    router: str = "linear"
-    router_settings: dict[str, Any] = field(default_factory=dict)
-    selection: dict[str, Any] = field(default_factory=lambda: {"type": "top_k", "k": 0.2})
-    shared_experts: int = 0
-    compensation: bool = False
-    layers: list[int] | None = None
-    calibration_tokens: int = 100_000
-    seed: int = 0
+    expert_size: int | None = field(default=32, metadata=about("neurons per expert", int))
+    num_experts: int | None = field(default=None, metadata=about("experts per FFN, instead of a size", int))
+    splitter: str = field(
+        default="coactivation", metadata=about(f"how neurons are grouped: {', '.join(SPLITTERS)}", str)
+    )
+    router: str = field(
+        default="linear", metadata=about(f"what predicts a token's experts: {', '.join(ROUTERS)}", str)
+    )
+    router_settings: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about(
+            "of the router: rank of low_rank, hidden of norm_regression, inputs of partial_input",
+            name_and_number,
+            nargs="+",
+            metavar="NAME=NUMBER",
+        ),
+    )
+    k: int | float | list = field(
+        default=0.2, metadata=about("share (0.2) or number (4) of experts that a token computes", share_or_count)
+    )
+    selection: str | Mapping[str, Any] = field(
+        default="top_k", metadata=about(f"which experts run: {', '.join(SELECTIONS)}", str)
+    )
+    threshold: float | list[float] | None = field(
+        default=None, metadata=about("of a dynamic selection, instead of k: its tau, p or level", float)
+    )
+    allocation: str = field(
+        default=AUTO,
+        metadata=about(
+            f"how layers share the budget k: {', '.join(ALLOCATIONS)}; auto is sensitivity, where there are data and "
+            "a head, else uniform",
+            str,
+        ),
+    )
+    shared_experts: int = field(default=0, metadata=about("experts that run for every token; k counts them", int))
+    compensation: bool = field(
+        default=False,
+        metadata=about("let experts that do not run contribute what they do on average when they do not", switch),
+    )
+    layers: list[int] | None = field(
+        default=None, metadata=about("positions of the FFNs to convert; all by default", int, nargs="+")
+    )
+    calibration_tokens: int = field(
+        default=50_000, metadata=about("use at most so many tokens of the calibration data", positive)
+    )
+    seed: int = field(default=0, metadata=about("of splits and router fitting", int))
 
     def __post_init__(self):
         if self.num_experts is not None:
@@ -60,21 +103,65 @@ class MoeficationConfig:
             raise ValueError("give num_experts or expert_size")
         if self.splitter not in SPLITTERS:
             raise ValueError(f"unknown splitter {self.splitter!r}; choose from {', '.join(SPLITTERS)}")
+        self.router_settings = dict(self.router_settings)
         router_class(self.router, self.router_settings)
         if not isinstance(self.calibration_tokens, int) or self.calibration_tokens < 1:
             raise ValueError(f"calibration_tokens must be a positive integer, got {self.calibration_tokens!r}")
         shared = self.shared_experts
         if not isinstance(shared, int) or isinstance(shared, bool) or shared < 0:
             raise ValueError(f"shared_experts must be a number of experts, 0 or more, got {shared!r}")
-        check_selection(self.selection)
-        name = setting_name(self.selection["type"])
-        if name not in self.selection:
-            k = self.selection.get("k")
-            for each in k if isinstance(k, list | tuple) and k else [k]:
-                count_experts(each, 2**31)  # finds bad shares, whatever the model
-        elif not isinstance(self.selection[name], list | tuple):
-            resolve_selection(self.selection, [1])
+        if isinstance(self.selection, Mapping):
+            self._take(self.selection)
+        selection = self.selection_section()
+        check_selection(selection)
+        if self.threshold is None:
+            for k in self.k if isinstance(self.k, list | tuple) and self.k else [self.k]:
+                count_experts(k, 2**31)  # finds bad shares, whatever the model
+        elif not isinstance(self.threshold, list | tuple):
+            resolve_selection(selection, [1])
+
+    def _take(self, selection: Mapping[str, Any]) -> None:
+        """Set the four fields from a selection as `config.json` holds it."""
+        check_selection(selection)
+        name = setting_name(selection["type"])
+        self.selection, self.allocation = selection["type"], selection.get("allocation", AUTO)
+        self.threshold = selection.get(name) if name else None
+        self.k = selection.get("k") if self.threshold is None else 0.2  # type: ignore[assignment]  # None is refused
+
+    def selection_section(self) -> dict[str, Any]:
+        """Return the selection as `config.json` and `set_selection` have it, without an allocation that is "auto"."""
+        if self.threshold is not None:
+            name = setting_name(self.selection)
+            if name is None:
+                valid = ", ".join(kind for kind in SELECTIONS if setting_name(kind))
+                raise ValueError(f"threshold {self.threshold!r} is for selections {valid}, not {self.selection!r}")
+            chosen = {"type": self.selection, name: self.threshold}
+        else:
+            chosen = {"type": self.selection, "k": self.k}
+        return chosen if self.allocation == AUTO else {**chosen, "allocation": self.allocation}
 
     def section(self) -> dict[str, Any]:
-        """The `moefication` section of a config.json."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        """Return the `moefication` section of a config.json."""
+        flat = {name: value for name, value in asdict(self).items() if name not in ("k", "threshold", "allocation")}
+        return copy.deepcopy({"format_version": FORMAT_VERSION, **flat, "selection": self.selection_section()})
+
+    def needs(self) -> list[str]:
+        """Name what of this conversion learns from calibration data; empty where none is needed."""
+        uses = {
+            f"splitter {self.splitter!r}": SPLITTERS[self.splitter].needs_profile,
+            f"router {self.router!r}": ROUTERS[self.router].trainable,
+            f'allocation "{self.allocation}"': self.allocation in MEASURED,
+            f"selection {self.selection!r} with a budget k": (
+                setting_name(self.selection) is not None and self.threshold is None
+            ),
+            "shared_experts": self.shared_experts > 0,
+            "compensation": self.compensation,
+        }
+        return [what for what, learns in uses.items() if learns]
+
+    def with_allocation(self, allocation: str) -> "MoEficationConfig":
+        """Return these settings with "auto" decided."""
+        return replace(self, allocation=allocation) if self.allocation == AUTO and self.threshold is None else self
+
+
+SETTINGS = tuple(each.name for each in fields(MoEficationConfig))

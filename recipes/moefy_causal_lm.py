@@ -30,7 +30,7 @@ from run import MODELS, UNUSED, Run, begin_stages, models_of, public
 from stages import write_json
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
-from moefy_hf import MoeficationConfig, export
+from moefy_hf import MoEficationConfig, export
 from moefy_hf.conversion.checks import check_convertible
 from moefy_hf.exporters.export import check_expressible, choose_target
 from moefy_hf.exporters.formats import TARGETS
@@ -133,7 +133,7 @@ def unused_settings() -> dict[str, list[str]]:
 
 
 def save_dense(
-    run: Run, model_args: CausalModelArguments, path: Path, configs: Sequence[MoeficationConfig] = ()
+    run: Run, model_args: CausalModelArguments, path: Path, configs: Sequence[MoEficationConfig] = ()
 ) -> None:
     """The model as it came, once it is known that it can be converted, in all ways that are asked for."""
     model = AutoModelForCausalLM.from_pretrained(

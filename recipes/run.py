@@ -17,8 +17,8 @@ from recovery import check_recovery
 from stages import Stages
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
-from moefy_hf import MoeficationConfig
-from moefy_hf.cli.argument_types import setting
+from moefy_hf import MoEficationConfig
+from moefy_hf.arguments import name_and_number
 from moefy_hf.evaluation.controls import check_control
 from moefy_hf.hub.push import check_repository
 from moefy_hf.io import is_hub_id
@@ -94,7 +94,7 @@ class Run:
         return self.auto.from_pretrained(folder, **kwargs).to(self.training_args.device)
 
     @property
-    def config(self) -> MoeficationConfig:
+    def config(self) -> MoEficationConfig:
         return moefication_config(self.moe_args, self.training_args.seed)
 
     def labels(self) -> dict[str, Any]:
@@ -180,9 +180,9 @@ def models_of(moe_args: MoeficationArguments) -> list[str]:
     return ["dense", "moefied", *recovery, *(["scheduled"] if moe_args.schedule else [])]
 
 
-def moefication_config(moe_args: MoeficationArguments, seed: int) -> MoeficationConfig:
+def moefication_config(moe_args: MoeficationArguments, seed: int) -> MoEficationConfig:
     selection = {"type": "top_k", "k": moe_args.share, "allocation": moe_args.allocation}
-    return MoeficationConfig(
+    return MoEficationConfig(
         num_experts=moe_args.num_experts,
         expert_size=moe_args.expert_size,
         splitter=moe_args.splitter,
@@ -202,7 +202,7 @@ def router_settings(moe_args: MoeficationArguments) -> dict[str, int | float]:
         ValueError: one that is no NAME=NUMBER.
     """
     try:
-        return dict(map(setting, moe_args.router_settings or []))
+        return dict(map(name_and_number, moe_args.router_settings or []))
     except ArgumentTypeError as error:
         raise ValueError(f"router_settings: {error}") from None
 

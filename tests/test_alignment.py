@@ -9,7 +9,7 @@ from batches import text_batches
 from tiny import convert, tiny_model
 
 from moefy_hf import (
-    MoeficationConfig,
+    MoEficationConfig,
     allocate_budgets,
     compensate_,
     evaluate,
@@ -21,7 +21,7 @@ from moefy_hf import (
     reroute_,
 )
 from moefy_hf.analysis import prune
-from moefy_hf.conversion import convert as conversion
+from moefy_hf.conversion import pipeline
 from moefy_hf.conversion.compensation import means_of_dropped
 from moefy_hf.conversion.expert_matching import aligned_orders, correlation
 from moefy_hf.conversion.fit_routers import _mean_shares
@@ -73,18 +73,18 @@ def planted(shared: int = 0, head: str = "AutoModel"):
     return model, permutations
 
 
-def as_they_lie(**changes) -> MoeficationConfig:
+def as_they_lie(**changes) -> MoEficationConfig:
     selection = {"type": "top_k", "k": 1, "allocation": "uniform"}
-    return MoeficationConfig(num_experts=EXPERTS, router="pre_gated", **({"selection": selection} | changes))
+    return MoEficationConfig(num_experts=EXPERTS, router="pre_gated", **({"selection": selection} | changes))
 
 
 @pytest.fixture
 def lying(monkeypatch):
     """A splitter that leaves neurons where they are."""
-    splitters = dict(conversion.SPLITTERS)
+    splitters = dict(pipeline.SPLITTERS)
     kind = type(splitters["random"])
     splitters["random"] = kind(lambda weights, *_: torch.arange(weights.down.shape[1]), needs_profile=False)
-    monkeypatch.setattr(conversion, "SPLITTERS", splitters)
+    monkeypatch.setattr(pipeline, "SPLITTERS", splitters)
 
 
 def test_correlation_is_that_of_columns():
@@ -152,7 +152,7 @@ def test_one_router_finds_the_planted_experts_of_all_layers(lying, monkeypatch):
         assert fit.random == pytest.approx(1 / EXPERTS) and fit.best_epoch == report.fits[0].best_epoch > 0
         assert fit.captured > 0.9 * fit.oracle > fit.random
     # were experts left as they lie, one choice could serve one layer only
-    monkeypatch.setattr(conversion, "aligned_orders", lambda sites, orders, *_: orders)
+    monkeypatch.setattr(pipeline, "aligned_orders", lambda sites, orders, *_: orders)
     other, _ = planted()
     unaligned = moefy_(other, as_they_lie(splitter="random"), BATCHES, progress=False)
     pairs = list(zip(report.fits, unaligned.fits, strict=True))
@@ -180,7 +180,7 @@ def test_a_reroute_that_fails_moves_nothing(monkeypatch):
     convert(model, router="random", expert_size=SIZE)
     before = copy.deepcopy(model.state_dict())
     with profile(model, BATCHES, progress=False) as found:
-        monkeypatch.setattr("moefy_hf.conversion.reroute.fit_routers", lambda *_, **__: pytest.fail("planted"))
+        monkeypatch.setattr("moefy_hf.conversion.pipeline.fit_routers", lambda *_, **__: pytest.fail("planted"))
         with pytest.raises(pytest.fail.Exception, match="planted"):
             reroute_(model, "pre_gated", found, progress=False)
     assert model.state_dict().keys() == before.keys()
@@ -194,7 +194,7 @@ def pre_gated(head: str = "AutoModelForSequenceClassification", k=2):
     """Three layers of BERT, neither fitted nor aligned, that choose differently by each other's inputs."""
     torch.manual_seed(0)
     model = tiny_model("bert", head, num_hidden_layers=LAYERS)
-    conversion.install_routers_(model, as_they_lie().section())
+    pipeline.install_routers_(model, as_they_lie().section())
     model.set_selection(type="top_k", k=k, allocation="uniform")
     with torch.no_grad():
         model.moe_sites()[0].act.router.weight.normal_()

@@ -14,7 +14,7 @@ from tiny import DECODER, ENCODER, T5, convert, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moefy_hf import MoeficationConfig, model_card, moefy_
+from moefy_hf import MoEficationConfig, model_card, moefy_
 from moefy_hf.bench import PRESETS, Settings, bench_ffns, bench_model, end_to_end, ffns, layers, timing
 from moefy_hf.bench import models as whole
 from moefy_hf.bench import settings as module
@@ -113,7 +113,7 @@ def test_cold_weights_are_many_layers_and_warm_ones_a_single_one(little, monkeyp
 def test_a_checkpoint_has_its_own_ffns(little, tmp_path, router, monkeypatch):
     monkeypatch.setattr(ffns, "COLD_BYTES", 0)
     model = tiny_model("llama-without-biases", "AutoModelForCausalLM")
-    config = MoeficationConfig(expert_size=8, splitter="random", selection={"type": "top_k", "k": [1, 2]})
+    config = MoEficationConfig(expert_size=8, splitter="random", selection={"type": "top_k", "k": [1, 2]})
     config.router = "similarity"
     moefy_(model, config, progress=False)
     model.save_pretrained(tmp_path / "moe")
@@ -139,7 +139,7 @@ def test_a_checkpoint_has_its_own_ffns(little, tmp_path, router, monkeypatch):
 def test_ffns_that_do_not_run_alone_are_refused(tmp_path):
     model = tiny_model("llama-without-biases", "AutoModelForCausalLM")
     selection = {"type": "top_k", "k": 2, "allocation": "uniform"}
-    config = MoeficationConfig(expert_size=8, splitter="random", router="pre_gated", selection=selection)
+    config = MoEficationConfig(expert_size=8, splitter="random", router="pre_gated", selection=selection)
     moefy_(model, config, text_batches(20, rows=8, length=16), progress=False)
     model.save_pretrained(tmp_path / "moe")
     with pytest.raises(ValueError, match="one router for all layers, so that none runs alone"):
@@ -163,7 +163,7 @@ def test_every_form_of_ffn(little, monkeypatch, tmp_path, name, settings, dtype)
     model = tiny_model(name, "AutoModelForSeq2SeqLM" if name.startswith("t5") else "AutoModel")
     batches = text_batches(6, labels="seq2seq" if name.startswith("t5") else None)
     selection = {"type": "top_k", "k": 2, "allocation": "uniform"}
-    config = MoeficationConfig(expert_size=8, **({"selection": selection} | SETTINGS[settings]))
+    config = MoEficationConfig(expert_size=8, **({"selection": selection} | SETTINGS[settings]))
     moefy_(model, config, batches, progress=False)
     model.save_pretrained(tmp_path / "moe")
     given = Settings(checkpoint=str(tmp_path / "moe"), rounds=1, dtype=dtype)

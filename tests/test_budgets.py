@@ -7,7 +7,7 @@ import torch
 from batches import text_batches
 from tiny import distance, run, tiny_inputs, tiny_model
 
-from moefy_hf import MoeficationConfig, allocate_budgets, moefied_class, moefy_
+from moefy_hf import MoEficationConfig, allocate_budgets, moefied_class, moefy_
 from moefy_hf.conversion.budgets import GRID, measure_sensitivity
 
 HEAD, LAYERS, EXPERTS = "AutoModelForSequenceClassification", 3, 12
@@ -17,7 +17,7 @@ def routed(name: str = "bert", head: str = HEAD, k=0.5, **changes):
     """Three layers of 12 experts with random routers."""
     model = tiny_model(name, head, num_hidden_layers=LAYERS, **changes)
     selection = {"type": "top_k", "k": k, "allocation": "uniform"}
-    moefy_(model, MoeficationConfig(expert_size=4, splitter="random", router="random", selection=selection))
+    moefy_(model, MoEficationConfig(expert_size=4, splitter="random", router="random", selection=selection))
     return model
 
 
@@ -170,6 +170,6 @@ def test_one_expert_is_nothing_to_measure():
     model = tiny_model("bert", HEAD)
     moefy_(
         model,
-        MoeficationConfig(num_experts=1, splitter="random", router="random", selection={"type": "top_k", "k": 1}),
+        MoEficationConfig(num_experts=1, splitter="random", router="random", selection={"type": "top_k", "k": 1}),
     )
     assert allocate_budgets(model, text_batches(1), 1, progress=False) == [1, 1]

@@ -15,7 +15,7 @@ from tiny import tiny_model
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from moefy_hf import MoEficationCallback, MoeficationConfig, Phase, find_sites, moefy_, relufy_
+from moefy_hf import MoEficationCallback, MoEficationConfig, Phase, find_sites, moefy_, relufy_
 from moefy_hf.modeling.moefied import is_moefied
 from moefy_hf.training.monitor import RoutingMonitor
 
@@ -71,7 +71,7 @@ def trainer_for(model, folder, callback, name: str = "bert", **settings) -> Trai
 
 
 def callback_for(schedule=SCHEDULE, calibration=None, **changes) -> MoEficationCallback:
-    return MoEficationCallback(MoeficationConfig(**{**CONFIG, **changes}), calibration, schedule)
+    return MoEficationCallback(MoEficationConfig(**{**CONFIG, **changes}), calibration, schedule)
 
 
 class Watch(transformers.TrainerCallback):
@@ -232,7 +232,7 @@ def test_given_calibration_is_used(tmp_path):
 
 def test_a_converted_model_is_fine_tuned_at_its_budget(tmp_path):
     model = dense_model()
-    moefy_(model, MoeficationConfig(**FIXED))
+    moefy_(model, MoEficationConfig(**FIXED))
     before, watch = copy.deepcopy(model.config.moefication), Watch()
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     trainer = trainer_for(model, tmp_path, callback_for(), learning_rate=1e-5)
@@ -246,7 +246,7 @@ def test_a_converted_model_is_fine_tuned_at_its_budget(tmp_path):
 
 def test_a_lora_of_a_converted_model(tmp_path):
     model = dense_model()
-    moefy_(model, MoeficationConfig(**FIXED))
+    moefy_(model, MoEficationConfig(**FIXED))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     lora = peft.LoraConfig(target_modules=["query", "intermediate.dense", "output.dense"], r=2)
     trainer = trainer_for(peft.get_peft_model(model, lora), tmp_path, callback_for())
@@ -370,7 +370,7 @@ def test_figures_of_an_unknown_budget_and_of_no_expert_are_numbers():
 def moefied_at_level(level: float):
     """In training mode; nobody has measured what it spends."""
     model = dense_model()
-    moefy_(model, MoeficationConfig(**{**FIXED, "selection": {"type": "level", "level": level}}))
+    moefy_(model, MoEficationConfig(**{**FIXED, "selection": {"type": "level", "level": level}}))
     return model.train()
 
 
@@ -401,7 +401,7 @@ def test_sharded_parameters_are_refused_with_a_way_out(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="DeepSpeed keeps parameters in shards or copies.*convert the model first"):
         callback_for().on_init_end(args, None, None, model=dense_model())
     converted = dense_model()
-    moefy_(converted, MoeficationConfig(**FIXED))
+    moefy_(converted, MoEficationConfig(**FIXED))
     callback_for().on_init_end(args, None, None, model=converted)  # nothing will be permuted
 
 
@@ -491,7 +491,7 @@ def test_routers_of_other_settings_are_refused(whole, tmp_path):
 
 def test_one_callback_for_two_models(tmp_path):
     callback, converted = callback_for(), dense_model()
-    moefy_(converted, MoeficationConfig(**FIXED))
+    moefy_(converted, MoEficationConfig(**FIXED))
     trainer_for(converted, tmp_path, callback).train()
     trainer = trainer_for(dense_model(), tmp_path, callback)
     trainer.train()
@@ -560,7 +560,7 @@ def test_an_optimizer_that_is_tried_is_not_changed(optim, tmp_path, monkeypatch)
 
 def test_a_schedule_without_a_split_takes_any_optimizer(tmp_path):
     model = dense_model()
-    moefy_(model, MoeficationConfig(**{**FIXED, "selection": {"type": "top_k", "k": 2, "allocation": "uniform"}}))
+    moefy_(model, MoEficationConfig(**{**FIXED, "selection": {"type": "top_k", "k": 2, "allocation": "uniform"}}))
     trainer = trainer_for(model, tmp_path, callback_for(), optim="adafactor", max_steps=2)
     trainer.train()
     assert trainer.state.global_step == 2

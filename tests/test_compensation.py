@@ -6,7 +6,7 @@ import torch
 from batches import text_batches
 from tiny import convert, distance, run, tiny_inputs, tiny_model
 
-from moefy_hf import MoeficationConfig, compensate_, measure_reach, moefy_, profile
+from moefy_hf import MoEficationConfig, compensate_, measure_reach, moefy_, profile
 from moefy_hf.conversion.compensation import means_of_dropped
 
 NAMES = ["bert", "gpt2", "llama", "phi3", "t5", "t5-gated"]
@@ -20,7 +20,7 @@ def batches_of(name: str) -> list:
 def compensated(name: str, **settings):
     model = tiny_model(name, HEAD.get(name, "AutoModel"))
     selection = {"type": "top_k", "k": 2, "allocation": "uniform"}
-    config = MoeficationConfig(expert_size=8, selection=selection, compensation=True, **settings)
+    config = MoEficationConfig(expert_size=8, selection=selection, compensation=True, **settings)
     moefy_(model, config, batches_of(name), progress=False)
     return model
 
@@ -91,7 +91,7 @@ def test_it_reduces_the_error_of_a_biased_ffn():
         inputs = tiny_inputs("bert")
         expected = run(dense, inputs)
         selection = {"type": "top_k", "k": 2, "allocation": "uniform"}
-        config = MoeficationConfig(expert_size=8, selection=selection, compensation=compensation)
+        config = MoEficationConfig(expert_size=8, selection=selection, compensation=compensation)
         moefy_(dense, config, batches_of("bert"), progress=False)
         errors.append(distance(run(dense, inputs), expected))
     assert errors[1] < errors[0] / 2

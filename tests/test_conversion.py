@@ -12,8 +12,8 @@ from batches import real_count, text_batches
 from tiny import TINY, distance, run, tiny_inputs, tiny_model
 from torch import nn
 
-from moefy_hf import MoeficationConfig, find_sites, moefied_class, moefy_, profile
-from moefy_hf.conversion import convert as conversion
+from moefy_hf import MoEficationConfig, find_sites, moefied_class, moefy_, profile
+from moefy_hf.conversion import pipeline
 from moefy_hf.modeling.moefied import MoefiedMixin
 from moefy_hf.modeling.routers import ROUTERS
 from moefy_hf.splitters import SPLITTERS, Splitter
@@ -39,9 +39,9 @@ def data(name: str = "bert", count: int = 6, **kwargs) -> list[dict]:
     return text_batches(count, labels=LABELS.get(KEYS[name], "causal"), classes=2, **kwargs)
 
 
-def settings(k=0.5, allocation=None, **changes) -> MoeficationConfig:
+def settings(k=0.5, allocation=None, **changes) -> MoEficationConfig:
     selection = {"type": "top_k", "k": k, **({"allocation": allocation} if allocation else {})}
-    return MoeficationConfig(**{"expert_size": SIZE, "splitter": "random", "selection": selection, **changes})
+    return MoEficationConfig(**{"expert_size": SIZE, "splitter": "random", "selection": selection, **changes})
 
 
 def state_of(model: nn.Module) -> dict:
@@ -249,7 +249,7 @@ def test_routers_stay_float32_and_frozen():
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_routers_start_at_their_experts(name, monkeypatch):
     """Centres of the rows as permuted (gate rows where there is a gate); the MLP's second matrix is the identity."""
-    monkeypatch.setattr(conversion, "fit_routers", lambda *args, **kwargs: [])
+    monkeypatch.setattr(pipeline, "fit_routers", lambda *args, **kwargs: [])
     for router, weight in (("linear", "weight"), ("mlp", "proj_in"), ("similarity", "centres")):
         model = build(name)
         moefy_(model, settings(router=router, allocation="uniform"), data(name), progress=False)
@@ -268,7 +268,7 @@ def test_default_settings_are_used_without_any():
     model = tiny_model("bert", KEYS["bert"], intermediate_size=128)
     report = moefy_(model, calibration=data(count=10), progress=False)
     assert report.experts == [4, 4] and sum(report.k) == 2
-    assert model.config.moefication["splitter"] == "parameter_clustering"
+    assert model.config.moefication["splitter"] == "coactivation"
 
 
 # ---- what is refused, and that nothing was changed
@@ -502,7 +502,7 @@ def test_hidden_states_are_recorded_as_before(name):
     model, inputs = tiny_model(name).eval(), tiny_inputs(name)
     with torch.no_grad():
         before = model(**inputs, output_hidden_states=True, output_attentions=False)
-        moefy_(model, MoeficationConfig(expert_size=SIZE, **FREE, selection={"type": "top_k", "k": 1.0}))
+        moefy_(model, MoEficationConfig(expert_size=SIZE, **FREE, selection={"type": "top_k", "k": 1.0}))
         after = model(**inputs, output_hidden_states=True, output_attentions=False)
     assert before.keys() == after.keys()
     for key in before:

@@ -11,7 +11,7 @@ import transformers
 from batches import text_batches
 from tiny import tiny_model
 
-from moefy_hf import MoeficationConfig, Sweep, allocate_budgets, evaluate, fit_routers, moefy_, profile
+from moefy_hf import MoEficationConfig, Sweep, allocate_budgets, evaluate, fit_routers, moefy_, profile
 from moefy_hf.evaluation.controls import CONTROLS, control_router, routed_by
 from moefy_hf.evaluation.plots import spread_of
 from moefy_hf.evaluation.sweep import chunks_of, local_figures
@@ -36,7 +36,7 @@ def routed(name: str = "bert", head: str | None = None, layers=None, allocation=
     selection = {"type": "top_k", "k": 0.5, "allocation": allocation}
     moefy_(
         model,
-        MoeficationConfig(expert_size=SIZE, splitter="random", router="random", selection=selection, layers=layers),
+        MoEficationConfig(expert_size=SIZE, splitter="random", router="random", selection=selection, layers=layers),
     )
     return model, dense
 
@@ -183,7 +183,7 @@ def test_token_labels_are_shifted_for_causal_models_only():
         changes = {"is_decoder": True} if (name, causal) == ("bert", True) else {}
         dense = tiny_model(name, head, num_labels=99, **changes)
         model = copy.deepcopy(dense)
-        moefy_(model, MoeficationConfig(expert_size=SIZE, splitter="random", router="random"))
+        moefy_(model, MoEficationConfig(expert_size=SIZE, splitter="random", router="random"))
         for each in (dense, model):
             assert is_causal(each) is causal
         with selecting(model, k=1.0), torch.no_grad():
@@ -551,7 +551,7 @@ def test_a_model_whose_code_came_with_its_checkpoint(tmp_path):
     assert ours.facts == theirs.facts and ours.rows[1]["ffn_flops"] < 1
     assert ours.rows == theirs.rows
     with pytest.raises(ValueError, match="MoEfied already"):
-        moefy_(loaded, MoeficationConfig(expert_size=SIZE, splitter="random", router="random"))
+        moefy_(loaded, MoEficationConfig(expert_size=SIZE, splitter="random", router="random"))
     with profile(model, data(), progress=False) as a, profile(loaded, data(), progress=False) as b:
         for site, x, y in zip(loaded.moe_sites(), a.sites, b.sites, strict=True):
             assert torch.equal(x.inputs, y.inputs)

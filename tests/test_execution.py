@@ -15,7 +15,7 @@ from tiny import NAMES, convert, distance, run, tiny_inputs, tiny_model
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moefy_hf import MoeficationConfig, evaluate, moefy_, profile
+from moefy_hf import MoEficationConfig, evaluate, moefy_, profile
 from moefy_hf.modeling.router_base import Router
 from moefy_hf.modeling.routers import ROUTERS
 from moefy_hf.runtime import execution
@@ -144,7 +144,7 @@ def test_selections_shared_experts_and_compensation(
     name, router, selection, shared, compensated, implementation, monkeypatch
 ):
     model = tiny_model(name)
-    config = MoeficationConfig(
+    config = MoEficationConfig(
         expert_size=8, splitter="random", router=router, selection={"type": "top_k", "k": 3}, shared_experts=shared
     )
     moefy_(model, config, text_batches(2))
@@ -168,7 +168,7 @@ def test_selections_shared_experts_and_compensation(
 def test_every_router_and_dynamic_selection(selection, router, monkeypatch):
     """In the kernel's call where the router is one or two matrices, by torch otherwise; each token scored once."""
     model, inputs = tiny_model("llama"), tiny_inputs("llama")
-    moefy_(model, MoeficationConfig(expert_size=8, splitter="random", router=router), text_batches(2))
+    moefy_(model, MoEficationConfig(expert_size=8, splitter="random", router=router), text_batches(2))
     select(model.requires_grad_(False), selection, router)
     masked, found, scored = run(model, inputs), calls(monkeypatch), scorings(monkeypatch)
     model.set_moe_implementation("cpu")
@@ -216,7 +216,7 @@ def test_bfloat16(name, router_dtype, selection):
 
 def test_a_router_that_lies_otherwise_is_run_by_torch():
     model, inputs = tiny_model("llama"), tiny_inputs("llama")
-    moefy_(model, MoeficationConfig(expert_size=8, splitter="random", router="low_rank"), text_batches(2))
+    moefy_(model, MoEficationConfig(expert_size=8, splitter="random", router="low_rank"), text_batches(2))
     select(model.requires_grad_(False), "top_k", "low_rank")
     model.set_moe_implementation("cpu")
     before = run(model, inputs)
@@ -336,7 +336,7 @@ def test_auto_leaves_many_tokens_of_fine_experts_to_dense(dtype, monkeypatch):
 @pytest.mark.parametrize("selection", ["top_k", "threshold"])
 def test_auto_runs_fine_experts_token_by_token(selection, monkeypatch):
     model, inputs = tiny_model("llama"), tiny_inputs("llama")
-    moefy_(model, MoeficationConfig(expert_size=1, splitter="random", router="random"))
+    moefy_(model, MoEficationConfig(expert_size=1, splitter="random", router="random"))
     settings = {"k": 0.6} if selection == "top_k" else {"type": selection, "tau": 0.9}
     model.requires_grad_(False).set_selection(**settings)
     model.set_moe_implementation("auto")
@@ -451,7 +451,7 @@ def test_threads_may_share_a_model():
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_generation_is_the_same(selection, router, monkeypatch):
     model = tiny_model("llama", "AutoModelForCausalLM", use_cache=True)
-    moefy_(model, MoeficationConfig(expert_size=8, splitter="random", router=router), text_batches(2))
+    moefy_(model, MoEficationConfig(expert_size=8, splitter="random", router=router), text_batches(2))
     select(model, selection, router)
     prompt = tiny_inputs("llama")["input_ids"][:1, :4]
     masked = model.generate(prompt, do_sample=False, max_new_tokens=12)

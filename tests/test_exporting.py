@@ -9,7 +9,7 @@ from batches import text_batches
 from tiny import convert, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM
 
-from moefy_hf import MoeficationConfig, export, moefy_
+from moefy_hf import MoEficationConfig, export, moefy_
 from moefy_hf.exporters.formats import TARGETS
 
 PAIRS = [(source, name) for name, target in TARGETS.items() for source in target.sources]
@@ -30,7 +30,7 @@ def route(model, k=2, router: str = "linear", layers: list[int] | None = None):
     selection = {"type": "top_k", "k": k, "allocation": "uniform"}
     settings = {"expert_size": 8, "splitter": "random", "calibration_tokens": 300, "layers": layers}
     batches = None if router == "random" else text_batches(8)
-    moefy_(model, MoeficationConfig(router=router, selection=selection, **settings), batches, progress=False)
+    moefy_(model, MoEficationConfig(router=router, selection=selection, **settings), batches, progress=False)
     return model
 
 
@@ -105,7 +105,7 @@ def test_llama4_is_exact_where_a_softmax_is_not(tmp_path):
         "selection": {"type": "top_k", "k": 32, "allocation": "uniform"},
     }
     moefy_(
-        model, MoeficationConfig(router="linear", calibration_tokens=300, **settings), text_batches(8), progress=False
+        model, MoEficationConfig(router="linear", calibration_tokens=300, **settings), text_batches(8), progress=False
     )
     ids = torch.randint(3, 99, (16, 32), generator=torch.Generator().manual_seed(1))
     found = {}

@@ -5,7 +5,7 @@ import torch
 from batches import text_batches
 from tiny import tiny_model
 
-from moefy_hf import MoeficationConfig, find_sites, moefy_
+from moefy_hf import MoEficationConfig, find_sites, moefy_
 from moefy_hf.measure.flops import ModelFlops, ffn_flops, model_flops, routed_flops
 from moefy_hf.modeling.routers import ROUTERS
 
@@ -15,7 +15,7 @@ D, F, EXPERTS, VOCAB, LAYERS = 16, 48, 6, 99, 2
 def routed(name: str, head: str = "AutoModel", router: str = "random", k=1.0, **changes):
     model = tiny_model(name, head, **changes)
     selection = {"type": "top_k", "k": k, "allocation": "uniform"}
-    moefy_(model, MoeficationConfig(num_experts=EXPERTS, splitter="random", router=router, selection=selection))
+    moefy_(model, MoEficationConfig(num_experts=EXPERTS, splitter="random", router=router, selection=selection))
     return model
 
 
@@ -37,7 +37,7 @@ def test_ffn_of_different_widths():
 @pytest.mark.parametrize(("name", "matrices"), [("bert", 2), ("llama", 3)])
 def test_routed(name, matrices, router):
     model = tiny_model(name)
-    config = MoeficationConfig(num_experts=EXPERTS, splitter="random", router="random")
+    config = MoEficationConfig(num_experts=EXPERTS, splitter="random", router="random")
     moefy_(model, config)
     site = model.moe_sites()[0]
     site.act.router = ROUTERS[router].of(site.weights(), EXPERTS)
@@ -109,7 +109,7 @@ def test_a_router_that_begins_experts_beside_shared_ones():
     model = tiny_model("llama")
     selection = {"type": "top_k", "k": 4, "allocation": "uniform"}
     settings = {"splitter": "random", "router": "partial_input", "selection": selection}
-    moefy_(model, MoeficationConfig(num_experts=EXPERTS, **settings))
+    moefy_(model, MoEficationConfig(num_experts=EXPERTS, **settings))
     for site in model.moe_sites():
         site.act.shared, site.act.router.num_experts = 2, EXPERTS - 2
         site.act.router.shared = 2

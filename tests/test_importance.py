@@ -8,7 +8,7 @@ import torch
 from batches import text_batches
 from tiny import NAMES, convert, distance, run, tiny_inputs, tiny_model
 
-from moefy_hf import MoeficationConfig, allocate_budgets, evaluate, measure_reach, moefied_class, moefy_, reroute_
+from moefy_hf import MoEficationConfig, allocate_budgets, evaluate, measure_reach, moefied_class, moefy_, reroute_
 from moefy_hf.conversion.budgets import COMPARING_PREDICTIONS, MEASURES
 from moefy_hf.conversion.importance import angular_distance, measure_angles
 from moefy_hf.conversion.replay import block_of
@@ -130,7 +130,7 @@ def test_survives_saving(tmp_path):
 @pytest.mark.parametrize("shared", [0, 3])
 def test_a_model_without_head_is_converted_by_it(shared):
     model = dense()
-    config = MoeficationConfig(
+    config = MoEficationConfig(
         expert_size=4, splitter="random", router="random", selection={**ANGULAR, "k": 0.3}, shared_experts=shared
     )
     report = moefy_(model, config, text_batches(8), progress=False)
@@ -145,7 +145,7 @@ def test_a_model_without_head_is_converted_by_it(shared):
 @pytest.mark.parametrize("kind", DYNAMIC)
 def test_dynamic_selections_spend_it_on_average(kind):
     model = dense()
-    config = MoeficationConfig(expert_size=4, splitter="random", router="linear", selection={**ANGULAR, "type": kind})
+    config = MoEficationConfig(expert_size=4, splitter="random", router="linear", selection={**ANGULAR, "type": kind})
     moefy_(model, config, text_batches(8), progress=False)
     dynamic = [site.act.k for site in model.moe_sites()]
     assert {type(site.act.selection) for site in model.moe_sites()} == {SELECTIONS[kind]}
@@ -201,7 +201,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match='allocate_budgets.model, data, allocation="angular"'):
         model.set_selection(allocation="angular")
     assert (model.config.moefication, counts(model)) == before
-    config = MoeficationConfig(expert_size=4, splitter="random", router="random", selection=ANGULAR)
+    config = MoEficationConfig(expert_size=4, splitter="random", router="random", selection=ANGULAR)
     with pytest.raises(ValueError, match='data is missing: allocation "angular" learns'):
         moefy_(tiny_model("llama"), config)
 

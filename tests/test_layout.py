@@ -16,6 +16,7 @@ FLOORS = [  # from the ground up: a room uses those below it
     {"data", "io", "loading"},
     {"measure", "runtime"},
     {"analysis", "exporters", "splitters"},
+    {"arguments"},
     {"config"},
     {"conversion"},
     {"evaluation", "training"},

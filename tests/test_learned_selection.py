@@ -12,7 +12,7 @@ from test_callback import Rows, StopAt, callback_for, dense_model, losses_of, sa
 from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from moefy_hf import LearnedSelectionCallback, MoeficationConfig, Phase, find_sites, load_checkpoint, moefy_
+from moefy_hf import LearnedSelectionCallback, MoEficationConfig, Phase, find_sites, load_checkpoint, moefy_
 
 STEPS, TAU = 12, 0.5
 EXPERTS, SIZE = 6, 8
@@ -23,7 +23,7 @@ def moefied(name: str = "bert", seed: int = 0, router: str = "sigmoid", dropout:
     """With routers as calibration leaves them."""
     model = dense_model(name, dropout, seed=seed)
     settings = {"selection": {"type": "top_k", "k": 3, "allocation": "uniform"}, **settings}
-    config = MoeficationConfig(expert_size=SIZE, splitter="random", router=router, **settings)
+    config = MoEficationConfig(expert_size=SIZE, splitter="random", router=router, **settings)
     ids = torch.randint(3, 99, (64, 12), generator=torch.Generator().manual_seed(1))
     moefy_(model, config, [{"input_ids": ids}], progress=False)
     return model.train()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from batches import text_batches
 from tiny import tiny_model
 
-from moefy_hf import MoeficationConfig, evaluate, find_sites, moefy_
+from moefy_hf import MoEficationConfig, evaluate, find_sites, moefy_
 from moefy_hf.evaluation.baselines import left_out, places_at, places_of
 from moefy_hf.evaluation.controls import BASELINES
 from moefy_hf.measure.flops import ffn_flops
@@ -26,7 +26,7 @@ def routed(name: str):
     dense = tiny_model(name, HEADS[name][0])
     model = copy.deepcopy(dense)
     selection = {"type": "top_k", "k": 3}
-    moefy_(model, MoeficationConfig(expert_size=8, splitter="random", router="random", selection=selection))
+    moefy_(model, MoEficationConfig(expert_size=8, splitter="random", router="random", selection=selection))
     return model, dense
 
 
@@ -154,7 +154,7 @@ def test_beside_shared_experts_and_means():
     for settings in ({}, {"shared_experts": 1, "compensation": True}):
         model = tiny_model("llama", "AutoModelForCausalLM")
         selection = {"type": "top_k", "k": 3, "allocation": "uniform"}
-        config = MoeficationConfig(expert_size=8, splitter="random", router="random", selection=selection, **settings)
+        config = MoEficationConfig(expert_size=8, splitter="random", router="random", selection=selection, **settings)
         moefy_(model, config, batches, progress=False)
         evaluated = {"controls": ["wina"], "calibration": batches, "local_tokens": 0, "progress": False}
         rows.append(evaluate(model, batches[:4], [0.5], **evaluated).rows[-1])

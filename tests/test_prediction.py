@@ -9,7 +9,7 @@ from batches import text_batches
 from test_cli import number_tokenizer
 from tiny import tiny_model
 
-from moefy_hf import MoeficationConfig, evaluate, moefy_
+from moefy_hf import MoEficationConfig, evaluate, moefy_
 from moefy_hf.cli.main import main
 from moefy_hf.data import split_off
 from moefy_hf.evaluation.quality_check import Prediction, predict_quality
@@ -42,7 +42,7 @@ def sharp(hidden_act: str = "silu"):
 
 def converted(model, k: float = 0.25, router: str = "random", **settings):
     selection = {"type": "top_k", "k": k, **settings}
-    moefy_(model, MoeficationConfig(expert_size=16, splitter="random", router=router, selection=selection))
+    moefy_(model, MoEficationConfig(expert_size=16, splitter="random", router=router, selection=selection))
     return model
 
 
@@ -84,7 +84,7 @@ def test_a_larger_budget_that_is_enough_is_named():
     batches = learned(model)
     moefy_(
         model,
-        MoeficationConfig(num_experts=48, splitter="random", router="random", selection={"type": "top_k", "k": 1}),
+        MoEficationConfig(num_experts=48, splitter="random", router="random", selection={"type": "top_k", "k": 1}),
     )
     found = predict_quality(model, batches, progress=False)
     sweep = evaluate(model, batches, [0.3, 0.5, 0.7, 0.9], controls=[], local_tokens=0, progress=False)

@@ -7,14 +7,14 @@ import torch
 from batches import text_batches
 from tiny import tiny_model
 
-from moefy_hf import MoeficationConfig, measure_reach, moefy_, profile, reroute_
+from moefy_hf import MoEficationConfig, measure_reach, moefy_, profile, reroute_
 from moefy_hf.modeling.routers import ROUTERS
 
 
-def config(router: str, **changes) -> MoeficationConfig:
+def config(router: str, **changes) -> MoEficationConfig:
     settings = {"expert_size": 8, "splitter": "gate_clustering", "shared_experts": 1, "seed": 3}
     selection = {"type": "top_k", "k": 0.5, "allocation": "uniform"}
-    return MoeficationConfig(router=router, **({"selection": selection} | settings | changes))
+    return MoEficationConfig(router=router, **({"selection": selection} | settings | changes))
 
 
 @pytest.fixture(scope="module")

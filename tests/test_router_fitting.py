@@ -8,7 +8,7 @@ from batches import real_count, text_batches
 from tiny import tiny_config, tiny_model
 
 from moefy_hf import (
-    MoeficationConfig,
+    MoEficationConfig,
     find_sites,
     fit_routers,
     measure_reach,
@@ -33,7 +33,7 @@ def routed_bert(router: str, planted: bool = False, seed: int = 0):
     dense = tiny_model("bert", **changes)
     config = tiny_config("bert", **changes)
     selection = {"type": "top_k", "k": 1.0}
-    config.moefication = MoeficationConfig(expert_size=SIZE, router=router, selection=selection).section()
+    config.moefication = MoEficationConfig(expert_size=SIZE, router=router, selection=selection).section()
     model = moefied_class(type(dense))(config).eval()
     model.load_state_dict(dense.state_dict(), strict=False)
     if planted:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.activations import ACT2FN
 
-from moefy_hf import MoeficationConfig, SparsityPenaltyCallback, find_sites, moefy_, profile, relufy_
+from moefy_hf import MoEficationConfig, SparsityPenaltyCallback, find_sites, moefy_, profile, relufy_
 from moefy_hf.training.sparsity import PENALTIES
 
 # ---- relufy_
@@ -65,7 +65,7 @@ def test_gated_t5_stays_gated():
 
 def test_a_relufied_model_converts_and_is_sparse():
     model = relufy_(tiny_model("bert", "AutoModelForSequenceClassification"))
-    config = MoeficationConfig(expert_size=8, splitter="random")
+    config = MoEficationConfig(expert_size=8, splitter="random")
     report = moefy_(model, config, text_batches(8), progress=False)
     assert all(0.2 < sparsity < 0.8 for sparsity in report.sparsity)
 
@@ -78,7 +78,7 @@ def test_relufy_refuses():
     with pytest.raises(ValueError, match="supported model types"):
         relufy_(transformers.AlbertModel(transformers.AlbertConfig(hidden_size=16, num_attention_heads=2)))
     model = tiny_model("bert")
-    moefy_(model, MoeficationConfig(expert_size=8, splitter="random", router="random", layers=[1]))
+    moefy_(model, MoEficationConfig(expert_size=8, splitter="random", router="random", layers=[1]))
     with pytest.raises(ValueError, match="routed already"):
         relufy_(model)
     assert model.config.hidden_act == "gelu" and not isinstance(find_sites(model)[0].act, nn.ReLU)
@@ -359,7 +359,7 @@ def test_a_moefied_model_can_be_trained_with_it(tmp_path):
     model = relu_model("bert")
     moefy_(
         model,
-        MoeficationConfig(expert_size=8, splitter="random", router="random", selection={"type": "top_k", "k": 0.5}),
+        MoEficationConfig(expert_size=8, splitter="random", router="random", selection={"type": "top_k", "k": 0.5}),
     )
     before = hooks_of(model)
     trainer = train(model, Rows("class"), [SparsityPenaltyCallback("l1", 3.0)], tmp_path, steps=2)

@@ -12,7 +12,7 @@ from tiny import convert, distance, run, tiny_inputs, tiny_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from moefy_hf import MoeficationConfig, evaluate, moefy_, permute_neurons_, profile
+from moefy_hf import MoEficationConfig, evaluate, moefy_, permute_neurons_, profile
 from moefy_hf.conversion import checks as convertible
 
 CAUSAL = "AutoModelForCausalLM"
@@ -177,7 +177,7 @@ def test_what_learns_nothing_converts_all_the_same(caplog):
     model, data = overflowing(), text_batches(4, labels="causal")
     report = moefy_(
         model,
-        MoeficationConfig(
+        MoEficationConfig(
             expert_size=8,
             splitter="random",
             router="random",
@@ -196,7 +196,7 @@ def test_predictions_that_overflow_are_an_error_before_anything_is_changed():
     model.lm_head.weight.data.mul_(60000)
     before = {name: each.clone() for name, each in model.state_dict().items()}
     with pytest.raises(ValueError, match="predictions on calibration data are not finite"):
-        moefy_(model, MoeficationConfig(expert_size=8), text_batches(20), progress=False)
+        moefy_(model, MoEficationConfig(expert_size=8), text_batches(20), progress=False)
     assert type(model) is transformers.LlamaForCausalLM
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from moefy_hf import ConversionReport, MoeficationConfig, moefy_
+from moefy_hf import ConversionReport, MoEficationConfig, moefy_
 
 VOCAB, LENGTH, EXPERT_SIZE = 99, 7, 8
 
@@ -169,7 +169,7 @@ def convert(model: nn.Module, k: int | float | list = 1.0, calibration=None, **s
     """MoEfy in place, by default without data: random experts of eight neurons, random routers."""
     settings = {"expert_size": EXPERT_SIZE, "splitter": "random", "router": "random", **settings}
     selection = {"type": "top_k", "k": k, "allocation": "uniform"}
-    return moefy_(model, MoeficationConfig(selection=selection, **settings), calibration, progress=False)
+    return moefy_(model, MoEficationConfig(selection=selection, **settings), calibration, progress=False)
 
 
 def tiny_inputs(name: str, head: str = "AutoModel", seed: int = 1) -> dict[str, torch.Tensor]:

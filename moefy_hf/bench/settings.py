@@ -7,7 +7,7 @@ import torch
 from moefy_ffn import BuildError
 from moefy_ffn.build import library
 
-from ..config import MoeficationConfig
+from ..config import MoEficationConfig
 from ..modeling.routers import ROUTERS
 from ..runtime.backends import KERNEL_ROUTERS
 from .presets import PRESETS
@@ -76,12 +76,12 @@ class Settings:
     def source(self) -> str:
         return self.preset or str(self.checkpoint)
 
-    def moefication(self) -> MoeficationConfig:
+    def moefication(self) -> MoEficationConfig:
         """Of a preset: a split and a router that learn nothing."""
-        selection = {"type": "top_k", "k": float(self.share or SHARE), "allocation": "uniform"}
+        k = float(self.share or SHARE)
         size = EXPERT_SIZE if self.expert_size is None else self.expert_size
         router = self.router or ROUTER
-        return MoeficationConfig(expert_size=size, splitter="random", router=router, selection=selection)
+        return MoEficationConfig(expert_size=size, splitter="random", router=router, k=k, allocation="uniform")
 
     def to_dict(self) -> dict[str, Any]:
         found = {name: value for name, value in vars(self).items() if name not in ("implementations", "seconds")}

@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from ..config import MoeficationConfig
+from ..config import MoEficationConfig
 from ..conversion.convert import moefy_
 from ..io import write_csv
 from ..training.monitor import RoutingMonitor
@@ -66,7 +66,7 @@ def main() -> None:
             model = BertForSequenceClassification(config)
             if routed:
                 selection = {"type": "top_k", "k": args.share, "allocation": "uniform"}
-                convert = MoeficationConfig(splitter="random", selection=selection, calibration_tokens=2_000)
+                convert = MoEficationConfig(splitter="random", selection=selection, calibration_tokens=2_000)
                 moefy_(model, convert, [batch] * -(-4_000 // (rows * length)), progress=False)
             trainings.append(Training(model, watched))
         turns = [[training.seconds(batch) for training in trainings] for _ in range(args.steps + 2)][2:]

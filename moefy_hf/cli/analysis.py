@@ -14,6 +14,7 @@ from ..analysis import TextStream, analyze, compare_partitions, write_report
 from ..analysis.ablation import ablate, remove_together
 from ..analysis.measuring import measure_load
 from ..analysis.pruning import check_prunable, least_used, prune
+from ..arguments import positive, share_or_count
 from ..data import TextBatches, longest_text, read_labelled, read_lines
 from ..hub.facts import add_facts, read_facts
 from ..hub.push import add_license
@@ -21,7 +22,6 @@ from ..io import check_files, markdown, write_whole, written_whole
 from ..loading import load_checkpoint
 from ..measure.metrics import is_causal
 from ..modeling.moefied import is_moefied
-from .argument_types import positive, share_or_count
 from .commands import as_loaded, load_model, load_tokenizer, processors, text_batches
 
 CARRIED = ("base_model", "license", "calibration")  # facts that hold for what is left after pruning

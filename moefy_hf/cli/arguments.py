@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from ..arguments import name_and_number, positive, share_or_count
 from ..bench import PRESETS
 from ..bench.command import run_bench
 from ..bench.ffns import TOKENS
@@ -17,7 +18,6 @@ from ..modeling.selection import SELECTIONS
 from ..runtime.status import kernels_build, kernels_info, show_build, show_info
 from ..splitters import SPLITTERS
 from .analysis import ablate_model, add_ablate, add_analyze, add_prune, analyze_model, prune_model
-from .argument_types import positive, setting, share_or_count
 from .commands import card, convert, export_model, inspect, permuted_adapter, profile_model, push, show_inspected
 from .sweep import sweep
 
@@ -98,7 +98,7 @@ def add_conversion(convert_: argparse.ArgumentParser) -> None:
     convert_.add_argument("--router", default="linear", help=f"{', '.join(ROUTERS)} (default: linear)")
     convert_.add_argument(
         "--router_settings",
-        type=setting,
+        type=name_and_number,
         nargs="+",
         default=[],
         metavar="NAME=NUMBER",

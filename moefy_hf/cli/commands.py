@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..config import MoeficationConfig
+from ..config import MoEficationConfig
 from ..conversion.adapters import permute_adapter
 from ..conversion.checks import check_convertible
 from ..conversion.convert import moefy_
@@ -114,7 +114,7 @@ def convert(args: Namespace) -> dict[str, Any]:
     if output_dir.exists():
         raise ValueError(f"{output_dir} exists: choose another output_dir")
     selection = {"type": args.selection, "k": args.k} | ({"allocation": args.allocation} if args.allocation else {})
-    config = MoeficationConfig(
+    config = MoEficationConfig(
         num_experts=args.num_experts,
         expert_size=args.expert_size,
         splitter=args.splitter,

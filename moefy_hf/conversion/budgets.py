@@ -14,6 +14,7 @@ from ..measure.contexts import all_experts
 from ..measure.metrics import Quality, predictions
 from ..measure.router_inputs import read_at
 from ..modeling.allocation import count_experts
+from ..modeling.section import Section
 from .importance import measure_angles
 from .replay import before, block_of, recorded, replayed
 
@@ -101,6 +102,6 @@ def allocate_budgets(
         raise ValueError(f"allocation {allocation!r} measures nothing; choose from {', '.join(MEASURES)}")
     for site in model.moe_sites():  # finds a bad share before the work
         count_experts(share, site.act.num_experts, site.act.shared)
-    model.config.moefication[allocation] = MEASURES[allocation](model, data, progress=progress)
+    Section(model.config).set_measured(allocation, MEASURES[allocation](model, data, progress=progress))
     model.set_selection(type="top_k", k=share, allocation=allocation)
     return [site.act.k for site in model.moe_sites()]

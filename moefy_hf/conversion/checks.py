@@ -8,23 +8,23 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..config import MoeficationConfig
+from ..config import AUTO, MoEficationConfig
 from ..loading import moefied_class
 from ..measure.metrics import OVERFLOW, is_adapted, predictions, usable
 from ..measure.profile import ModelProfile
-from ..modeling.allocation import count_experts, per_layer, resolve_selection, setting_name
+from ..modeling.allocation import count_experts, per_layer, resolve_selection
 from ..modeling.ffn_sites import FfnSite, by_stack, check_plain, find_sites
 from ..modeling.moefied import check_shared, is_moefied, selected_sites, split_sizes
 from ..modeling.routers import ROUTERS
 from ..splitters import SPLITTERS
-from .budgets import COMPARING_PREDICTIONS, MEASURES
+from .budgets import COMPARING_PREDICTIONS
 from .fit_routers import tokens_needed
 
 logger = logging.get_logger("moefy_hf")
 
 
 def check_convertible(
-    model: PreTrainedModel, config: MoeficationConfig, calibration: Any
+    model: PreTrainedModel, config: MoEficationConfig, calibration: Any
 ) -> tuple[list[FfnSite], list[tuple[int, int]]]:
     """Find whatever can be found wrong before any work.
 
@@ -44,11 +44,12 @@ def check_convertible(
     sizes = [split_sizes(site, config.num_experts, config.expert_size) for site in sites]
     check_shared(config.shared_experts, sites, sizes)
     check_counts(config.router, sites, [experts for experts, _ in sizes])
-    if "k" in config.selection:
-        for k, (experts, _) in zip(per_layer("k", config.selection["k"], len(sizes)), sizes, strict=True):
+    if config.threshold is None:
+        for k, (experts, _) in zip(per_layer("k", config.k, len(sizes)), sizes, strict=True):
             count_experts(k, experts, config.shared_experts)
     else:
-        resolve_selection(config.selection, [experts for experts, _ in sizes], shared=config.shared_experts)
+        chosen = config.selection_section()
+        resolve_selection(chosen, [experts for experts, _ in sizes], shared=config.shared_experts)
     owners: dict[int, str] = {}
     for site in sites:
         check_plain(site)
@@ -66,33 +67,17 @@ def check_convertible(
             raise ValueError(
                 f"{site.name}: its activation {type(site.act).__name__} has parameters, which no split can follow"
             )
-    allocation = config.selection.get("allocation")
-    if allocation in COMPARING_PREDICTIONS and _headless(model):
+    if config.allocation in COMPARING_PREDICTIONS and _headless(model):
         raise ValueError(
-            f'allocation "{allocation}" compares predictions and {type(model).__name__} has no head: convert one '
-            'that has, or use allocation "angular" or "uniform"'
+            f'allocation "{config.allocation}" compares predictions and {type(model).__name__} has no head: convert '
+            'one that has, or use allocation "angular" or "uniform"'
         )
-    if calibration is None and (users := users_of_data(config, allocation)):
+    if calibration is None and (users := config.needs()):
         raise ValueError(
             f"calibration data is missing: {' and '.join(users)} learns from it; give batches, or choose from "
             f"splitters {_names(SPLITTERS, 'needs_profile')} and routers {_names(ROUTERS, 'trainable')}"
         )
     return sites, sizes
-
-
-def users_of_data(config: MoeficationConfig, allocation: str | None) -> list[str]:
-    """What of a conversion learns from calibration data."""
-    uses = {
-        f"splitter {config.splitter!r}": SPLITTERS[config.splitter].needs_profile,
-        f"router {config.router!r}": ROUTERS[config.router].trainable,
-        f'allocation "{allocation}"': allocation in MEASURES,
-        f"selection {config.selection['type']!r} with a budget k": (
-            setting_name(config.selection["type"]) is not None and "k" in config.selection
-        ),
-        "shared_experts": config.shared_experts > 0,
-        "compensation": config.compensation,
-    }
-    return [what for what, learns in uses.items() if learns]
 
 
 def check_unwrapped(model: Any) -> None:
@@ -159,7 +144,7 @@ def _names(registry: Mapping[str, Any], unwanted: str) -> str:
 
 
 def check_profile(
-    config: MoeficationConfig, sites: list[FfnSite], sizes: list[tuple[int, int]], found: ModelProfile
+    config: MoEficationConfig, sites: list[FfnSite], sizes: list[tuple[int, int]], found: ModelProfile
 ) -> None:
     if len(found.sites) != len(sites):
         raise ValueError(f"the profile has {len(found.sites)} layers, {len(sites)} are to be converted")
@@ -207,10 +192,13 @@ def _headless(model: PreTrainedModel) -> bool:
     return cls._auto_class in ("AutoModel", "AutoModelForTextEncoding")
 
 
-def default_allocation(model: PreTrainedModel, config: MoeficationConfig, calibration: Any) -> str:
-    if calibration is None or isinstance(config.selection.get("k"), list | tuple):
-        return "uniform"
+def with_allocation(config: MoEficationConfig, model: PreTrainedModel, data: bool) -> MoEficationConfig:
+    """Return the settings with allocation "auto" decided: by sensitivity where there is data and a head."""
+    if config.allocation != AUTO:
+        return config
+    if not data or isinstance(config.k, list | tuple):
+        return config.with_allocation("uniform")
     if _headless(model):
         logger.warning_once(f"{type(model).__name__} predicts nothing to measure sensitivity by: budgets are uniform")
-        return "uniform"
-    return "sensitivity"
+        return config.with_allocation("uniform")
+    return config.with_allocation("sensitivity")

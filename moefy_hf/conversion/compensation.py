@@ -8,6 +8,7 @@ from ..loading import check_moefied
 from ..measure.profile import CHUNK, ModelProfile, SiteProfile, check_sample
 from ..measure.router_inputs import check_same_tokens, kept, read_at
 from ..modeling.ffn_sites import FfnSite
+from ..modeling.section import Section
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def compensate_(model: PreTrainedModel, profile: ModelProfile, *, progress: bool
     for site, stats, read in zip(bar, profile.sites, readers, strict=True):
         means = means_of_dropped(site, stats, profile.sites[read])
         site.act.compensate_(means.to(site.down.weight.device, site.down.weight.dtype))
-    model.config.moefication["compensation"] = True
+    Section(model.config).compensation = True
 
 
 def means_of_dropped(site: FfnSite, stats: SiteProfile, read: SiteProfile | None = None) -> torch.Tensor:

@@ -18,6 +18,7 @@ from ..measure.profile import CHUNK, ModelProfile, TensorFile, check_sample
 from ..measure.router_inputs import check_same_tokens, read_at, scorer
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.router_base import Router
+from ..modeling.section import Section
 from ..modeling.selection import SELECTIONS
 from .expert_matching import expert_targets, shares_of
 from .thresholds import measure_reach
@@ -102,7 +103,7 @@ def fit_routers(
             captured = _captured(sites[read], inputs[held_out:], targets[held_out:], k)
             oracle = _share(targets[held_out:], targets[held_out:], k)
         fits.append(RouterFit(site.name, k, captured, oracle, k / targets.shape[1], best_epoch))
-    if measured := [kind for kind in model.config.moefication.get("reach", ()) if kind in SELECTIONS]:
+    if measured := [kind for kind in Section(model.config).thresholds if kind in SELECTIONS]:
         measure_reach(model, profile, measured)  # what the old routers spent says nothing of the new ones
         model.set_selection()
     return fits

@@ -9,16 +9,15 @@ from transformers import PreTrainedModel
 from ..loading import check_moefied
 from ..measure.profile import ModelProfile, check_sample
 from ..modeling.ffn_sites import FfnSite, permute_neurons_
-from ..modeling.moefied import FORMAT_VERSION, join_routers_, new_router
+from ..modeling.moefied import join_routers_, new_router
 from ..modeling.routed_activation import RoutedActivation
 from ..modeling.routers import ROUTERS, router_class
+from ..modeling.section import FORMAT_VERSION, MEASURED_WITH_ROUTERS, Section
 from ..modeling.selection import SELECTIONS
 from .checks import check_counts
-from .convert import init_routers_
 from .expert_matching import aligned_orders
-from .fit_routers import RouterFit, fit_routers
-
-OF_ROUTERS = ("reach", "sensitivity")  # what a config holds of measurements with the routers that a model had
+from .fit_routers import RouterFit
+from .pipeline import start_routers_
 
 
 def reroute_(
@@ -40,7 +39,7 @@ def reroute_(
         router: of `ROUTERS`.
         profile: of this model's routed FFNs, with a sample, which the routers are fitted on; not needed by kinds that
             are not trained.
-        settings: as `MoeficationConfig(router_settings=...)`.
+        settings: as `MoEficationConfig(router_settings=...)`.
         seed: of the weights that routers begin with, and of the order of tokens in their fit.
 
     Returns:
@@ -53,7 +52,7 @@ def reroute_(
             unchanged then.
     """
     check_reroutable(model, router, profile, settings)
-    section, sites = model.config.moefication, model.moe_sites()
+    section, sites = Section(model.config), model.moe_sites()
     orders = corresponding(sites, profile) if profile is not None and ROUTERS[router].per_stack else []
     before, moved = [site.act.router for site in sites], list[tuple[FfnSite, torch.Tensor]]()
     try:
@@ -63,17 +62,15 @@ def reroute_(
         for site in sites:
             site.act.router = new_router(router, site, site.act.num_experts, site.act.shared, settings)
         join_routers_(model, sites)
-        init_routers_(model, seed)
-        fits = fit_routers(model, profile, seed=seed, progress=progress) if profile is not None else []
+        fits = start_routers_(model, profile, seed, progress=progress)
     except BaseException:
         for site, old in zip(sites, before, strict=True):
             site.act.router = old
         for site, order in moved:
             permute_neurons_(site, order.argsort())
         raise
-    section.update(router=router, router_settings=dict(settings or {}), format_version=FORMAT_VERSION)
-    for measured in OF_ROUTERS:
-        section.pop(measured, None)
+    section.router, section.router_settings, section.format_version = router, dict(settings or {}), FORMAT_VERSION
+    section.forget(MEASURED_WITH_ROUTERS)
     return fits
 
 
@@ -89,10 +86,10 @@ def check_reroutable(
     """
     check_moefied(model)
     router_class(router, settings)
-    section, sites = model.config.moefication, model.moe_sites()
-    selection = section["selection"]
+    section, sites = Section(model.config), model.moe_sites()
+    selection = section.selection
     budget = "k" in selection and SELECTIONS[selection["type"]].dynamic
-    if budget or selection.get("allocation") in OF_ROUTERS or section.get("compensation"):
+    if budget or selection.get("allocation") in MEASURED_WITH_ROUTERS or section.compensation:
         raise ValueError(
             f"{dict(selection)} depends on what was measured with the old routers: first "
             'model.set_selection(type="top_k", k=..., allocation="uniform"), and no compensation'

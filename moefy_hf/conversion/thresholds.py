@@ -11,6 +11,7 @@ from ..loading import check_moefied
 from ..measure.profile import ModelProfile, SiteProfile, check_sample, profile, real_tokens
 from ..measure.router_inputs import read_at, scorer
 from ..modeling.ffn_sites import FfnSite
+from ..modeling.section import Section
 from ..modeling.selection import SELECTIONS, Dynamic
 
 TOKENS = 8192  # that a layer's table is measured on
@@ -45,7 +46,7 @@ def measure_reach(
     if not kinds:
         return
     if not isinstance(data, ModelProfile):
-        layers = model.config.moefication["layers"]
+        layers = Section(model.config).layers
         with profile(model, data, max_tokens=TOKENS, layers=layers, progress=progress) as found:
             measure_reach(model, found, kinds)
         return
@@ -59,8 +60,8 @@ def measure_reach(
             needs = dynamic[kind].needs(strengths).flatten().sort().values
             places = [round(share * (len(needs) - 1)) for share in shares]
             tables[kind].append([float(f"{float(needs[place]):.5g}") for place in places])
-    section = model.config.moefication
-    section["reach"] = {**section.get("reach", {}), "share": shares, **tables}
+    section = Section(model.config)
+    section.thresholds = {**section.thresholds, "share": shares, **tables}
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from .section import Section
 from .selection import SELECTIONS, Dynamic, Selection
 
 ALPHA = 128 * 1024 / 1e4  # of CFSP: its code takes sums over 128 texts of 1024 tokens, divided by 1e4, and a = 1
@@ -79,7 +80,7 @@ def check_selection(selection: Mapping[str, Any]) -> None:
 def resolve_selection(
     selection: Mapping[str, Any],
     num_experts: Sequence[int],
-    measured: Mapping[str, Any] | None = None,
+    section: Section | Mapping[str, Any] | None = None,
     shared: int = 0,
 ) -> list[Selection]:
     """One selection per layer.
@@ -88,9 +89,8 @@ def resolve_selection(
         selection: `{"type": ..., "k": ..., "allocation": ...}`: k as in `count_experts`, or a list with one k per
             layer; or, for a dynamic type, its setting, one or a list: `{"type": "threshold", "tau": 0.9}`.
         num_experts: E of each layer.
-        measured: the `moefication` section of a config, or what it holds of measurements: by its name, what
-            `allocate_budgets` measured for an allocation of `MEASURED`; "reach", what `measure_reach` did, needed by
-            dynamic types with a budget.
+        section: of a config, or a mapping of what it holds of measurements: those of layers, which allocations of
+            `MEASURED` need, and those of routers, which dynamic types with a budget need.
         shared: how many of each layer's experts always run; k counts them.
 
     Raises:
@@ -98,8 +98,8 @@ def resolve_selection(
     """
     check_selection(selection)
     kind, cls, routed = selection["type"], SELECTIONS[selection["type"]], [e - shared for e in num_experts]
-    measured = measured or {}
-    reach = measured.get("reach") or {}
+    section = section if isinstance(section, Section) else Section.of_values(section or {})
+    reach = section.thresholds
     if issubclass(cls, Dynamic) and cls.name in selection:
         settings = [cls.checked(each) for each in per_layer(cls.name, selection[cls.name], len(num_experts))]
         known: Sequence[float | None] = [None] * len(settings)  # also where another head was measured
@@ -110,7 +110,7 @@ def resolve_selection(
     counts = [count_experts(k, experts, shared) for k, experts in zip(ks, num_experts, strict=True)]
     allocation = selection.get("allocation", "uniform")
     if allocation in MEASURED:
-        counts = spread(allocation, measured.get(allocation), num_experts, max(1, shared), sum(counts))
+        counts = spread(allocation, section.measured(allocation), num_experts, max(1, shared), sum(counts))
     budgets: Sequence[float] = [count - shared for count in counts]
     if not issubclass(cls, Dynamic):
         return [cls(int(k)) for k in budgets]

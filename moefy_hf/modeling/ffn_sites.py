@@ -235,12 +235,9 @@ def permute_neurons_(site: FfnSite, order: torch.Tensor, optimizer: torch.optim.
             of another shape (Adafactor, 8-bit) or copies of parameters (it does not hold a trainable one itself);
             nothing is changed then.
     """
-    neurons = site.sizes[1]
-    if order.dtype != torch.int64 or not torch.equal(order.cpu().sort().values, torch.arange(neurons)):
-        raise ValueError(
-            f"{site.name}: `order` must be a permutation of range({neurons}), got shape {tuple(order.shape)}"
-        )
+    check_permutation(site, order)
     check_plain(site)
+    neurons = site.sizes[1]
     tensors: list[tuple[torch.Tensor, int, torch.Tensor]] = []
     held = {id(param) for group in optimizer.param_groups for param in group["params"]} if optimizer else set()
     for name, param, dim, blocks in site.neuron_dims():
@@ -262,6 +259,18 @@ def permute_neurons_(site: FfnSite, order: torch.Tensor, optimizer: torch.optim.
     for tensor, dim, whole in tensors:
         tensor.copy_(tensor.index_select(dim, whole))
     torch.clear_autocast_cache()  # it may hold half-precision copies in the old order
+
+
+def check_permutation(site: FfnSite, order: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: `order` is no permutation of the neurons of a FFN.
+    """
+    neurons = site.sizes[1]
+    if order.dtype != torch.int64 or not torch.equal(order.cpu().sort().values, torch.arange(neurons)):
+        raise ValueError(
+            f"{site.name}: `order` must be a permutation of range({neurons}), got shape {tuple(order.shape)}"
+        )
 
 
 def moments(optimizer: torch.optim.Optimizer | None, param: nn.Parameter, name: str) -> list[torch.Tensor]:

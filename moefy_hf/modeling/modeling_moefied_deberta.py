@@ -13,6 +13,7 @@ from .router_base import *
 from .router_pre_gated import *
 from .routers import *
 from .routers_from_weights import *
+from .section import *
 from .selection import *
 """
 

@@ -23,10 +23,10 @@ from .routed_activation import RoutedActivation, follow_replacements, is_routed
 from .router_base import Router
 from .router_pre_gated import carry_passes_
 from .routers import ROUTERS, router_class
+from .section import FORMAT_VERSION, Section
 
 # A key of every checkpoint that no model has: transformers' load report names it where the dense model is loaded
 DENSE_NOTE = "NOTE: this is the DENSE model, the MoEfied one loads with trust_remote_code=True"
-FORMAT_VERSION = 3  # 2: shared experts, mean compensation, selections beside top_k; 3: settings of routers
 
 
 def split_sizes(site: FfnSite, num_experts: int | None, expert_size: int | None) -> tuple[int, int]:
@@ -50,24 +50,24 @@ def split_sizes(site: FfnSite, num_experts: int | None, expert_size: int | None)
 
 def install_(model: nn.Module) -> None:
     """Put a routed activation into every FFN that `config.moefication` names."""
-    section = getattr(model.config, "moefication", None)
+    section = Section.of(model.config)
     if section is None:
         raise ValueError(
             f"{type(model).__name__} needs a `moefication` section in its config; "
             "convert a dense model with moefy_hf.moefy_"
         )
-    if section["format_version"] > FORMAT_VERSION:
+    if section.format_version > FORMAT_VERSION:
         raise ValueError(
-            f"this checkpoint has moefication format {section['format_version']}, newer than {FORMAT_VERSION}: "
+            f"this checkpoint has moefication format {section.format_version}, newer than {FORMAT_VERSION}: "
             "upgrade moefy-hf"
         )
-    kind, settings = section["router"], section.get("router_settings")
+    kind, settings = section.router, section.router_settings
     router_class(kind, settings)  # finds what is wrong with them first
-    sites = selected_sites(find_sites(model), section["layers"])
-    sizes = [split_sizes(site, section["num_experts"], section["expert_size"]) for site in sites]
-    shared = section.get("shared_experts", 0)
+    sites = selected_sites(find_sites(model), section.layers)
+    sizes = [split_sizes(site, section.num_experts, section.expert_size) for site in sites]
+    shared = section.shared_experts
     check_shared(shared, sites, sizes)
-    selections = resolve_selection(section["selection"], [experts for experts, _ in sizes], section, shared)
+    selections = resolve_selection(section.selection, [experts for experts, _ in sizes], section, shared)
     for site, (num_experts, expert_size), selection in zip(sites, sizes, selections, strict=True):
         if is_routed(site.act):  # a subclass called post_init again, as transformers' classes may
             continue
@@ -75,9 +75,9 @@ def install_(model: nn.Module) -> None:
         routed = RoutedActivation(site.act, router, expert_size, selection, shared)
         site.replace_act(routed)
         routed.connect_(site.first)
-        if section.get("compensation"):
+        if section.compensation:
             routed.compensate_(torch.zeros(site.sizes[1]))
-        if section.get("neuron_order"):
+        if section.neuron_order:
             routed.register_buffer("neuron_order", torch.full((site.sizes[1],), -1, dtype=torch.int32))
         site.owner.register_forward_pre_hook(follow_replacements(routed, site))
         site.owner.register_forward_hook(refuse_bypass(routed, site.name))
@@ -293,11 +293,11 @@ class MoefiedMixin:
         Raises:
             ValueError: see `resolve_selection`; the selection stays as it was.
         """
-        section, sites = self.config.moefication, self.moe_sites()
-        selection = changed(section["selection"], changes)
-        experts, shared = [site.act.num_experts for site in sites], section.get("shared_experts", 0)
+        section, sites = Section(self.config), self.moe_sites()
+        selection = changed(section.selection, changes)
+        experts, shared = [site.act.num_experts for site in sites], section.shared_experts
         found = resolve_selection(selection, experts, section, shared)
-        section["selection"] = copy.deepcopy(selection)
+        section.selection = copy.deepcopy(selection)
         for site, each in zip(sites, found, strict=True):
             site.act.selection = each
 

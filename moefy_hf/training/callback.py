@@ -1,6 +1,5 @@
 """`MoEficationCallback`: profile, split, route and fine-tune inside any Trainer."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,13 +12,14 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from ..config import MoeficationConfig
+from ..config import MoEficationConfig
 from ..conversion.budgets import COMPARING_PREDICTIONS
-from ..conversion.checks import check_convertible, check_predictions, default_allocation
-from ..conversion.convert import install_routers_
+from ..conversion.checks import check_convertible, check_predictions, with_allocation
+from ..conversion.pipeline import install_routers_
 from ..measure.metrics import unwrapped
 from ..modeling.allocation import count_experts, per_layer
 from ..modeling.moefied import is_moefied
+from ..modeling.section import ALL_EXPERTS, Section
 from .distributed import adopt, check_optimizer, split_everywhere_
 from .monitor import RoutingMonitor
 from .run_hooks import keep_hooks
@@ -61,13 +61,14 @@ class MoEficationCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        config: MoeficationConfig | Mapping[str, Any] | None = None,
+        config: MoEficationConfig | Mapping[str, Any] | None = None,
         calibration: Iterable[Mapping[str, Any]] | None = None,
         schedule: str | Sequence[Phase] = "anneal",
     ):
-        self.config = MoeficationConfig(**config) if isinstance(config, Mapping) else config or MoeficationConfig()
-        if "k" not in self.config.selection:
-            raise ValueError(f"a schedule spends a budget: give the selection k, not {self.config.selection}")
+        self.config = MoEficationConfig(**config) if isinstance(config, Mapping) else config or MoEficationConfig()
+        if self.config.threshold is not None:
+            chosen = self.config.selection_section()
+            raise ValueError(f"a schedule spends a budget: give the selection k, not {chosen}")
         if self.config.compensation:
             raise ValueError("training moves the means of compensation: call moefy_hf.compensate_ when it is over")
         self.calibration = calibration
@@ -96,7 +97,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         if args.n_gpu > 1:
             raise ValueError("MoEfication does not work with DataParallel: use torchrun, or one GPU")
         base = unwrapped(model)
-        self.follows = not is_moefied(base) or base.config.moefication.get("splits") == 0
+        self.follows = not is_moefied(base) or Section(base.config).splits == 0
         if not self.follows:
             self.section = base.config.moefication
             return
@@ -108,7 +109,8 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             self.check_same(model.config.moefication)
         else:
             check_convertible(model, self.config, True)
-            install_routers_(model, {**self.config.section(), "splits": 0})
+            install_routers_(model, self.config.section())
+            Section(model.config).splits = 0
         self.section = model.config.moefication
 
     def on_train_begin(self, args, state, control, model, optimizer=None, train_dataloader=None, **kwargs):
@@ -122,7 +124,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             timetable = Timetable(self.phases, state.max_steps)
             if state.global_step:
                 self.resume(model, state, timetable)
-            if self.follows and self.section["splits"] < self.splits:
+            if self.follows and Section.of_values(self.section).splits < self.splits:
                 with random_numbers_kept(args):
                     check_optimizer(model.moe_sites(), optimizer)
                 self.check_data(args, model, self.batches(args, train_dataloader))
@@ -148,12 +150,12 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             number = f"{timetable.at(state.global_step) + 1} of {len(self.phases)}"
             say(args, state, f"phase {number} begins: {phase.name or 'no name'}")
         owed = timetable.splits_until(state.global_step)  # also where a run goes on with fewer steps than it began
-        if owed > self.section["splits"]:
+        if owed > Section.of_values(self.section).splits:
             with random_numbers_kept(args):
                 batches, progress = self.batches(args, train_dataloader), not args.disable_tqdm
-                allocation = self.allocation(model)
-                say(args, state, split_everywhere_(model, self.config, batches, allocation, optimizer, progress))
-            self.section["splits"] = owed
+                config = with_allocation(self.config, model, True)
+                say(args, state, split_everywhere_(model, config, batches, optimizer, progress))
+            Section.of_values(self.section).splits = owed
         self.select(model, timetable.share(state.global_step, self.target(model)))
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
@@ -172,11 +174,11 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             return
         best = Path(state.best_model_checkpoint or "", "config.json")
         if args.load_best_model_at_end and state.best_model_checkpoint and best.exists():
-            adopt(model, json.loads(best.read_text())["moefication"])  # its weights expect its own budget
+            adopt(model, Section.of_file(best).values)  # its weights expect its own budget
             self.section = model.config.moefication
-        elif state.global_step >= state.max_steps and self.section["splits"]:
+        elif state.global_step >= state.max_steps and Section.of_values(self.section).splits:
             self.select(model, Timetable(self.phases, state.max_steps).share(state.max_steps, self.target(model)))
-        if self.splits and not self.section["splits"]:
+        if self.splits and not Section.of_values(self.section).splits:
             logger.warning("the model that training ends with is dense: its neurons were not split yet")
         say(args, state, f"training ends with {describe(model)}")
 
@@ -200,13 +202,13 @@ class MoEficationCallback(TrainerCallback, ExportableState):
 
     def check_same(self, section: Mapping[str, Any]) -> None:
         """Routers were made with these settings."""
-        ours = self.config.section()
-        made = {"shared_experts": 0, "router_settings": {}, **section}  # which older formats lack
-        for key in ("num_experts", "expert_size", "router", "router_settings", "layers", "shared_experts"):
-            if ours[key] != made[key]:
+        made = Section.of_values(section)
+        for name in ("num_experts", "expert_size", "router", "router_settings", "layers", "shared_experts"):
+            ours, theirs = getattr(self.config, name), getattr(made, name)
+            if ours != theirs:
                 raise ValueError(
-                    f"the model has routers already, made with {key}={made[key]!r}; the callback's config says "
-                    f"{ours[key]!r}: use the same, or start from a dense model"
+                    f"the model has routers already, made with {name}={theirs!r}; the callback's config says "
+                    f"{ours!r}: use the same, or start from a dense model"
                 )
 
     def batches(self, args, train_dataloader: DataLoader) -> Iterable[Mapping[str, Any]]:
@@ -216,30 +218,27 @@ class MoEficationCallback(TrainerCallback, ExportableState):
 
     def check_data(self, args, model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> None:
         """Find out before training, not when the schedule gets there, that a model's predictions cannot be used."""
-        compared = self.allocation(model) in COMPARING_PREDICTIONS
+        compared = with_allocation(self.config, model, True).allocation in COMPARING_PREDICTIONS
         if compared and iter(batches) is not batches:  # an iterator is read once
             with random_numbers_kept(args):
                 check_predictions(model, [batch for batch, _ in zip(batches, range(1), strict=False)])
 
-    def allocation(self, model: PreTrainedModel) -> str:
-        return self.config.selection.get("allocation") or default_allocation(model, self.config, True)
-
     def target(self, model: PreTrainedModel) -> float:
         """The average share of experts that the configured selection computes."""
         experts = [site.act.num_experts for site in model.moe_sites()]
-        ks = per_layer("k", self.config.selection["k"], len(experts))
+        ks = per_layer("k", self.config.k, len(experts))
         counts = [count_experts(k, e, self.config.shared_experts) for k, e in zip(ks, experts, strict=True)]
         return sum(counts) / sum(experts)
 
     def select(self, model: PreTrainedModel, share: float | str) -> None:
         """Compute this share of the experts on average, or the target."""
-        section, wanted = model.config.moefication, dict(self.config.selection)
-        wanted.setdefault("allocation", "sensitivity" if "sensitivity" in section else "uniform")
+        section, wanted = Section(model.config), self.config.selection_section()
+        wanted.setdefault("allocation", "sensitivity" if section.measured("sensitivity") else "uniform")
         if share == 1.0:
-            wanted = {"type": "top_k", "k": 1.0, "allocation": "uniform"}
+            wanted = dict(ALL_EXPERTS)
         elif share != TARGET:
             wanted["k"] = share
-        if wanted != section["selection"]:
+        if wanted != section.selection:
             model.set_selection(**wanted)
 
 

@@ -1,6 +1,5 @@
 """Split the neurons of a model that is being trained: found by one process, done by all."""
 
-import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -11,22 +10,19 @@ import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import PreTrainedModel
 
-from ..config import MoeficationConfig
-from ..conversion.budgets import COMPARING_PREDICTIONS, MEASURES
-from ..conversion.checks import check_predictions, check_profile, users_of_data
-from ..conversion.convert import init_routers_, neuron_orders
-from ..conversion.fit_routers import RouterFit, fit_routers
-from ..conversion.thresholds import measure_reach
+from ..config import MoEficationConfig
+from ..conversion.budgets import COMPARING_PREDICTIONS
+from ..conversion.checks import check_predictions, check_profile
+from ..conversion.pipeline import find_experts_
 from ..measure.profile import profile
-from ..modeling.allocation import setting_name
 from ..modeling.ffn_sites import FfnSite, moments, permute_neurons_
+from ..modeling.section import ALL_EXPERTS, Section
 
 
 def split_everywhere_(
     model: PreTrainedModel,
-    config: MoeficationConfig,
+    config: MoEficationConfig,
     batches: Iterable[Mapping[str, Any]],
-    allocation: str,
     optimizer: torch.optim.Optimizer,
     progress: bool,
 ) -> str:
@@ -37,17 +33,17 @@ def split_everywhere_(
 
     Args:
         batches: calibration data; read by the first process only, and only where a method learns from it.
-        allocation: of the budget that is going to be selected; one that is measured is measured here.
+        config: its allocation is decided; what that measures is measured here.
 
     Returns:
         a line of what was found.
     """
-    model.set_selection(type="top_k", k=1.0, allocation="uniform")
+    model.set_selection(**ALL_EXPERTS)
     found: list[Any] = [None]
     first = not dist.is_initialized() or dist.get_rank() == 0
     if first:
         try:
-            found = [find_experts_(model, config, batches, allocation, optimizer, progress)]
+            found = [split_here_(model, config, batches, optimizer, progress)]
         except Exception as error:  # the other processes wait: they must hear of it
             found = [error]
     if dist.is_initialized():
@@ -63,44 +59,33 @@ def split_everywhere_(
     return report
 
 
-def find_experts_(
+def split_here_(
     model: PreTrainedModel,
-    config: MoeficationConfig,
+    config: MoEficationConfig,
     batches: Iterable[Mapping[str, Any]],
-    allocation: str,
     optimizer: torch.optim.Optimizer,
     progress: bool,
 ) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]], dict[str, Any], str]:
     """Split this process' model: (orders of neurons, router weights, section of the config, what was found)."""
-    sites, section = model.moe_sites(), model.config.moefication
+    sites, section = model.moe_sites(), Section(model.config)
     sizes = [(site.act.num_experts, site.act.expert_size) for site in sites]
-    fits: list[RouterFit] = []
-    found = None
     with ExitStack() as stack:
-        if users_of_data(config, allocation):
+        stats = None
+        if config.needs():
             tokens, layers = config.calibration_tokens, config.layers
-            found = profile(model, batches, max_tokens=tokens, layers=layers, progress=progress)
-            stack.enter_context(found)
-            check_profile(config, sites, sizes, found)
-            if allocation in COMPARING_PREDICTIONS:
-                check_predictions(model, found.batches)
-        warm = section["splits"] > 0
-        orders = neuron_orders(sites, [experts for experts, _ in sizes], found, config, warm=warm)
-        for site, order in zip(sites, orders, strict=True):
-            permute_neurons_(site, order, optimizer)
-        init_routers_(model, config.seed)
-        if found is not None:
-            fits = fit_routers(model, found, seed=config.seed, progress=progress)
-            if setting_name(config.selection["type"]):
-                measure_reach(model, found, [config.selection["type"]])
-    if found is not None and allocation in MEASURES:
-        section[allocation] = MEASURES[allocation](model, found.batches, progress=progress)
-    report = f"{len(sites)} FFNs split, {sizes[0][0]} experts of {sizes[0][1]} neurons in the first"
+            stats = profile(model, batches, max_tokens=tokens, layers=layers, progress=progress)
+            stack.enter_context(stats)
+            check_profile(config, sites, sizes, stats)
+            if config.allocation in COMPARING_PREDICTIONS:
+                check_predictions(model, stats.batches)
+        warm = bool(section.splits)
+        found = find_experts_(model, config, stats, optimizer=optimizer, warm=warm, progress=progress)
+    report, fits = f"{len(sites)} FFNs split, {sizes[0][0]} experts of {sizes[0][1]} neurons in the first", found.fits
     if fits:
         captured, oracle = (sum(getattr(fit, name) for fit in fits) / len(fits) for name in ("captured", "oracle"))
         report += f"; routers find {captured:.1%} of what the best {fits[0].k} experts do, an oracle {oracle:.1%}"
     routers = [{key: value.cpu() for key, value in site.act.router.state_dict().items()} for site in sites]
-    return [order.cpu() for order in orders], routers, section, report
+    return [order.cpu() for order in found.orders], routers, section.values, report
 
 
 def check_optimizer(sites: Iterable[FfnSite], optimizer: torch.optim.Optimizer) -> None:
@@ -134,6 +119,5 @@ def check_optimizer(sites: Iterable[FfnSite], optimizer: torch.optim.Optimizer) 
 
 def adopt(model: PreTrainedModel, section: Mapping[str, Any]) -> None:
     """Let a model route as a section of a config says."""
-    model.config.moefication.clear()
-    model.config.moefication.update(copy.deepcopy(dict(section)))
+    Section(model.config).replace(section)
     model.set_selection()

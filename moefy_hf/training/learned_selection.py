@@ -14,11 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..conversion.reroute import OF_ROUTERS
 from ..measure.metrics import unwrapped
 from ..measure.profile import real_tokens
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.moefied import is_moefied
+from ..modeling.section import MEASURED_WITH_ROUTERS, Section
 from .callback import refuse_sharded, say
 from .losses import ExtraLossCallback
 from .schedule import Phase, Timetable
@@ -95,9 +95,7 @@ class LearnedSelectionCallback(ExtraLossCallback):
             )
         self.timetable, self.share_sum, self.shares = timetable, torch.zeros(()), 0
         super().on_train_begin(args, state, control, model, **kwargs)
-        section = unwrapped(model).config.moefication
-        for measured in OF_ROUTERS:  # as they were
-            section.pop(measured, None)
+        Section(unwrapped(model).config).forget(MEASURED_WITH_ROUTERS)  # as they were
         self.enter(args, state, model)
 
     def on_step_begin(self, args, state, control, model, **kwargs):
@@ -125,7 +123,7 @@ class LearnedSelectionCallback(ExtraLossCallback):
     def enter(self, args, state, model) -> bool:
         """Put the model into the stage of the step that begins: whether the second stage begins with it."""
         base, wanted = unwrapped(model), {"type": "level", "level": -math.log(self.tau)}
-        if base.config.moefication["selection"] != wanted:
+        if Section(base.config).selection != wanted:
             base.set_selection(**wanted)
         soft, was = self.timetable.at(state.global_step) == 0, self.routers.soft
         self.routers.set_(soft, trainable=soft or args.world_size > 1)  # DDP waits for all that it was given
@@ -210,15 +208,15 @@ def checked_sites(model: PreTrainedModel) -> list[FfnSite]:
         ValueError: see `LearnedSelectionCallback`.
     """
     base = unwrapped(model)
-    if not is_moefied(base) or base.config.moefication.get("splits") == 0:
+    if not is_moefied(base) or Section(base.config).splits == 0:
         raise ValueError(
             "selection is learned by a model that has its experts, and a schedule of MoEficationCallback selects by "
             "itself: convert the model first (moefy_hf.moefy_)"
         )
-    section, sites = base.config.moefication, base.moe_sites()
-    if section["router"] != "sigmoid":
+    section, sites = Section(base.config), base.moe_sites()
+    if section.router != "sigmoid":
         raise ValueError(
-            f"selection is learned by routers of kind 'sigmoid', the model has {section['router']!r}: convert with "
+            f"selection is learned by routers of kind 'sigmoid', the model has {section.router!r}: convert with "
             'router="sigmoid", or moefy_hf.reroute_(model, "sigmoid", profile)'
         )
     if any("soft" not in vars(site.act) for site in sites):
@@ -226,7 +224,7 @@ def checked_sites(model: PreTrainedModel) -> list[FfnSite]:
             "this model runs code that came with its checkpoint and is too old to learn a selection: load it with "
             "moefy_hf.load_checkpoint(name), whose code is the package's"
         )
-    if section.get("compensation"):
+    if section.compensation:
         raise ValueError("training moves the means of compensation: call moefy_hf.compensate_ when it is over")
     if base is not model and any(not isinstance(site.act.router, ModulesToSaveWrapper) for site in sites):
         raise ValueError(

@@ -18,7 +18,7 @@ class Phase:
     Args:
         until: its end: a step (int), or a share of all steps (float in (0, 1]).
         k: average share of the experts that a token computes at the end of the phase; "target" is the budget of the
-            `MoeficationConfig`.
+            `MoEficationConfig`.
         start: the same at its beginning, from where it moves to `k` in even stages; None keeps it at `k` throughout.
         split: group the neurons (anew), fit the routers and measure the budgets when the phase begins.
         name: for people.

@@ -9,10 +9,10 @@ import torch
 from planted import CLASS, EXPERT, LAYER, TOKEN, number_tokenizer, planted_model, write_texts
 from tiny import convert, distance, run, tiny_inputs, tiny_model
 
-from moefy_hf import MoeficationConfig
+from moefy_hf import MoEficationConfig
 from moefy_hf.analysis import Analysis, TextStream, analyze
 from moefy_hf.analysis.measuring import measure, measure_load, survey
-from moefy_hf.conversion.convert import install_routers_
+from moefy_hf.conversion.pipeline import install_routers_
 
 
 def stream(path: str, model, **settings) -> TextStream:
@@ -160,7 +160,7 @@ def test_bad_input(model, tmp_path):
 def test_one_router_for_all_layers_is_asked_what_the_first_reads(tmp_path):
     """So what layers would run is the same, and is what they do run."""
     model = tiny_model("bert", "AutoModelForSequenceClassification", num_labels=3)
-    install_routers_(model, MoeficationConfig(expert_size=8, router="pre_gated").section())
+    install_routers_(model, MoEficationConfig(expert_size=8, router="pre_gated").section())
     model.set_selection(type="top_k", k=2, allocation="uniform")
     path = write_texts(tmp_path / "texts.csv", 60)
     with open(path, encoding="utf-8") as file:

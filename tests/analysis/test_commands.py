@@ -11,7 +11,7 @@ from planted import CLASS, number_tokenizer, planted_model, write_texts
 from tiny import distance, run, tiny_inputs, tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from moefy_hf import MoeficationConfig, model_card, moefy_, write_card
+from moefy_hf import MoEficationConfig, model_card, moefy_, write_card
 from moefy_hf.cli import analysis as analysis_commands
 from moefy_hf.cli.main import main
 from moefy_hf.hub.facts import read_facts
@@ -127,7 +127,7 @@ def test_bad_input_is_one_line(folder, arguments, message, capsys, monkeypatch):
 def test_what_cannot_be_pruned_is_refused_before_texts_are_read(folder, tmp_path, capsys, monkeypatch):
     model = tiny_model("bert", "AutoModelForSequenceClassification")
     selection = {"type": "top_k", "k": 2, "allocation": "uniform"}
-    config = MoeficationConfig(expert_size=8, splitter="random", router="mlp", selection=selection)
+    config = MoEficationConfig(expert_size=8, splitter="random", router="mlp", selection=selection)
     moefy_(model, config, text_batches(2), progress=False)
     model.save_pretrained(tmp_path / "mlp")
     monkeypatch.setattr(analysis_commands, "measure_load", lambda *args: pytest.fail("work was begun"))

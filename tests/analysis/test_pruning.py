@@ -7,7 +7,7 @@ from batches import text_batches
 from tiny import NAMES, convert, distance, run, tiny_inputs, tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from moefy_hf import MoeficationConfig, moefy_
+from moefy_hf import MoEficationConfig, moefy_
 from moefy_hf.analysis import prune
 from moefy_hf.analysis.pruning import least_used
 from moefy_hf.modeling.ffn_sites import find_sites
@@ -71,7 +71,7 @@ def test_budgets_stay_counts(tmp_path):
 def test_shared_experts_stay():
     model, inputs = tiny_model("bert"), tiny_inputs("bert")
     everything = {"type": "top_k", "k": 1.0}
-    config = MoeficationConfig(
+    config = MoEficationConfig(
         expert_size=8, splitter="random", router="random", shared_experts=1, selection=everything
     )
     moefy_(model, config, text_batches(2))
@@ -132,7 +132,7 @@ def test_what_cannot_be_pruned():
         prune(model, {0: [1]})
     model = tiny_model("bert")
     batches = text_batches(2)
-    config = MoeficationConfig(expert_size=8, splitter="random", router="mlp", selection={"type": "top_k", "k": 2})
+    config = MoEficationConfig(expert_size=8, splitter="random", router="mlp", selection={"type": "top_k", "k": 2})
     moefy_(model, config, batches)
     with pytest.raises(ValueError, match="MLPRouter mixes experts"):
         prune(model, gone(model))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import run, tiny_inputs, tiny_model
 from transformers import AutoConfig, PreTrainedModel
 
-from moefy_hf import MoeficationConfig, moefy_
+from moefy_hf import MoEficationConfig, moefy_
 from moefy_hf.loading import checkpoint_class
 from moefy_hf.modeling.moefied import FORMAT_VERSION
 
@@ -56,7 +56,7 @@ def make(directory: Path) -> None:
         folder = directory / f"format_{FORMAT_VERSION}_{name}"
         folder.mkdir(parents=True)  # fails where it exists: what was saved then stays
         model, inputs = tiny_model(name, head, **changes), tiny_inputs(name, head)
-        config = MoeficationConfig(expert_size=8, **settings)
+        config = MoEficationConfig(expert_size=8, **settings)
         labels = "seq2seq" if head == "AutoModelForSeq2SeqLM" else None
         moefy_(model, config, text_batches(8, labels=labels), progress=False)
         if settings.get("router") == "mlp":  # as fitted on noise, it would choose the same experts without its tanh

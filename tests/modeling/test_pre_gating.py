@@ -13,8 +13,8 @@ from batches import text_batches
 from tiny import NAMES, distance, run, tensors, tiny, tiny_inputs, tiny_model
 from torch import nn
 
-from moefy_hf import MoeficationConfig, find_sites, measure_reach, moefy_, profile, reroute_
-from moefy_hf.conversion.convert import install_routers_
+from moefy_hf import MoEficationConfig, find_sites, measure_reach, moefy_, profile, reroute_
+from moefy_hf.conversion.pipeline import install_routers_
 from moefy_hf.modeling.router_pre_gated import PreGatedRouter
 from moefy_hf.runtime.backends import experts_of
 from moefy_hf.runtime.execution import SparseFfn
@@ -26,7 +26,7 @@ BATCHES = text_batches(20, rows=8, length=16)
 def pre_gated(name: str, head: str = "AutoModel", k=2, **changes):
     """Not fitted: routers as they begin, and experts that lie as the neurons do."""
     model = tiny_model(name, head, **changes)
-    install_routers_(model, MoeficationConfig(expert_size=SIZE, router="pre_gated").section())
+    install_routers_(model, MoEficationConfig(expert_size=SIZE, router="pre_gated").section())
     model.set_selection(type="top_k", k=k, allocation="uniform")
     return model
 
@@ -173,7 +173,7 @@ def test_gradient_checkpointing_changes_nothing(name, reentrant, when):
     losses, gradients = [], []
     for checkpointing in (False, True):
         model = tiny_model(name, num_hidden_layers=3) if name in ("bert", "llama") else tiny_model(name)
-        section = MoeficationConfig(expert_size=SIZE, router="pre_gated").section()
+        section = MoEficationConfig(expert_size=SIZE, router="pre_gated").section()
         for step in ("before", "convert", "after"):
             if step == "convert":
                 install_routers_(model, section)
@@ -292,7 +292,7 @@ def test_copies_are_independent(name, copied):
 def test_saved_and_loaded(trust, tmp_path):
     model = tiny_model("llama")
     selection = {"type": "top_k", "k": 2, "allocation": "uniform"}
-    config = MoeficationConfig(expert_size=SIZE, router="pre_gated", selection=selection)
+    config = MoEficationConfig(expert_size=SIZE, router="pre_gated", selection=selection)
     moefy_(model, config, BATCHES, progress=False)
     model.save_pretrained(tmp_path)
     if trust:
@@ -339,7 +339,7 @@ def test_layers_that_are_left_dense():
     """The first of the routed ones leads."""
     model, inputs = tiny_model("bert", num_hidden_layers=4), tiny_inputs("bert")
     dense = copy.deepcopy(model)
-    section = MoeficationConfig(expert_size=SIZE, router="pre_gated", layers=[1, 3]).section()
+    section = MoEficationConfig(expert_size=SIZE, router="pre_gated", layers=[1, 3]).section()
     install_routers_(model, section)
     model.set_selection(type="top_k", k=2, allocation="uniform")
     weight, stock = model.moe_sites()[0].act.router.weight, find_sites(dense)
@@ -360,7 +360,7 @@ def test_layers_of_different_numbers_of_experts_are_refused():
     narrow = find_sites(model)[1]
     narrow.owner.intermediate.dense = nn.Linear(16, 32)
     narrow.owner.output.dense = nn.Linear(32, 16)
-    config = MoeficationConfig(expert_size=SIZE, router="pre_gated")
+    config = MoEficationConfig(expert_size=SIZE, router="pre_gated")
     with pytest.raises(ValueError, match="all need the same number; got 6, 4"):
         moefy_(model, config, BATCHES, progress=False)
     assert type(model).__name__ == "BertModel"
@@ -370,4 +370,4 @@ def test_layers_of_different_numbers_of_experts_are_refused():
 
 def test_without_data_it_is_refused():
     with pytest.raises(ValueError, match="router 'pre_gated' learns from it"):
-        moefy_(tiny_model("bert"), MoeficationConfig(expert_size=SIZE, splitter="random", router="pre_gated"))
+        moefy_(tiny_model("bert"), MoEficationConfig(expert_size=SIZE, splitter="random", router="pre_gated"))

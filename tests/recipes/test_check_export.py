@@ -14,7 +14,7 @@ from tiny import VOCAB, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from moefy_hf import MoeficationConfig, export, moefy_
+from moefy_hf import MoEficationConfig, export, moefy_
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def made(tmp_path_factory):
     model = tiny_model("llama-without-biases", "AutoModelForCausalLM").eval()
     settings = {"expert_size": 8, "splitter": "random", "router": "linear", "calibration_tokens": 300}
     selection = {"type": "top_k", "k": 2, "allocation": "uniform"}
-    moefy_(model, MoeficationConfig(selection=selection, **settings), text_batches(8), progress=False)
+    moefy_(model, MoEficationConfig(selection=selection, **settings), text_batches(8), progress=False)
     model.save_pretrained(folder / "moe")
     tokenizer.save_pretrained(folder / "moe")
     model.set_selection(k=3)  # another budget than the checkpoint's

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moefy_hf import MoeficationConfig, Sweep, evaluate, moefy_
+from moefy_hf import MoEficationConfig, Sweep, evaluate, moefy_
 from moefy_hf.hub.facts import read_facts
 
 CONFIG = Path(recipe_module.__file__).parent / "configs" / "smollm2" / "moefication.yaml"
@@ -220,7 +220,7 @@ def test_a_grid_of_routers_and_splits_at_equal_flops(recipe, texts, tmp_path, ca
     split = [row for row in both if row["method"]["splitter"] == "random" and row["method"]["router"] == "linear"]
     assert len(split) == 4 and all(row["seeds"] == [0, 1] and row["relative_quality_sd"] > 0 for row in split)
     model = AutoModelForCausalLM.from_pretrained(texts / "model")
-    moefy_(model, MoeficationConfig(expert_size=2, splitter="gate_clustering", router="mean_gate", selection=TOP_2))
+    moefy_(model, MoEficationConfig(expert_size=2, splitter="gate_clustering", router="mean_gate", selection=TOP_2))
     tokenizer = AutoTokenizer.from_pretrained(texts / "model")
     names = {"held_out_name": [str(texts / "whales"), str(texts / "angels")], "held_out_tokens": 160}
     data = prose.ProseArguments([str(texts / "plays")], max_seq_length=16, train_tokens=2000, **names)

@@ -9,14 +9,14 @@ import torch
 from tiny import LENGTH, tiny, tiny_config, tiny_inputs
 from transformers_tests.test_modeling_common import ModelTesterMixin
 
-from moefy_hf import MoeficationConfig
+from moefy_hf import MoEficationConfig
 from moefy_hf.modeling.moefied import MoefiedMixin
 
 MODEL, KIND = os.environ["SUITE_MODEL"], os.environ["SUITE_KIND"]
 FILE = importlib.import_module(f"moefy_hf.modeling.modeling_moefied_{MODEL}")
 OWN = [cls for cls in vars(FILE).values() if isinstance(cls, type) and "_auto_class" in vars(cls)]
 ALL_EXPERTS = {"type": "top_k", "k": 1.0, "allocation": "uniform"}
-SECTION = MoeficationConfig(num_experts=4, splitter="random", router="random", selection=ALL_EXPERTS).section()
+SECTION = MoEficationConfig(num_experts=4, splitter="random", router="random", selection=ALL_EXPERTS).section()
 
 
 def named_as_stock(cls: type) -> type:

@@ -1,0 +1,172 @@
+"""The one pipeline from neurons to experts with routers; `moefy_`, the callback and `reroute_` share it."""
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..config import MoEficationConfig
+from ..loading import moefied_class
+from ..measure.profile import ModelProfile, SiteProfile
+from ..modeling.adapters import IN_MEMORY
+from ..modeling.allocation import setting_name
+from ..modeling.ffn_sites import FfnSite, FfnWeights, check_permutation, find_sites, permute_neurons_
+from ..modeling.moefied import install_, is_moefied, selected_sites, split_sizes
+from ..modeling.routers import ROUTERS
+from ..modeling.section import ALL_EXPERTS, Section
+from ..splitters import SPLITTERS
+from ..splitters.shared_experts import activation_rates, apart
+from .budgets import MEASURES
+from .expert_matching import aligned_orders
+from .fit_routers import RouterFit, fit_routers
+from .thresholds import measure_reach
+
+
+@dataclass
+class Experts:
+    """What `find_experts_` found: for each FFN the order of its neurons (f,) and how well its router was fitted, and
+    the seconds that each step took. `fits` is empty without a profile."""
+
+    orders: list[torch.Tensor] = field(default_factory=list)
+    fits: list[RouterFit] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    """Note the seconds that a step takes."""
+    started = time.perf_counter()
+    yield
+    seconds[step] = time.perf_counter() - started
+
+
+def find_experts_(
+    model: PreTrainedModel,
+    config: MoEficationConfig,
+    profile: ModelProfile | None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    warm: bool = False,
+    progress: bool = True,
+) -> Experts:
+    """Split the neurons of a model, in place, fit its routers, and measure what its selection needs.
+
+    A dense model gets routers once the split is known: until then nothing is changed. All experts are selected
+    afterwards, so that the model computes what it did.
+
+    Args:
+        config: its allocation is decided, not "auto" (`with_allocation`).
+        profile: of this model, with a sample; None where nothing in `config.needs()`.
+        optimizer: what it remembers of neurons is permuted with them.
+        warm: the neurons lie in experts already; a split that cannot be improved on from there is kept.
+    """
+    found = Experts()
+    with timed(found.seconds, "split"):
+        sites = model.moe_sites() if is_moefied(model) else selected_sites(find_sites(model), config.layers)
+        found.orders = neuron_orders(sites, config, profile, warm=warm, progress=progress)
+        if not is_moefied(model):
+            install_routers_(model, config.section())
+        for site, order in zip(model.moe_sites(), found.orders, strict=True):
+            permute_neurons_(site, order, optimizer)
+    with timed(found.seconds, "routers"):
+        found.fits = start_routers_(model, profile, config.seed, progress=progress)
+        kind = config.selection_section()["type"]
+        if profile is not None and setting_name(kind):
+            measure_reach(model, profile, [kind])
+    if profile is not None and config.allocation in MEASURES:
+        with timed(found.seconds, "budgets"):
+            measured = MEASURES[config.allocation](model, profile.batches, progress=progress)
+            Section(model.config).set_measured(config.allocation, measured)
+    return found
+
+
+def start_routers_(
+    model: PreTrainedModel, profile: ModelProfile | None, seed: int, *, progress: bool = True
+) -> list[RouterFit]:
+    """Start every router from the experts that its FFN has now, in place, and fit those that learn from a profile."""
+    init_routers_(model, seed)
+    return fit_routers(model, profile, seed=seed, progress=progress) if profile is not None else []
+
+
+def neuron_orders(
+    sites: list[FfnSite],
+    config: MoEficationConfig,
+    profile: ModelProfile | None,
+    *,
+    warm: bool = False,
+    progress: bool = False,
+) -> list[torch.Tensor]:
+    """Find one order of neurons (f,) per FFN, expert by expert, as `config.splitter` groups them; change nothing.
+
+    Corresponding experts have the same place in all layers where `config.router` chooses for all of them.
+    """
+    orders = []
+    num_experts = [split_sizes(site, config.num_experts, config.expert_size)[0] for site in sites]
+    bar = tqdm(sites, desc="split", unit="layer", disable=not progress)
+    for position, (site, experts) in enumerate(zip(bar, num_experts, strict=True)):
+        generator = torch.Generator().manual_seed(config.seed + position)
+        stats = profile.sites[position] if profile else None
+        with torch.autocast(site.down.weight.device.type, enabled=False):  # half-precision sums scramble a split
+            orders.append(neuron_order(site.weights(), stats, experts, config, generator, warm))
+        check_permutation(site, orders[-1])
+    if ROUTERS[config.router].per_stack and profile is not None:
+        with torch.autocast(sites[0].down.weight.device.type, enabled=False):
+            orders = aligned_orders(sites, orders, num_experts, profile, config.shared_experts)
+    return orders
+
+
+def neuron_order(
+    weights: FfnWeights,
+    stats: SiteProfile | None,
+    experts: int,
+    config: MoEficationConfig,
+    generator: torch.Generator,
+    warm: bool,
+) -> torch.Tensor:
+    """Order the neurons (f,) of one FFN: shared experts first, then the others as the splitter groups them."""
+    split, shared = SPLITTERS[config.splitter].order, config.shared_experts
+    if not shared or stats is None:
+        return split(weights, stats, experts, generator, warm)
+    f = weights.down.shape[1]
+    first = torch.arange(shared * f // experts)
+    if not warm:  # those that are shared already stay so
+        first = activation_rates(weights, stats).sort(descending=True, stable=True).indices[: len(first)].sort().values
+    others = torch.ones(f, dtype=torch.bool).index_fill(0, first, False).nonzero()[:, 0]
+    return torch.cat([first, others[split(*apart(weights, stats, others), experts - shared, generator, warm).cpu()]])
+
+
+def install_routers_(model: PreTrainedModel, section: dict[str, Any]) -> None:
+    """Change a dense model's class and put routers into it that select everything: its function stays what it was."""
+    view = Section.put(model.config, section)
+    view.selection, view.compensation, view.neuron_order = dict(ALL_EXPERTS), False, True
+    model.__class__ = moefied_class(type(model))
+    with torch.device("meta"):  # transformers learns which outputs a class can record when one is made
+        type(model)(copy.deepcopy(model.config))
+    install_(model)
+    if not (model.name_or_path or "").endswith(IN_MEMORY):
+        model.name_or_path = (model.name_or_path or "") + IN_MEMORY  # by which adapters know what they are trained on
+    for site in model.moe_sites():
+        site.act.neuron_order.copy_(torch.arange(site.sizes[1]))
+    model.config.auto_map = model.auto_map()
+    init_routers_(model, view.seed)
+
+
+def init_routers_(model: PreTrainedModel, seed: int) -> None:
+    """Start every router from the experts that its FFN has now."""
+    generator = torch.Generator().manual_seed(seed)
+    for site in model.moe_sites():
+        router = site.act.router
+        with torch.no_grad():
+            for weight in router.parameters():
+                noise = torch.empty(weight.shape).normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+                weight.copy_(noise)  # the same on every device
+            first = site.act.shared * site.act.expert_size
+            router.init_from_experts_(site.weights().of_neurons(torch.arange(first, site.sizes[1])))
+        site.act.to(site.down.weight.device)
+        site.act.train(site.owner.training)

@@ -1,0 +1,114 @@
+"""`Section`: the typed view of `config.moefication`, and the only code that knows its keys.
+
+Format 1 had sizes, splits, routers and top-k selections; 2 added shared experts, mean compensation and dynamic
+selections; 3 added the settings of routers. What a format lacks has the default that it meant.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar, overload
+
+FORMAT_VERSION = 3
+MEASURED_WITH_ROUTERS = ("reach", "sensitivity")  # what a change of routers makes stale
+MEASURED_OF_EXPERTS = ("reach", "sensitivity", "angular")  # what a change of the experts makes stale
+
+ALL_EXPERTS = {"type": "top_k", "k": 1.0, "allocation": "uniform"}  # a selection: an exact no-op
+
+T = TypeVar("T")
+
+
+class Key(Generic[T]):
+    """One key of the section, and what formats without it mean."""
+
+    def __init__(self, name: str, kind: type[T] | None = None, *default: Any):
+        self.name, self.default = name, default
+
+    @overload
+    def __get__(self, section: None, owner: type) -> "Key[T]": ...
+    @overload
+    def __get__(self, section: "Section", owner: type) -> T: ...
+    def __get__(self, section, owner):
+        if section is None:
+            return self
+        if self.name in section.values or not self.default:
+            return section.values[self.name]
+        return copy.copy(self.default[0])
+
+    def __set__(self, section: "Section", value: T) -> None:
+        section.values[self.name] = value
+
+
+class Section:
+    """What a checkpoint's config says of its experts; changes go into the config.
+
+    Args:
+        config: a config with a `moefication` section.
+
+    Example:
+        >>> Section(model.config).router
+        'linear'
+    """
+
+    format_version = Key("format_version", int)
+    num_experts = Key[int | None]("num_experts")
+    expert_size = Key[int | None]("expert_size")
+    splitter = Key("splitter", str)
+    router = Key("router", str)
+    router_settings = Key[dict[str, Any]]("router_settings", None, {})
+    selection = Key[dict[str, Any]]("selection")
+    shared_experts = Key("shared_experts", int, 0)
+    compensation = Key("compensation", bool, False)
+    layers = Key[list[int] | None]("layers")
+    calibration_tokens = Key("calibration_tokens", int)
+    seed = Key("seed", int, 0)
+    neuron_order = Key("neuron_order", bool, False)  # whether each FFN has the buffer of that name
+    splits = Key[int | None]("splits", None, None)  # that a training has done; None where none was told to
+    thresholds = Key[dict[str, Any]]("reach", None, {})  # what dynamic selections compute, by `measure_reach`
+
+    def __init__(self, config: Any):
+        self.values: dict[str, Any] = config.moefication
+
+    @classmethod
+    def of_values(cls, values: Mapping[str, Any]) -> "Section":
+        """View a mapping that is no config's, such as one that was read from a file."""
+        section = object.__new__(cls)
+        section.values = values if isinstance(values, dict) else dict(values)
+        return section
+
+    @classmethod
+    def of_file(cls, path: Path) -> "Section | None":
+        """Read the section of a config.json; None where that is a dense model's."""
+        values = json.loads(path.read_text(encoding="utf-8")).get("moefication")
+        return None if values is None else cls.of_values(values)
+
+    @staticmethod
+    def of(config: Any) -> "Section | None":
+        """View a config's section; None where the config is a dense model's."""
+        return Section(config) if getattr(config, "moefication", None) is not None else None
+
+    @staticmethod
+    def put(config: Any, values: Mapping[str, Any]) -> "Section":
+        """Give a dense model's config a section."""
+        config.moefication = dict(values)
+        return Section(config)
+
+    def measured(self, allocation: str) -> Mapping[str, Any] | None:
+        """Return what was measured of the layers for an allocation, if it was."""
+        return self.values.get(allocation)
+
+    def set_measured(self, allocation: str, values: Mapping[str, Any]) -> None:
+        """Keep what was measured of the layers for an allocation."""
+        self.values[allocation] = values
+
+    def forget(self, stale: tuple[str, ...]) -> None:
+        """Forget measurements: `MEASURED_WITH_ROUTERS` or `MEASURED_OF_EXPERTS`."""
+        for name in stale:
+            self.values.pop(name, None)
+
+    def replace(self, values: Mapping[str, Any]) -> None:
+        """Take another section's values; those that are here now are forgotten."""
+        values = copy.deepcopy(dict(values))
+        self.values.clear()
+        self.values.update(values)
