@@ -121,6 +121,36 @@ def read_lines(path: str) -> list[str]:
     return lines
 
 
+def read_texts(path: str) -> list[str]:
+    """Read the texts of a csv file's column `text`, or the lines of a text file; blank ones are left out.
+
+    Raises:
+        ValueError: no such file or column, a table of another kind, or no text in it.
+    """
+    if Path(path).suffix.lower() != ".csv":
+        return read_lines(path)
+    texts = [(row["text"] or "").strip() for row in csv_rows(path, {"text"})]
+    texts = [text for text in texts if text]
+    if not texts:
+        raise ValueError(f"{path} holds no text")
+    return texts
+
+
+def csv_rows(path: str, columns: set[str]) -> Iterator[dict[str, str | None]]:
+    """Read the rows of a csv file.
+
+    Raises:
+        ValueError: no such file, or it lacks one of the columns.
+    """
+    csv.field_size_limit(sys.maxsize)  # a text may be long
+    with opened(path) as file:
+        rows = csv.DictReader(file)
+        if missing := columns - set(rows.fieldnames or ()):
+            has = ", ".join(rows.fieldnames or ["none"])
+            raise ValueError(f"{path} has no column {', '.join(sorted(missing))}; it has {has}")
+        yield from rows
+
+
 def check_plain_text(path: str) -> None:
     """
     Raises:
@@ -129,8 +159,8 @@ def check_plain_text(path: str) -> None:
     kind = Path(path).suffix.lower()
     if kind in TABLES:
         raise ValueError(
-            f"{path} is a {kind} file, and plain text with one text per line is wanted here: write its texts into a "
-            "file of their own"
+            f"{path} is a {kind} file; texts are read from plain text with one text per line, or from the column text "
+            "of a .csv file"
         )
 
 
@@ -156,21 +186,15 @@ def labelled_rows(path: str, config: PreTrainedConfig) -> Iterator[tuple[str, in
     Raises:
         ValueError: no such file or columns; or, at its row, no label, or one that the model does not have.
     """
-    csv.field_size_limit(sys.maxsize)  # a text may be long
     classes = classes_of(config)
-    with opened(path) as file:
-        rows = csv.DictReader(file)
-        if missing := {"text", "label"} - set(rows.fieldnames or ()):
-            has = ", ".join(rows.fieldnames or ["none"])
-            raise ValueError(f"{path} has no column {', '.join(sorted(missing))}; it has {has}")
-        for line, row in enumerate(rows, start=1):
-            label = (row["label"] or "").strip()
-            if not label:
-                raise ValueError(f"{path}: row {line} has no label")
-            if label not in classes:
-                known = ", ".join(map(str, config.id2label.values()))
-                raise ValueError(f"{path}: row {line} has label {label!r}, which is none of {known}")
-            yield (row["text"] or "").strip(), classes[label]
+    for line, row in enumerate(csv_rows(path, {"text", "label"}), start=1):
+        label = (row["label"] or "").strip()
+        if not label:
+            raise ValueError(f"{path}: row {line} has no label")
+        if label not in classes:
+            known = ", ".join(map(str, config.id2label.values()))
+            raise ValueError(f"{path}: row {line} has label {label!r}, which is none of {known}")
+        yield (row["text"] or "").strip(), classes[label]
 
 
 def split_off(texts: list[str]) -> tuple[list[str], list[str]]:

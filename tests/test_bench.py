@@ -40,8 +40,8 @@ def tiny_presets(monkeypatch):
 @pytest.mark.parametrize("preset", ["minilm", "smollm2-135m"])
 def test_rows_and_files(little, preset, tmp_path, capsys):
     files = {kind: tmp_path / f"bench.{kind}" for kind in ("json", "csv", "png")}
-    sizes = ["--tokens", "1", "9", "--rounds", "6", "--expert-size", "16"]
-    named = ["--json", str(files["json"]), "--csv", str(files["csv"]), "--plot", str(files["png"])]
+    sizes = ["--tokens", "1", "9", "--rounds", "6", "--expert_size", "16"]
+    named = ["--output", str(files["json"]), str(files["csv"]), "--plot", str(files["png"])]
     main(["bench", "--preset", preset, *sizes, *named])
     found = json.loads(files["json"].read_text())
     settings, rows = found["settings"], found["rows"]
@@ -190,27 +190,29 @@ def test_turns():
         (["--preset", "t6"], "unknown preset 't6'; choose from minilm, bert-base, t5-base"),
         (["--dtype", "int8"], "unknown dtype 'int8'; choose from float32, bfloat16"),
         (["--implementations", "gpu"], "unknown implementation 'gpu'; choose from masked, torch, cpu"),
-        (["--expert-size", "7"], "3072 neurons do not split into experts of size 7"),
-        (["--share", "1.5"], r"share must lie in \(0, 1\]"),
+        (["--expert_size", "7"], "3072 neurons do not split into experts of size 7"),
+        (["--k", "1.5"], r"share must lie in \(0, 1\]"),
         (["--tokens", "0"], "tokens must be positive, got 0"),
         (["--threads", "0"], "threads must be positive, got 0"),
         (["--nonzero", "0.9"], r"nonzero must lie in \(0, 0.5\]"),
         (["--nonzero", "0.1", "--preset", "minilm"], "nonzero=0.1 wants an FFN of ReLU: that of minilm has gelu"),
-        (["--json", "no/such/file.json"], "there is no folder for no/such/file.json"),
-        (["--csv", "."], r"\. cannot be written"),
+        (["--output", "no/such/file.json"], "there is no folder for no/such/file.json"),
+        (["--output", "."], r"\. cannot be written"),
+        (["--output", "figures.xml"], "--output writes .json or .csv, got figures.xml"),
+        (["--csv", "a.csv"], "--csv is --data .of texts. or --output"),
         (["--plot", "speed.xyz"], "--plot draws .png, .pdf, .svg, got speed.xyz"),
         (["no/such/checkpoint"], "no/such/checkpoint"),
         (["nothing-here", "--preset", "minilm"], "give a preset .* or a MoEfied checkpoint"),
         (["--implementations", "auto"], "implementation 'auto' is for whole models"),
         (["--router", "mlp"], "unknown router 'mlp'; choose from linear"),
         (["nothing-here", "--router", "linear"], "expert sizes and routers are for presets"),
-        (["nothing-here", "--expert-size", "8"], "expert sizes and routers are for presets"),
+        (["nothing-here", "--expert_size", "8"], "expert sizes and routers are for presets"),
         (["--generate", "128", "32", "--tokens", "1"], "--tokens is for FFNs alone"),
         (["--generate", "0", "32"], "batch, length and new tokens must be positive"),
         (["--generate", "8", "0"], "--generate at least one token"),
         (["--generate", "8", "2", "--preset", "minilm"], "BertModel is no language model"),
         (["--generate", "2040", "20", "--preset", "opt-1.3b"], "2040 and 20 new tokens are more than the 2048"),
-        (["--generate", "8", "2", "--expert-size", "7"], "3072 neurons do not split into experts of size 7"),
+        (["--generate", "8", "2", "--expert_size", "7"], "3072 neurons do not split into experts of size 7"),
     ],
 )
 def test_bad_input(arguments, message, capsys, monkeypatch):
@@ -285,7 +287,7 @@ def moe(tmp_path):
 
 
 def test_a_whole_checkpoint_on_the_command_line(moe, tmp_path, capsys):
-    given = ["--rounds", "2", "--implementations", "cpu", "--json", str(tmp_path / "out.json")]
+    given = ["--rounds", "2", "--implementations", "cpu", "--output", str(tmp_path / "out.json")]
     main(["bench", str(moe), "--generate", "4", "3", *given])
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["implementation"] for row in rows] == ["dense", "cpu"] and "| 4 | cpu |" in capsys.readouterr().out

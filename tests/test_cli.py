@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from moefy_hf import Sweep
-from moefy_hf.cli import commands
+from moefy_hf.cli import convert as convert_command
 from moefy_hf.cli.main import main
 from moefy_hf.data import read_labelled
 from moefy_hf.hub.facts import read_facts
@@ -48,7 +48,7 @@ def moe(dense):
             "convert",
             str(dense / "dense"),
             str(dense / "moe"),
-            "--texts",
+            "--data",
             str(dense / "texts.txt"),
             "--expert_size",
             "8",
@@ -98,7 +98,7 @@ def test_interrupted_conversion_leaves_nothing(dense, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "add_facts", interrupted)  # when the weights are written
+    monkeypatch.setattr(convert_command, "add_facts", interrupted)  # when the weights are written
     settings = ["--splitter", "parameter_clustering", "--router", "similarity", "--expert_size", "8"]
     with pytest.raises(KeyboardInterrupt):
         main(["convert", str(dense / "dense"), str(tmp_path / "moe"), *settings])
@@ -117,7 +117,7 @@ def test_convert_with_all_settings(dense, tmp_path):
         "1",
         "--compensation",
     ]
-    texts = ["--texts", str(dense / "texts.txt"), "--calibration_tokens", "400", "--allocation", "global", "--force"]
+    texts = ["--data", str(dense / "texts.txt"), "--calibration_tokens", "400", "--allocation", "global", "--force"]
     main(["convert", str(dense / "dense"), str(tmp_path / "moe"), *texts, *settings])
     section = load_checkpoint(tmp_path / "moe").config.moefication
     assert section["selection"] == {"type": "threshold", "k": 0.5, "allocation": "global"}
@@ -126,7 +126,7 @@ def test_convert_with_all_settings(dense, tmp_path):
 
 
 def test_convert_with_a_router_of_ones_own_size(dense, tmp_path, capsys):
-    settings = ["--router", "low_rank", "--expert_size", "8", "--force", "--texts", str(dense / "texts.txt")]
+    settings = ["--router", "low_rank", "--expert_size", "8", "--force", "--data", str(dense / "texts.txt")]
     folder = str(tmp_path / "moe")
     for given, message in (("rank", "a setting and a number like rank=64"), ("inputs=0.3", "choose from rank")):
         with pytest.raises(SystemExit) as error:
@@ -145,7 +145,7 @@ def test_convert_with_a_router_of_ones_own_size(dense, tmp_path, capsys):
 
 def test_convert_with_budgets_by_angles(dense, tmp_path):
     settings = ["--expert_size", "8", "--k", "0.5", "--allocation", "angular", "--force"]
-    texts = ["--texts", str(dense / "texts.txt"), "--calibration_tokens", "400"]
+    texts = ["--data", str(dense / "texts.txt"), "--calibration_tokens", "400"]
     main(["convert", str(dense / "dense"), str(tmp_path / "moe"), *texts, *settings])
     model = load_checkpoint(tmp_path / "moe")
     assert model.config.moefication["selection"] == {"type": "top_k", "k": 0.5, "allocation": "angular"}
@@ -163,7 +163,7 @@ def test_convert_without_data(dense, tmp_path, capsys):
 
 
 def test_profile(dense, capsys):
-    texts = ["--texts", str(dense / "texts.txt"), "--calibration_tokens", "200"]
+    texts = ["--data", str(dense / "texts.txt"), "--calibration_tokens", "200"]
     main(["profile", str(dense / "dense"), *texts, "--json"])
     out = capsys.readouterr().out
     found = json.loads(out[out.index("{") :])
@@ -181,8 +181,8 @@ def test_profile(dense, capsys):
 
 
 def test_sweep_with_neuron_level_baselines(dense, copy, capsys):
-    texts = ["--texts", str(dense / "texts.txt"), "--shares", "3", "--controls", "wina", "cats", "--json"]
-    main(["sweep", str(copy), *texts, "--calibration_texts", str(dense / "texts.txt")])
+    texts = ["--data", str(dense / "texts.txt"), "--k", "3", "--controls", "wina", "cats", "--json"]
+    main(["sweep", str(copy), *texts, "--calibration", str(dense / "texts.txt")])
     out = capsys.readouterr().out
     rows = json.loads(out[out.index("{") :])["rows"]
     assert [row["router"] for row in rows] == ["dense", "own", "wina", "cats"]
@@ -191,7 +191,7 @@ def test_sweep_with_neuron_level_baselines(dense, copy, capsys):
 
 def test_sweep_a_language_model(dense, copy, tmp_path, capsys):
     figures, plot = tmp_path / "figures.json", tmp_path / "plot.png"
-    texts = ["--texts", str(dense / "texts.txt"), "--shares", "2", "1.0", "--controls", "oracle"]
+    texts = ["--data", str(dense / "texts.txt"), "--k", "2", "1.0", "--controls", "oracle"]
     main(["sweep", str(copy), *texts, "--output", str(figures), "--plot", str(plot)])
     out = capsys.readouterr().out
     assert "| own | top_k | uniform | 100.0% |" in out and "| oracle |" in out and "perplexity" in out
@@ -210,8 +210,8 @@ def test_sweep_a_language_model(dense, copy, tmp_path, capsys):
 
 
 def test_sweep_at_flops_and_with_other_selections(dense, copy, capsys):
-    texts = ["--texts", str(dense / "texts.txt"), "--controls", "--json"]
-    kinds = ["--selections", "top_k", "level", "--calibration_texts", str(dense / "texts.txt")]
+    texts = ["--data", str(dense / "texts.txt"), "--controls", "--json"]
+    kinds = ["--selections", "top_k", "level", "--calibration", str(dense / "texts.txt")]
     main(["sweep", str(copy), *texts, "--flops", "0.6", "0.8", *kinds])
     out = capsys.readouterr().out
     rows = json.loads(out[out.index("{") :])["rows"]
@@ -219,16 +219,14 @@ def test_sweep_at_flops_and_with_other_selections(dense, copy, capsys):
     assert all(0.4 < row["ffn_flops"] <= 0.6 for row in rows[1::2]) and 0.6 < rows[2]["ffn_flops"] <= 0.8
     with pytest.raises(SystemExit):
         main(["sweep", str(copy), *texts, "--selections", "level"])
-    assert "what level spend is measured on other texts" in capsys.readouterr().err
+    assert "what level compute is measured on other texts" in capsys.readouterr().err
 
 
 def test_sweep_of_a_model_with_a_setting(dense, copy, capsys):
     model = load_checkpoint(copy)
     model.set_selection(type="level", level=1.8)
     model.save_pretrained(copy)
-    main(
-        ["sweep", str(copy), "--texts", str(dense / "texts.txt"), "--shares", "0.5", "--controls", "oracle", "--json"]
-    )
+    main(["sweep", str(copy), "--data", str(dense / "texts.txt"), "--k", "0.5", "--controls", "oracle", "--json"])
     out = capsys.readouterr().out
     rows = json.loads(out[out.index("{") :])["rows"]
     assert [(row["router"], row.get("type"), row.get("k")) for row in rows[1:]] == [
@@ -240,7 +238,7 @@ def test_sweep_of_a_model_with_a_setting(dense, copy, capsys):
 
 def test_sweep_for_a_quality(dense, copy, tmp_path, capsys):
     figures = tmp_path / "figures.json"
-    texts = ["--texts", str(dense / "texts.txt"), "--output", str(figures)]
+    texts = ["--data", str(dense / "texts.txt"), "--output", str(figures)]
     main(["sweep", str(copy), *texts, "--quality", "1.0005"])
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("1.0005 of dense: model.set_selection(type='top_k', k=")
@@ -261,7 +259,7 @@ def test_sweep_a_classifier(tmp_path, capsys):
     number_tokenizer().save_pretrained(tmp_path / "moe")
     rows = [(f"{n} {n + 1}", ["no", "yes"][n % 2]) for n in range(3, 40)]
     (tmp_path / "test.csv").write_text("text,label\n" + "\n".join(f"{text},{label}" for text, label in rows))
-    main(["sweep", str(tmp_path / "moe"), "--csv", str(tmp_path / "test.csv"), "--shares", "2", "--json"])
+    main(["sweep", str(tmp_path / "moe"), "--data", str(tmp_path / "test.csv"), "--k", "2", "--json"])
     out = capsys.readouterr().out
     dense = json.loads(out[out.index("{") :])["rows"][0]
     model.set_selection(k=1.0)
@@ -320,23 +318,27 @@ def test_export(moe, tmp_path, capsys):
     [
         (["inspect", "{tmp}/nothing"], "nothing"),
         (["convert", "{dense}", "{tmp}/out", "--expert_size", "8"], "calibration data is missing"),
-        (["convert", "{dense}", "{tmp}/out", "--texts", "{tmp}/none.txt"], "none.txt is no file"),
-        (["convert", "{dense}", "{tmp}/out", "--texts", "{texts}", "--expert_size", "7"], "48 neurons.*size 7"),
+        (["convert", "{dense}", "{tmp}/out", "--data", "{tmp}/none.txt"], "none.txt is no file"),
+        (["convert", "{dense}", "{tmp}/out", "--data", "{texts}", "--expert_size", "7"], "48 neurons.*size 7"),
         (
-            ["convert", "{dense}", "{tmp}/out", "--texts", "{texts}", "--splitter", "x"],
+            ["convert", "{dense}", "{tmp}/out", "--data", "{texts}", "--splitter", "x"],
             "unknown splitter 'x'",
         ),
-        (["convert", "{dense}", "{tmp}/out", "--texts", "{texts}", "--k", "1.5"], "1.5"),
+        (["convert", "{dense}", "{tmp}/out", "--data", "{texts}", "--k", "1.5"], "1.5"),
         (["convert", "{dense}", "{dense}"], "exists: choose another"),
         (["export", "{dense}", "{tmp}/out"], "is not MoEfied"),
-        (["profile", "{dense}", "--texts", "{tmp}/none.txt"], "none.txt is no file"),
-        (["sweep", "{dense}", "--texts", "{texts}"], "is not MoEfied: moefy convert"),
-        (["sweep", "{dense}"], "give --texts .* or --csv"),
-        (["sweep", "{dense}", "--texts", "{texts}", "--output", "{tmp}/no/a.json"], "there is no folder for .*a.json"),
-        (["sweep", "{dense}", "--texts", "{texts}", "--controls", "x"], "'x'"),
-        (["sweep", "{dense}", "--texts", "{texts}", "--controls", "teal"], "give --calibration_texts"),
-        (["profile", "{dense}", "--texts", "{texts}", "--ppl", "0"], "--ppl is a growth in percent"),
-        (["profile", "{dense}", "--texts", "{texts}", "--max_length", "0"], "a whole number from 1, got '0'"),
+        (["profile", "{dense}", "--data", "{tmp}/none.txt"], "none.txt is no file"),
+        (["sweep", "{dense}", "--data", "{texts}"], "is not MoEfied: moefy convert"),
+        (["sweep", "{dense}"], "required: --data"),
+        (["sweep", "{dense}", "--texts", "{texts}"], "--texts is --data now"),
+        (["sweep", "{dense}", "--data", "{texts}", "--shares=0.5"], "--shares is --k now"),
+        (["convert", "{dense}", "{tmp}/out", "--config", "{tmp}/none.yaml"], "there is no such file"),
+        (["export", "{dense}", "{dense}"], "exists: choose another"),
+        (["sweep", "{dense}", "--data", "{texts}", "--output", "{tmp}/no/a.json"], "there is no folder for .*a.json"),
+        (["sweep", "{dense}", "--data", "{texts}", "--controls", "x"], "'x'"),
+        (["sweep", "{dense}", "--data", "{texts}", "--controls", "teal"], "give --calibration$"),
+        (["profile", "{dense}", "--data", "{texts}", "--ppl", "0"], "--ppl is a growth in percent"),
+        (["profile", "{dense}", "--data", "{texts}", "--max_length", "0"], "a whole number from 1, got '0'"),
         (["convert", "{dense}", "{tmp}/out", "--calibration_tokens", "many"], "a whole number from 1, got 'many'"),
         (["bench", "--preset", "minilm", "--seconds", "0"], "seconds must be positive, got 0"),
         (["card", "{dense}"], "is not MoEfied"),
@@ -358,8 +360,8 @@ def test_bad_input_is_one_line_and_code_2(dense, tmp_path, arguments, message, c
 
 HELP = [
     ([], "moefy bench --preset"),
-    (["convert"], "--texts"),
-    (["sweep"], "--texts"),
+    (["convert"], "--data"),
+    (["sweep"], "--data"),
     (["bench"], "--generate PROMPT NEW"),
 ]
 

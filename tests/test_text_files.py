@@ -12,9 +12,10 @@ from tiny import VOCAB, convert, tiny_model
 from transformers import AutoTokenizer
 
 from moefy_hf import load_checkpoint
-from moefy_hf.cli import commands
+from moefy_hf.cli import common
+from moefy_hf.cli import convert as convert_command
 from moefy_hf.cli.main import main
-from moefy_hf.data import TextBatches, decoder_start_of, longest_text, read_labelled, read_lines
+from moefy_hf.data import TextBatches, decoder_start_of, longest_text, read_labelled, read_lines, read_texts
 
 CLASSIFIER, SEQ2SEQ = "AutoModelForSequenceClassification", "AutoModelForSeq2SeqLM"
 ROWS = [("5 6 7", 0), ("8 9 10 é", 1)] * 20
@@ -55,7 +56,7 @@ def test_a_table_that_excel_saved_is_read(classifier, tmp_path, capsys):
     plain, excel = (table(tmp_path / f"{name}.csv", encoding=name) for name in ("utf-8", "utf-8-sig"))
     config = load_checkpoint(classifier).config
     assert read_labelled(str(plain), config) == read_labelled(str(excel), config)
-    main(["sweep", str(classifier), "--csv", str(excel), "--shares", "0.5", "--controls"])
+    main(["sweep", str(classifier), "--data", str(excel), "--k", "0.5", "--controls"])
     assert "| own |" in capsys.readouterr().out
     main(["analyze", str(classifier), "--data", str(excel), "--output", str(tmp_path / "report")])
     assert (tmp_path / "report" / "report.html").exists()
@@ -72,7 +73,7 @@ def test_another_encoding_is_one_line_that_names_the_file(command, kind, classif
     else:
         table(path, encoding=kind)
     output = ["--output", tmp_path / "report"] if command == "analyze" else []
-    said = refused(capsys, command, classifier, "--csv" if command == "sweep" else "--data", path, *output)
+    said = refused(capsys, command, classifier, "--data", path, *output)
     assert said == (
         f"moefy {command}: {path} is not UTF-8 text: "
         + ("unpack it first" if kind == "gzip" else "save it as UTF-8 (iconv -f latin1 -t utf-8, or -f utf-16)")
@@ -82,29 +83,38 @@ def test_another_encoding_is_one_line_that_names_the_file(command, kind, classif
 
 def test_a_row_without_a_label_is_named(classifier, tmp_path, capsys):
     path = table(tmp_path / "data.csv", [*ROWS[:3], ("5 6", ""), *ROWS])
-    assert f"{path}: row 4 has no label" in refused(capsys, "sweep", classifier, "--csv", path)
+    assert f"{path}: row 4 has no label" in refused(capsys, "sweep", classifier, "--data", path)
     path = table(tmp_path / "data.csv", [*ROWS[:3], ("5 6", "maybe")])
     said = refused(capsys, "analyze", classifier, "--data", path, "--output", tmp_path / "report")
     assert f"{path}: row 4 has label 'maybe', which is none of LABEL_0, LABEL_1" in said
     path = table(tmp_path / "data.csv", columns=("sentence", "label"))
-    assert "has no column text; it has sentence, label" in refused(capsys, "sweep", classifier, "--csv", path)
+    assert "has no column text; it has sentence, label" in refused(capsys, "sweep", classifier, "--data", path)
 
 
-@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".ndjson", ".tsv", ".parquet", ".CSV"])
+@pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".tsv", ".parquet", ".JSON"])
 def test_a_table_is_no_plain_text(kind, classifier, tmp_path, capsys):
     path = table(tmp_path / f"data{kind}")
-    said = refused(capsys, "sweep", classifier, "--texts", path)
-    assert f"{path} is a {kind.lower()} file, and plain text with one text per line is wanted" in said
-    if kind.lower() != ".csv":
-        assert "plain text" in refused(capsys, "analyze", classifier, "--data", path, "--output", tmp_path / "report")
+    said = refused(capsys, "sweep", classifier, "--data", path)
+    assert f"{path} is a {kind.lower()} file; texts are read from plain text with one text per line" in said
+    assert "plain text" in refused(capsys, "analyze", classifier, "--data", path, "--output", tmp_path / "report")
+
+
+@pytest.mark.parametrize("kind", [".csv", ".CSV"])
+def test_texts_of_a_csv_file_are_its_column_text(kind, tmp_path):
+    path = table(tmp_path / f"data{kind}", [("5", "6, 7"), ("8", " "), ("9", "10")], columns=("id", "text"))
+    assert read_texts(str(path)) == ["6, 7", "10"]
+    with pytest.raises(ValueError, match="has no column text; it has id"):
+        read_texts(str(table(path, [("5",)], columns=("id",))))
+    with pytest.raises(ValueError, match="holds no text"):
+        read_texts(str(table(path, [(" ",)], columns=("text",))))
 
 
 @pytest.mark.parametrize("name", ["t5", "t5-gated", "bart", "mt5"])
 def test_encoder_decoders_read_texts_with_both(name, tmp_path, capsys):
     folder = save(tiny_model(name, SEQ2SEQ), tmp_path / "dense")
     (tmp_path / "texts.txt").write_text(words(60))
-    main(["profile", str(folder), "--texts", str(tmp_path / "texts.txt")])
-    settings = ["--texts", str(tmp_path / "texts.txt"), "--expert_size", "8", "--k", "3"]
+    main(["profile", str(folder), "--data", str(tmp_path / "texts.txt")])
+    settings = ["--data", str(tmp_path / "texts.txt"), "--expert_size", "8", "--k", "3"]
     main(["convert", str(folder), str(tmp_path / "moe"), *settings, "--force"])
     out = capsys.readouterr().out
     assert "predicted: agreement with dense" in out
@@ -133,7 +143,7 @@ def test_what_a_decoder_reads_is_the_text_shifted():
 def test_a_model_that_reads_no_texts_says_what_it_reads(name, what, tmp_path, capsys):
     folder = save(tiny_model(name), tmp_path / "dense")
     (tmp_path / "texts.txt").write_text(words())
-    command = ["convert", folder, tmp_path / "moe", "--texts", tmp_path / "texts.txt", "--expert_size", 8]
+    command = ["convert", folder, tmp_path / "moe", "--data", tmp_path / "texts.txt", "--expert_size", 8]
     assert f"reads {what}, not texts" in refused(capsys, *command, "--allocation", "uniform")
     assert not (tmp_path / "moe").exists()
 
@@ -151,7 +161,7 @@ def test_texts_are_cut_to_what_a_model_can_take(name, tmp_path):
     head = "AutoModelForCausalLM" if name == "gpt2" else "AutoModelForMaskedLM"
     folder = save(tiny_model(name, head), tmp_path / "dense")
     (tmp_path / "texts.txt").write_text(words(40, 60))
-    settings = ["--texts", str(tmp_path / "texts.txt"), "--max_length", "600", "--expert_size", "8", "--k", "3"]
+    settings = ["--data", str(tmp_path / "texts.txt"), "--max_length", "600", "--expert_size", "8", "--k", "3"]
     main(["convert", str(folder), str(tmp_path / "moe"), *settings, "--allocation", "uniform", "--force"])
     assert (tmp_path / "moe" / "config.json").exists()
 
@@ -159,7 +169,7 @@ def test_texts_are_cut_to_what_a_model_can_take(name, tmp_path):
 def test_a_tokenizer_that_knows_more_than_the_model_is_one_line(tmp_path, capsys):
     folder = save(tiny_model("llama", "AutoModelForCausalLM", vocab_size=50), tmp_path / "dense")
     (tmp_path / "texts.txt").write_text(words())
-    command = ["convert", folder, tmp_path / "moe", "--texts", tmp_path / "texts.txt", "--expert_size", 8]
+    command = ["convert", folder, tmp_path / "moe", "--data", tmp_path / "texts.txt", "--expert_size", 8]
     said = refused(capsys, *command)
     assert "the model has embeddings of 50 tokens: use its own tokenizer" in said and "resize_token_embeddings" in said
 
@@ -181,17 +191,17 @@ def test_a_config_that_names_no_head_takes_one(tmp_path, capsys):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_a_processor_without_bfloat16_computes_in_float32_and_saves_bfloat16(native, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "computes_bfloat16", lambda: native)
+    monkeypatch.setattr(common, "computes_bfloat16", lambda: native)
     folder = save(tiny_model("llama-without-biases", "AutoModelForCausalLM").bfloat16(), tmp_path / "dense")
     (tmp_path / "texts.txt").write_text(words(60))
-    computed, original = [], commands.moefy_
+    computed, original = [], convert_command.moefy_
 
     def seen(model, *args, **kwargs):
         computed.append(model.dtype)
         return original(model, *args, **kwargs)
 
-    monkeypatch.setattr(commands, "moefy_", seen)
-    settings = ["--texts", str(tmp_path / "texts.txt"), "--expert_size", "8", "--k", "3", "--force"]
+    monkeypatch.setattr(convert_command, "moefy_", seen)
+    settings = ["--data", str(tmp_path / "texts.txt"), "--expert_size", "8", "--k", "3", "--force"]
     main(["convert", str(folder), str(tmp_path / "moe"), *settings])
     assert computed == [torch.bfloat16 if native else torch.float32]
     model = load_checkpoint(tmp_path / "moe")
@@ -210,7 +220,7 @@ def test_heads_whose_classes_do_not_exclude_each_other_are_not_compared(problem,
     model = tiny_model("bert", CLASSIFIER, problem_type=problem)
     folder = save(model, tmp_path / "dense")
     (tmp_path / "texts.txt").write_text(words(60))
-    command = ["convert", folder, tmp_path / "moe", "--texts", tmp_path / "texts.txt", "--expert_size", 8, "--k", 3]
+    command = ["convert", folder, tmp_path / "moe", "--data", tmp_path / "texts.txt", "--expert_size", 8, "--k", 3]
     said = refused(capsys, *command)
     assert f"its problem_type is {problem}" in said and '"allocation": "angular" or "uniform"' in said
     main([*map(str, command), "--allocation", "angular"])
@@ -219,7 +229,7 @@ def test_heads_whose_classes_do_not_exclude_each_other_are_not_compared(problem,
 
 
 def test_pruning_saves_the_type_that_it_came_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "computes_bfloat16", lambda: False)
+    monkeypatch.setattr(common, "computes_bfloat16", lambda: False)
     model = tiny_model("llama-without-biases", "AutoModelForCausalLM").bfloat16()
     convert(model, k=3)
     folder = save(model, tmp_path / "moe")

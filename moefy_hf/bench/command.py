@@ -12,21 +12,26 @@ from .models import bench_model
 from .report import save_csv, table
 from .settings import Settings
 
+FIGURES = (".json", ".csv")
+
 
 def run_bench(args: Namespace) -> dict[str, Any]:
     """`--generate` and `--batches` time whole models, else FFNs are."""
-    check_files(args.json_file, args.csv_file, plot=args.plot_file)
+    check_files(*args.output, plot=args.plot)
+    for path in args.output:
+        if Path(path).suffix not in FIGURES:
+            raise ValueError(f"--output writes {' or '.join(FIGURES)}, got {path}")
     whole = args.generate or args.batches
-    ffns_only = {"tokens": args.tokens, "weights": args.weights, "nonzero": args.nonzero, "plot": args.plot_file}
+    ffns_only = {"tokens": args.tokens, "weights": args.weights, "nonzero": args.nonzero, "plot": args.plot}
     for name, value in ffns_only.items() if whole else ():
         if value is not None:
             raise ValueError(f"--{name} is for FFNs alone: leave out --generate and --batches")
     if args.generate and args.generate[1] < 1:
         raise ValueError(f"--generate at least one token, not {args.generate[1]}")
     settings = Settings(
-        preset=args.preset or (None if args.checkpoint else "t5-base"),
-        checkpoint=args.checkpoint,
-        share=args.share,
+        preset=args.preset or (None if args.model else "t5-base"),
+        checkpoint=args.model,
+        share=args.k,
         expert_size=args.expert_size,
         router=args.router,
         dtype=args.dtype,
@@ -42,10 +47,11 @@ def run_bench(args: Namespace) -> dict[str, Any]:
     else:
         tokens, cold = tuple(args.tokens or TOKENS), args.weights != "warm"
         found = bench_ffns(settings, tokens, cold=cold, nonzero=args.nonzero)
-    if args.json_file:
-        write_whole(Path(args.json_file), json.dumps(found, indent=1))
-    if args.csv_file:
-        save_csv(found, args.csv_file)
-    if args.plot_file:
-        plot_bench(found, args.plot_file)
+    for path in args.output:
+        if path.endswith(".csv"):
+            save_csv(found, path)
+        else:
+            write_whole(Path(path), json.dumps(found, indent=1))
+    if args.plot:
+        plot_bench(found, args.plot)
     return found | {"table": table(found)}

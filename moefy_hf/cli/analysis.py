@@ -15,26 +15,27 @@ from ..analysis.ablation import ablate, remove_together
 from ..analysis.measuring import measure_load
 from ..analysis.pruning import check_prunable, least_used, prune
 from ..arguments import positive, share_or_count
-from ..data import TextBatches, longest_text, read_labelled, read_lines
+from ..data import TextBatches, longest_text, read_labelled, read_texts
 from ..hub.facts import add_facts, read_facts
 from ..hub.push import add_license
 from ..io import check_files, markdown, write_whole, written_whole
 from ..loading import load_checkpoint
 from ..measure.metrics import is_causal
-from ..modeling.moefied import is_moefied
-from .commands import as_loaded, load_model, load_tokenizer, processors, text_batches
+from ..modeling.section import Section
+from .common import (
+    DATA,
+    NEW_FOLDER,
+    add_data,
+    load_moefied,
+    load_tokenizer,
+    new_folder,
+    of_model,
+    save_beside,
+    show_table,
+    text_batches,
+)
 
 CARRIED = ("base_model", "license", "calibration")  # facts that hold for what is left after pruning
-
-
-def moefied(args: Namespace) -> PreTrainedModel:
-    """The model, at the budget that was asked for."""
-    model = load_model(args)
-    if not is_moefied(model):
-        raise ValueError(f"{args.model} is not MoEfied: moefy convert makes a checkpoint that is")
-    if args.k is not None:
-        model.set_selection(k=args.k, allocation="uniform")
-    return model
 
 
 def stream_of(args: Namespace, model: PreTrainedModel) -> TextStream:
@@ -50,7 +51,7 @@ def analyze_model(args: Namespace) -> dict[str, Any]:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file: name a folder for the report")
     removal = read_ablation(args.removal, "title", "together") if args.removal else None
-    model = moefied(args)
+    model = load_moefied(args)
     other = load_checkpoint(args.compare, head=args.head, dtype=args.dtype) if args.compare else None
     partitions = compare_partitions(model, other, args.seed) if other is not None else None
     found = analyze(model, load_tokenizer(args), stream_of(args, model), rate=args.rate, seed=args.seed)
@@ -81,15 +82,13 @@ def read_ablation(path: str, *parts: str) -> dict[str, Any]:
 
 
 def ablate_model(args: Namespace) -> dict[str, Any]:
-    if bool(args.csv) == bool(args.texts):
-        raise ValueError("give --csv (a classifier) or --texts (a language model)")
-    if args.topic and (args.other or args.texts):
-        raise ValueError("--topic splits --csv into a class and the others: leave out --other and --texts")
+    if args.topic and args.other:
+        raise ValueError("--topic splits --data into a class and the others: leave out --other")
     if args.test and not args.together or args.other_test and not (args.test and args.other):
         raise ValueError("--test is for --together, and --other_test is that of --other")
     check_files(args.output, plot=None)
-    model = moefied(args)
-    tasks = tasks_of(args, model, args.csv or args.texts, args.other)
+    model = load_moefied(args)
+    tasks = tasks_of(args, model, args.data, args.other)
     held_out = tasks_of(args, model, args.test, args.other_test) if args.test else tasks
     experts = sum(site.act.num_experts for site in model.moe_sites())
     if max(args.together or [1]) > experts:
@@ -114,11 +113,11 @@ def tasks_of(args: Namespace, model: PreTrainedModel, path: str, other: str | No
         own = labels if isinstance(labels, str) else labels[: args.max_texts]
         return text_batches(args, model, tokenizer, texts[: args.max_texts], own)
 
-    if is_causal(model) != bool(args.texts):
-        raise ValueError("a language model takes --texts, and a classifier --csv")
-    if args.texts:
+    if is_causal(model):
+        if args.topic:
+            raise ValueError("a language model has no classes: leave out --topic")
         files = {"task": path} | ({"other": other} if other else {})
-        return {name: batches(read_lines(file), "next") for name, file in files.items()}
+        return {name: batches(read_texts(file), "next") for name, file in files.items()}
     texts, labels = read_labelled(path, model.config)
     if not args.topic:
         found = {"task": batches(texts, labels)}
@@ -137,15 +136,13 @@ TASKS = ("task", "other")
 
 
 def prune_model(args: Namespace) -> dict[str, Any]:
-    output_dir = Path(args.output_dir)
-    if output_dir.exists():
-        raise ValueError(f"{output_dir} exists: choose another output_dir")
+    output = new_folder(args.output)
     if bool(args.ranking) == bool(args.data):
         raise ValueError("give --ranking (what moefy ablate wrote) or --data (the experts that it uses least go)")
     ranking = read_ablation(args.ranking, "ranking")["ranking"] if args.ranking else None
-    model = moefied(args)
+    model = load_moefied(args)
     sizes = [site.act.num_experts for site in model.moe_sites()]
-    shared = model.config.moefication.get("shared_experts", 0)
+    shared = Section(model.config).shared_experts
     most = min(sizes) - shared - 1
     if args.count > most:
         raise ValueError(f"--count {args.count} is out of range: choose 1 to {most} experts of each layer")
@@ -162,57 +159,50 @@ def prune_model(args: Namespace) -> dict[str, Any]:
     pruned = prune(model, experts)
     before, after = model.num_parameters(), pruned.num_parameters()
     known = read_facts(args.model) if Path(args.model).is_dir() else {}
-    with written_whole(output_dir) as folder:
-        as_loaded(pruned).save_pretrained(folder)
-        for processor in processors(args):
-            processor.save_pretrained(folder)
+    with written_whole(output) as folder:
+        save_beside(args, pruned, folder)
         add_facts(folder, **{name: known[name] for name in CARRIED if name in known})
         add_facts(folder, pruning={"pruned": args.count, "experts": sizes[0], "by": by})
         add_license(folder, HfApi())
-    table = (
-        f"{output_dir}: {before:,} parameters became {after:,}; {args.count} of {sizes[0]} experts of every layer went"
-    )
-    return {"output_dir": str(output_dir), "experts": experts, "before": before, "after": after, "table": table}
+    table = f"{output}: {before:,} parameters became {after:,}; {args.count} of {sizes[0]} experts of every layer went"
+    return {"output": str(output), "experts": experts, "before": before, "after": after, "table": table}
 
 
-DATA = "csv file with columns text and label, or text file with a text per line"
+def add_analyze(command: argparse.ArgumentParser) -> None:
+    of_model(command, analyze_model, show_table)
+    add_data(command, required=True)
+    add_budget(command)
+    command.add_argument("--max_tokens", type=positive, help="stop after about so many (default: all)")
+    command.add_argument("--output", required=True, help="folder for report.html, analysis.json and csv files")
+    command.add_argument("--rate", type=float, default=0.05, help="of false discoveries (default: 0.05)")
+    command.add_argument("--compare", help="another MoEfied checkpoint of this model: how alike are the partitions?")
+    command.add_argument("--removal", help="what moefy ablate --together wrote, for the report")
 
 
-def add_analyze(analyze_: argparse.ArgumentParser) -> None:
-    add_reading(analyze_)
-    analyze_.add_argument("--data", required=True, help=DATA)
-    analyze_.add_argument("--max_tokens", type=positive, help="stop after about so many (default: all)")
-    analyze_.add_argument("--seed", type=int, default=0)
-    analyze_.add_argument("--output", required=True, help="folder for report.html, analysis.json and csv files")
-    analyze_.add_argument("--rate", type=float, default=0.05, help="of false discoveries (default: 0.05)")
-    analyze_.add_argument("--compare", help="another MoEfied checkpoint of this model: how alike are the partitions?")
-    analyze_.add_argument("--removal", help="what moefy ablate --together wrote, for the report")
+def add_ablate(command: argparse.ArgumentParser) -> None:
+    of_model(command, ablate_model, show_table)
+    add_data(command, required=True, help=f"the task: {DATA}")
+    add_budget(command)
+    command.add_argument("--topic", help="a class of --data: what it loses, and, as the second task, all others")
+    command.add_argument("--other", metavar="FILE", help="the second task, which is to lose little")
+    command.add_argument("--measure", type=positive, default=20, help="experts switched off one by one (default: 20)")
+    command.add_argument("--together", type=positive, nargs="+", help="also switch the first so many off together")
+    test = "what is measured on, instead of what experts are ranked on"
+    command.add_argument("--test", metavar="FILE", help=test)
+    command.add_argument("--other_test", metavar="FILE", help="the same for --other")
+    command.add_argument("--max_texts", type=positive, default=500, help="of each file or part (default: 500)")
+    command.add_argument("--output", metavar="FILE", help="JSON file that gets the figures")
 
 
-def add_ablate(ablate_: argparse.ArgumentParser) -> None:
-    add_reading(ablate_)
-    ablate_.add_argument("--seed", type=int, default=0)
-    ablate_.add_argument("--csv", help="the task: csv file with columns text and label")
-    ablate_.add_argument("--texts", help="the task of a language model: text file")
-    ablate_.add_argument("--topic", help="a class of --csv: what it loses, and, as the second task, all others")
-    ablate_.add_argument("--other", help="file of the second task, which is to lose little")
-    ablate_.add_argument("--measure", type=positive, default=20, help="experts switched off one by one (default: 20)")
-    ablate_.add_argument("--together", type=positive, nargs="+", help="also switch the first so many off together")
-    ablate_.add_argument("--test", help="file that is measured on, instead of the one that experts are ranked on")
-    ablate_.add_argument("--other_test", help="the same for --other")
-    ablate_.add_argument("--max_texts", type=positive, default=500, help="of each file or part (default: 500)")
-    ablate_.add_argument("--output", help="JSON file that gets the figures")
+def add_prune(command: argparse.ArgumentParser) -> None:
+    of_model(command, prune_model, show_table)
+    command.add_argument("output", metavar="OUTPUT", help=NEW_FOLDER)
+    add_data(command, required=False, help=f"texts, whose least used experts go: {DATA}", seed=False)
+    add_budget(command)
+    command.add_argument("--max_tokens", type=positive, help="stop after about so many (default: all)")
+    command.add_argument("--count", type=positive, required=True, help="experts to take out of every layer")
+    command.add_argument("--ranking", help="JSON file of moefy ablate: the least needed go")
 
 
-def add_prune(prune_: argparse.ArgumentParser) -> None:
-    add_reading(prune_)
-    prune_.add_argument("--data", help=DATA)
-    prune_.add_argument("--max_tokens", type=positive, help="stop after about so many (default: all)")
-    prune_.add_argument("output_dir", help="directory that gets the smaller model; must not exist")
-    prune_.add_argument("--count", type=positive, required=True, help="experts to take out of every layer")
-    prune_.add_argument("--ranking", help="JSON file of moefy ablate: the least needed go")
-
-
-def add_reading(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--max_length", type=positive, default=256, help="tokens of a text (default: 256)")
+def add_budget(command: argparse.ArgumentParser) -> None:
     command.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")

@@ -5,35 +5,47 @@ import importlib
 import json
 import sys
 
-COMMANDS = {  # in the order of work; arguments.py has their settings, which take torch and seconds to import
-    "inspect": "What can be MoEfied in a model: its FFNs, and the sizes of experts.",
-    "profile": "How sparse a model's FFNs are on texts, layer by layer.",
-    "convert": "Split a dense model's FFNs and fit routers.",
-    "sweep": "Quality against compute of a MoEfied model, beside its dense self.",
-    "card": "Write the card of a MoEfied checkpoint's folder.",
-    "push": "Verify a MoEfied checkpoint's folder and upload it.",
-    "export": "Write a MoEfied model as a served architecture.",
-    "permute-adapter": "Fit an adapter of the dense model to the MoEfied one.",
-    "analyze": "What experts respond to, against chance; a report to open.",
-    "ablate": "Rank experts by what a task loses without them.",
-    "prune": "Remove experts: a smaller checkpoint.",
-    "bench": "Time dense FFNs, or whole models, against the selected experts alone, in turns, on the CPU.",
-    "kernels": "The compiled kernel of this machine's CPU.",
+COMMANDS = {  # in the order of work: where its arguments are, which take torch and seconds to import; what it does
+    "inspect": ("inspect_model:add_arguments", "What can be MoEfied in a model: its FFNs, and the sizes of experts."),
+    "profile": ("profile_model:add_arguments", "How sparse a model's FFNs are on texts, layer by layer."),
+    "convert": ("convert:add_arguments", "Split a dense model's FFNs and fit routers."),
+    "sweep": ("sweep:add_arguments", "Quality against compute of a MoEfied model, beside its dense self."),
+    "card": ("hub:add_card", "Write the card of a MoEfied checkpoint's folder."),
+    "push": ("hub:add_push", "Verify a MoEfied checkpoint's folder and upload it."),
+    "export": ("export:add_export", "Write a MoEfied model as a served architecture."),
+    "permute-adapter": ("export:add_adapter", "Fit an adapter of the dense model to the MoEfied one."),
+    "analyze": ("analysis:add_analyze", "What experts respond to, against chance; a report to open."),
+    "ablate": ("analysis:add_ablate", "Rank experts by what a task loses without them."),
+    "prune": ("analysis:add_prune", "Remove experts: a smaller checkpoint."),
+    "bench": (
+        "bench:add_arguments",
+        "Time dense FFNs or models against the selected experts alone, on the CPU.",
+    ),
+    "kernels": ("kernels:add_arguments", "The compiled kernel of this machine's CPU."),
+}
+RENAMED = {  # flag of version 0.1 -> what it is now
+    "--texts": "--data",
+    "--csv": "--data (of texts) or --output (of figures)",
+    "--calibration_texts": "--calibration",
+    "--shares": "--k",
+    "--share": "--k",
+    "--expert-size": "--expert_size",
 }
 EXAMPLES = """examples:
   moefy inspect google-bert/bert-base-uncased
-  moefy profile HuggingFaceTB/SmolLM2-135M --texts train.txt --ppl 1
-  moefy convert HuggingFaceTB/SmolLM2-135M smol-moe --texts train.txt --expert_size 8 --k 0.75
+  moefy profile HuggingFaceTB/SmolLM2-135M --data train.txt --ppl 1
+  moefy convert HuggingFaceTB/SmolLM2-135M smol-moe --data train.txt --expert_size 8 --k 0.75
+  moefy convert my-model my-moe --data train.csv --config settings.yaml --k 0.3
   moefy convert my-model my-moe --splitter parameter_clustering --router similarity --allocation uniform
-  moefy sweep smol-moe --texts held_out.txt --shares 0.5 0.75 --controls oracle wina --calibration_texts train.txt
-  moefy sweep my-classifier-moe --csv test.csv --plot quality.png
-  moefy sweep my-classifier-moe --csv test.csv --quality 0.98
+  moefy sweep smol-moe --data held_out.txt --k 0.5 0.75 --controls oracle wina --calibration train.txt
+  moefy sweep my-classifier-moe --data test.csv --plot quality.png
+  moefy sweep my-classifier-moe --data test.csv --quality 0.98
   moefy analyze my-classifier-moe --data test.csv --output report
-  moefy ablate my-classifier-moe --csv validation.csv --topic sports --together 2 4 8 --test test.csv
+  moefy ablate my-classifier-moe --data validation.csv --topic sports --together 2 4 8 --test test.csv
   moefy prune my-classifier-moe my-smaller-moe --count 12 --data train.csv
   moefy card smol-moe --repo_id me/smol-moe
   moefy push smol-moe me/smol-moe --private
-  moefy bench --preset t5-base --threads 1 --tokens 1 128 512 --json bench.json
+  moefy bench --preset t5-base --threads 1 --tokens 1 128 512 --output bench.json
   moefy bench --preset opt-1.3b --generate 128 32
   moefy bench smol-moe --dtype bfloat16 --plot speed.png
   moefy kernels info
@@ -45,27 +57,32 @@ MODEL is a Hub id or a local directory. Exit code 2: something about the input, 
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run one command; exit with code 2 and one line where something about the input is wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser(arguments).parse_args(arguments)
     try:
-        found = args.run(args)
+        result = args.run(args)
     except (ValueError, OSError) as error:  # what users can mend; anything else is a bug and shows its traceback
         print(f"moefy {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    print(json.dumps(found, indent=1) if args.json else args.show(found))
+    print(json.dumps(result, indent=1) if args.json else args.show(result))
 
 
 def parser(arguments: list[str]) -> argparse.ArgumentParser:
-    """With the settings of the one command that is asked for."""
+    """Make a parser with the arguments of the one command that is asked for."""
     top = argparse.ArgumentParser(
         prog="moefy", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    asked = next((word for word in arguments if not word.startswith("-")), None)
-    for name, what in COMMANDS.items():
-        command = commands.add_parser(name, help=what, description=what)
-        if name == asked:
-            importlib.import_module(".arguments", __package__).ADDED[name](command)
+    name = next((word for word in arguments if not word.startswith("-")), None)
+    for command, (place, what) in COMMANDS.items():
+        added = commands.add_parser(command, help=what, description=what, allow_abbrev=False)
+        if command == name:
+            for flag in (word.partition("=")[0] for word in arguments):
+                if flag in RENAMED:
+                    added.error(f"{flag} is {RENAMED[flag]} now")
+            module, _, add = place.partition(":")
+            vars(importlib.import_module(f".{module}", __package__))[add](added)
     return top
 
 

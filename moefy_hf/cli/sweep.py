@@ -1,72 +1,96 @@
 """`moefy sweep`: quality against compute, or the budget for a target."""
 
+import argparse
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..arguments import share_or_count
 from ..conversion.thresholds import measure_reach
-from ..data import TextBatches, read_labelled, read_lines
-from ..evaluation.controls import BASELINES, check_control
+from ..data import TextBatches, read_labelled, read_texts
+from ..evaluation.controls import BASELINES, CONTROLS, check_control
 from ..evaluation.search import search, share_within
 from ..evaluation.sweep import Sweep, evaluate
 from ..hub.facts import add_facts
 from ..io import check_files
 from ..measure.metrics import is_causal
 from ..modeling.allocation import setting_name
-from ..modeling.moefied import is_moefied
-from .commands import load_model, load_tokenizer, text_batches
+from ..modeling.section import Section
+from ..modeling.selection import SELECTIONS
+from .common import DATA, add_data, check_is_moefied, load_model, load_tokenizer, of_model, show_table, text_batches
+
+MEASURES = "accuracy of a csv file's labels; of a language model perplexity; else agreement with the dense model"
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    of_model(command, sweep, show_table)
+    add_data(command, required=True, help=f"{DATA}: {MEASURES}")
+    budgets = command.add_mutually_exclusive_group()
+    shares, default = "budgets: shares of the experts, or their number", [0.1, 0.2, 0.3, 0.5]
+    budgets.add_argument("--k", type=share_or_count, nargs="+", default=default, help=shares)
+    budgets.add_argument("--flops", type=float, nargs="+", help="shares of the dense FFNs' FLOPs, routers included")
+    quality = "find the fewest experts that keep so much of the dense model's: accuracy of at least 0.98 of it, say, "
+    budgets.add_argument("--quality", type=float, help=f"{quality}or perplexity of at most 1.05 of it")
+    kinds = "types to compare (default: the model's; one with a threshold instead of a budget is measured as it is)"
+    command.add_argument("--selections", nargs="+", choices=list(SELECTIONS), help=kinds)
+    known = ", ".join((*CONTROLS, *BASELINES))
+    command.add_argument("--controls", nargs="*", default=["oracle", "random"], help=f"of {known}")
+    command.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help=f"other texts, as --data, for the thresholds of {', '.join(BASELINES)}, and for what selections other "
+        "than top_k compute, where the model does not know",
+    )
+    command.add_argument("--output", metavar="FILE", help="JSON file that gets the figures")
+    command.add_argument("--plot", metavar="FILE", help="picture of quality against FLOPs (needs matplotlib)")
 
 
 def sweep(args: Namespace) -> dict[str, Any]:
     check_arguments(args)
-    texts = read_lines(args.texts) if args.texts else None
-    calibration = read_lines(args.calibration_texts) if args.calibration_texts else None
+    calibration = read_texts(args.calibration) if args.calibration else None
+    texts = read_texts(args.data)
     model = load_model(args)
     check_model(args, model)
     labels: list[int] | str | None = "next" if is_causal(model) else None
-    if texts is None:
-        texts, labels = read_labelled(args.csv, model.config)
+    if labels is None and Path(args.data).suffix.lower() == ".csv":
+        texts, labels = read_labelled(args.data, model.config)
     tokenizer = load_tokenizer(args)
     batches = text_batches(args, model, tokenizer, texts, labels)
     others = text_batches(args, model, tokenizer, calibration) if calibration else None
-    own, known = model.config.moefication["selection"], model.config.moefication.get("reach", {})
-    kinds = args.selections or [own["type"] if "k" in own or args.quality is not None else own]
-    missing = [kind for kind in kinds if setting_name(kind) and kind not in known]  # of types, not of settings
+    selection, known = Section(model.config).selection, Section(model.config).thresholds
+    budgeted = "k" in selection or args.quality is not None
+    kinds = args.selections or [selection["type"] if budgeted else selection]
+    missing = [kind for kind in kinds if setting_name(kind) and kind not in known]  # of types, not of thresholds
     if missing and others is None:
-        raise ValueError(f"what {', '.join(missing)} spend is measured on other texts: give --calibration_texts")
+        raise ValueError(f"what {', '.join(missing)} compute is measured on other texts: give --calibration")
     measure_reach(model, others or [], missing)
     if args.quality is not None:
         return searched(args, model, batches, kinds)
-    shares = [share_within(model, flops) for flops in args.flops] if args.flops else args.shares
-    found = evaluate(model, batches, shares, controls=args.controls, selections=kinds, calibration=others)
+    shares = [share_within(model, flops) for flops in args.flops] if args.flops else args.k
+    result = evaluate(model, batches, shares, controls=args.controls, selections=kinds, calibration=others)
     if Path(args.model).is_dir():
-        add_facts(args.model, sweep=found, evaluation=Path(args.texts or args.csv).name)
-    write(args, found)
-    return {"table": found.table(), **found.to_dict()}
+        add_facts(args.model, sweep=result, evaluation=Path(args.data).name)
+    write(args, result)
+    return {"table": result.table(), **result.to_dict()}
 
 
 def check_arguments(args: Namespace) -> None:
     """Find what is wrong with them before any file is read."""
-    if bool(args.texts) == bool(args.csv):
-        raise ValueError("give --texts (perplexity, or agreement with the dense model) or --csv (accuracy)")
     for control in args.controls:
         check_control(control)
     check_files(args.output, plot=args.plot)
-    if not args.calibration_texts and set(args.controls) & set(BASELINES):
-        raise ValueError(f"{', '.join(BASELINES)} set thresholds on other texts: give --calibration_texts")
+    if not args.calibration and set(args.controls) & set(BASELINES):
+        raise ValueError(f"{', '.join(BASELINES)} set thresholds on other texts: give --calibration")
 
 
 def check_model(args: Namespace, model: PreTrainedModel) -> None:
-    if not is_moefied(model):
-        raise ValueError(f"{args.model} is not MoEfied: moefy convert makes a checkpoint that is")
+    check_is_moefied(args, model)
     if model.config.is_encoder_decoder and not model._get_name().endswith("Classification"):
         raise ValueError(
             "texts alone are no data for an encoder-decoder: use moefy_hf.evaluate on batches with labels"
         )
-    if args.csv and is_causal(model):
-        raise ValueError("a language model has no classes: give --texts")
 
 
 def searched(args: Namespace, model: PreTrainedModel, batches: TextBatches, kinds: list[str]) -> dict[str, Any]:
@@ -83,8 +107,8 @@ def searched(args: Namespace, model: PreTrainedModel, batches: TextBatches, kind
     return {"table": "\n".join([whole.table(), "", *lines]), **whole.to_dict()}
 
 
-def write(args: Namespace, found: Sweep) -> None:
+def write(args: Namespace, result: Sweep) -> None:
     if args.output:
-        found.save(args.output)
+        result.save(args.output)
     if args.plot:
-        found.plot(args.plot)
+        result.plot(args.plot)

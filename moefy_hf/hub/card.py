@@ -17,6 +17,7 @@ from ..evaluation.sweep import Sweep
 from ..io import is_hub_id, markdown, write_whole
 from ..modeling.allocation import setting_name
 from ..modeling.needs import TRANSFORMERS
+from ..modeling.section import NAME, Section
 from .facts import read_facts
 
 logger = logging.get_logger("moefy_hf")
@@ -56,7 +57,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, revision: str | N
     """
     folder = Path(folder)
     config = moefied_config(folder)
-    facts, section = known_facts(folder), config["moefication"]
+    facts, section = known_facts(folder), Section.of_values(config[NAME])
     architecture = config["architectures"][0].removeprefix("Moefied")
     auto = auto_class(config)
     sweep = Sweep(facts["sweep"]["rows"], facts["sweep"]["facts"]) if "sweep" in facts else None
@@ -73,8 +74,8 @@ def model_card(folder: str | Path, repo_id: str | None = None, revision: str | N
         architecture=architecture,
         transformers=".".join(map(str, TRANSFORMERS)),
         auto=auto,
-        example=example(section["selection"]),
-        ffns="all its" if section["layers"] is None else f"{len(section['layers'])} of its",
+        example=example(section.selection),
+        ffns="all its" if section.layers is None else f"{len(section.layers)} of its",
         summary=summary(section, report, facts),
         training=facts.get("training"),
         sweep=sweep and sweep.table(),
@@ -152,7 +153,7 @@ def moefied_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} holds no checkpoint: there is no config.json")
     config = json.loads(path.read_text(encoding="utf-8"))
-    if "moefication" not in config:
+    if Section.of(config) is None:
         raise ValueError(f"{folder} holds a checkpoint that is not MoEfied")
     return config
 
@@ -208,20 +209,20 @@ def prediction_of(found: dict[str, Any]) -> Prediction:
     return Prediction(**{each.name: found[each.name] for each in fields(Prediction) if each.name in found})
 
 
-def router_settings_of(section: dict[str, Any]) -> str:
-    settings = section.get("router_settings") or {}  # which older formats lack
+def router_settings_of(section: Section) -> str:
+    settings = section.router_settings
     return f" ({', '.join(f'{name} {value}' for name, value in settings.items())})" if settings else ""
 
 
-def summary(section: dict[str, Any], report: ConversionReport | None, facts: dict[str, Any]) -> list[tuple[str, str]]:
+def summary(section: Section, report: ConversionReport | None, facts: dict[str, Any]) -> list[tuple[str, str]]:
     """The rows of the first table."""
-    selection, base = section["selection"], facts.get("base_model")
-    size = section["expert_size"]
+    selection, base = section.selection, facts.get("base_model")
+    size, experts = section.expert_size, section.num_experts
     rows = [] if base is None else [("base model", linked(base))]
     rows += [
-        ("experts", f"{size} neurons each" if section["num_experts"] is None else f"{section['num_experts']} per FFN"),
-        ("split", f"`{section['splitter']}`"),
-        ("router", f"`{section['router']}`" + router_settings_of(section)),
+        ("experts", f"{size} neurons each" if experts is None else f"{experts} per FFN"),
+        ("split", f"`{section.splitter}`"),
+        ("router", f"`{section.router}`" + router_settings_of(section)),
         ("budget", budget(selection)),
     ]
     if report is not None and report.calibration_tokens:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..io import is_hub_id, written_whole
 from ..loading import check_moefied
 from ..measure.metrics import is_adapted
+from ..modeling.section import Section
 from .card import is_rendered, known_facts, moefied_config, write_card
 from .facts import add_facts, as_json
 from .verify import VerificationError, verify
@@ -135,7 +136,7 @@ def check_repository(api: HfApi, repo_id: str, branch: str | None, overwrite: bo
         config = json.loads(Path(held_config).read_text(encoding="utf-8")) if held_config else {}
     except Exception as error:  # of the network, in whatever words
         raise PushError(f"cannot push to {repo_id}: {error}") from error
-    if "moefication" not in config:
+    if Section.of(config) is None:
         raise PushError(
             f"{repo_id} holds something that is not a MoEfied model ({', '.join(held[:3])}, ...): choose another "
             "repository, or overwrite=True (--overwrite)"

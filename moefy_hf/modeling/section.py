@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
+NAME = "moefication"  # of the section in a config
 FORMAT_VERSION = 3
 MEASURED_WITH_ROUTERS = ("reach", "sensitivity")  # what a change of routers makes stale
 MEASURED_OF_EXPERTS = ("reach", "sensitivity", "angular")  # what a change of the experts makes stale
@@ -80,13 +81,13 @@ class Section:
     @classmethod
     def of_file(cls, path: Path) -> "Section | None":
         """Read the section of a config.json; None where that is a dense model's."""
-        values = json.loads(path.read_text(encoding="utf-8")).get("moefication")
-        return None if values is None else cls.of_values(values)
+        return cls.of(json.loads(path.read_text(encoding="utf-8")))
 
-    @staticmethod
-    def of(config: Any) -> "Section | None":
-        """View a config's section; None where the config is a dense model's."""
-        return Section(config) if getattr(config, "moefication", None) is not None else None
+    @classmethod
+    def of(cls, config: Any) -> "Section | None":
+        """View the section of a config, or of what a config.json holds; None where that is a dense model's."""
+        values = config.get(NAME) if isinstance(config, Mapping) else getattr(config, NAME, None)
+        return None if values is None else cls.of_values(values)
 
     @staticmethod
     def put(config: Any, values: Mapping[str, Any]) -> "Section":

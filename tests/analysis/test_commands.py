@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     write_texts(found / "test.csv", 60, seed=1)
     moe, texts, test = (str(found / name) for name in ("moe", "texts.csv", "test.csv"))
     ablate = ["--measure", "3", "--together", "1", "4", "--test", test, "--output", str(found / "ablation.json")]
-    main(["ablate", moe, "--csv", texts, "--topic", f"LABEL_{CLASS}", *ablate])
+    main(["ablate", moe, "--data", texts, "--topic", f"LABEL_{CLASS}", *ablate])
     report = ["--compare", moe, "--removal", str(found / "ablation.json"), "--output", str(found / "report")]
     main(["analyze", moe, "--data", texts, "--max_length", "16", *report])
     main(["prune", moe, str(found / "small"), "--count", "2", "--data", texts])
@@ -95,17 +95,17 @@ def test_facts_of_an_analysis(folder):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["ablate", "{moe}"], "give --csv"),
-        (["ablate", "{moe}", "--csv", "{csv}", "--topic", "sports"], "unknown class 'sports'; choose from LABEL_0"),
-        (["ablate", "{moe}", "--csv", "{csv}", "--test", "{csv}"], "--test is for --together"),
-        (["ablate", "{moe}", "--csv", "{csv}", "--together", "1", "--test", "{new}"], "is no file"),
-        (["ablate", "{moe}", "--csv", "{csv}", "--together", "13"], "--together 13 is more than the 12 experts"),
-        (["ablate", "{moe}", "--csv", "{csv}", "--measure", "-2"], "a whole number from 1, got '-2'"),
+        (["ablate", "{moe}"], "required: --data"),
+        (["ablate", "{moe}", "--data", "{csv}", "--topic", "sports"], "unknown class 'sports'; choose from LABEL_0"),
+        (["ablate", "{moe}", "--data", "{csv}", "--test", "{csv}"], "--test is for --together"),
+        (["ablate", "{moe}", "--data", "{csv}", "--together", "1", "--test", "{new}"], "is no file"),
+        (["ablate", "{moe}", "--data", "{csv}", "--together", "13"], "--together 13 is more than the 12 experts"),
+        (["ablate", "{moe}", "--data", "{csv}", "--measure", "-2"], "a whole number from 1, got '-2'"),
         (["analyze", "{moe}", "--data", "{csv}", "--output", "{new}", "--removal", "{other}"], "it has no 'title'"),
         (["prune", "{moe}", "{new}", "--count", "1", "--ranking", "{other}"], "ranks other experts"),
         (["prune", "{moe}", "{new}", "--count", "1", "--ranking", "{new}"], "is no file that moefy ablate wrote"),
-        (["ablate", "{moe}", "--csv", "{csv}", "--topic", "LABEL_1", "--other", "{csv}"], "leave out --other"),
-        (["ablate", "{moe}", "--texts", "{csv}"], "a classifier --csv"),
+        (["ablate", "{moe}", "--data", "{csv}", "--topic", "LABEL_1", "--other", "{csv}"], "leave out --other"),
+        (["ablate", "{moe}", "--csv", "{csv}"], "--csv is --data"),
         (["analyze", "{moe}", "--data", "{csv}", "--output", "{csv}"], "is a file: name a folder"),
         (["analyze", "{moe}", "--data", "{csv}x", "--output", "{new}"], "is no file"),
         (["prune", "{moe}", "{new}", "--count", "2"], "give --ranking"),

@@ -1,0 +1,156 @@
+"""What the commands share: arguments of every command on a model, and how models, tokenizers and texts are read."""
+
+import argparse
+import contextlib
+import platform
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..arguments import positive
+from ..data import TextBatches, decoder_start_of, longest_text
+from ..hub.card import moefied_config
+from ..loading import load_checkpoint
+from ..modeling.moefied import is_moefied
+
+logger = logging.get_logger("moefy_hf")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DATA = "csv file with columns text and label, or text file with a text per line"
+NEW_FOLDER = "folder that gets it; must not exist"
+
+
+def of_model(command: argparse.ArgumentParser, run: Callable, show: Callable) -> argparse.ArgumentParser:
+    """Give a command what every command on a model takes."""
+    command.add_argument("model", metavar="MODEL", help="Hub id or local folder")
+    command.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
+    command.add_argument("--dtype", default="auto", choices=DTYPES, help="load in this type (default: as saved)")
+    head = "AutoModelForMaskedLM or another Auto class, where its config does not say which head it has"
+    command.add_argument("--head", metavar="AUTO", help=head)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=run, show=show)
+    return command
+
+
+def add_data(command: argparse.ArgumentParser, *, required: bool, help: str = DATA, seed: bool = True) -> None:
+    """Give a command texts to read."""
+    command.add_argument("--data", metavar="FILE", required=required, help=help)
+    command.add_argument("--max_length", type=positive, default=256, help="tokens of a text (default: 256)")
+    if seed:
+        command.add_argument("--seed", type=int, default=0, help="of the order of texts (default: 0)")
+
+
+def show_table(result: dict[str, Any]) -> str:
+    return result["table"]
+
+
+def show_output(result: dict[str, Any]) -> str:
+    return result["output"]
+
+
+def new_folder(path: str) -> Path:
+    """
+    Raises:
+        ValueError: there is something at this path.
+    """
+    if Path(path).exists():
+        raise ValueError(f"{path} exists: choose another OUTPUT")
+    return Path(path)
+
+
+def load_model(args: Namespace) -> PreTrainedModel:
+    """Load MODEL on the accelerator, where there is one; in float32 where the processor knows no bfloat16."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    model = load_checkpoint(args.model, args.revision, head=args.head, dtype=args.dtype)
+    if device is not None:
+        return model.to(device)  # type: ignore[arg-type]
+    if args.dtype == "auto" and model.dtype == torch.bfloat16 and not computes_bfloat16():
+        logger.warning("this processor has no bfloat16: computing in float32 (--dtype bfloat16 keeps it, slowly)")
+        model.float()
+    return model
+
+
+def load_moefied(args: Namespace) -> PreTrainedModel:
+    """Load MODEL at the budget --k.
+
+    Raises:
+        ValueError: it is dense.
+    """
+    model = load_model(args)
+    check_is_moefied(args, model)
+    if args.k is not None:
+        model.set_selection(k=args.k, allocation="uniform")
+    return model
+
+
+def check_is_moefied(args: Namespace, model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: MODEL is dense.
+    """
+    if not is_moefied(model):
+        raise ValueError(f"{args.model} is not MoEfied: moefy convert makes a checkpoint that is")
+
+
+def computes_bfloat16() -> bool:
+    """Whether the CPU has instructions for it; without, it is several times as slow as float32."""
+    x86 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return x86 or platform.machine() in ("aarch64", "arm64")
+
+
+def as_loaded(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model in the type that it was loaded in, whichever it computed in; routers stay in float32."""
+    if model.config.dtype is not None and model.config.dtype != model.dtype:
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_floating_point() and not set(name.split(".")) & set(model._keep_in_fp32_modules_strict or ()):
+                tensor.data = tensor.data.to(model.config.dtype)
+    return model
+
+
+def text_batches(
+    args: Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    labels: list[int] | str | None = None,
+) -> TextBatches:
+    """Make batches of texts as this model reads them.
+
+    Raises:
+        ValueError: it reads none.
+    """
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"a {model._get_name()} reads {model.main_input_name}, not texts: use moefy_hf in Python, or a recipe"
+        )
+    return TextBatches(
+        texts,
+        tokenizer,
+        labels=labels,
+        max_length=longest_text(model, tokenizer, args.max_length),
+        seed=args.seed,
+        decoder_start=decoder_start_of(model),
+    )
+
+
+def load_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+
+
+def save_beside(args: Namespace, model: PreTrainedModel, folder: Path) -> None:
+    """Write a model made of MODEL, in MODEL's type, with its tokenizer and image processor."""
+    as_loaded(model).save_pretrained(folder)
+    for auto in (AutoTokenizer, AutoImageProcessor):
+        with contextlib.suppress(ValueError, OSError, ImportError, KeyError):  # it has none
+            auto.from_pretrained(args.model, revision=args.revision).save_pretrained(folder)
+
+
+def checkpoint_folder(args: Namespace) -> Path:
+    """A local checkpoint, for what is written beside its weights."""
+    folder = Path(args.model)
+    moefied_config(folder)
+    return folder

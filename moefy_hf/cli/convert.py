@@ -1,0 +1,91 @@
+"""`moefy convert`: a dense checkpoint becomes a MoEfied one."""
+
+import argparse
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import PreTrainedModel
+
+from ..arguments import add_arguments as add_settings
+from ..arguments import given, positive, read_yaml
+from ..config import SETTINGS, MoEficationConfig
+from ..conversion.checks import check_convertible
+from ..conversion.convert import moefy_
+from ..data import TextBatches, read_texts, split_off
+from ..evaluation.quality_check import Prediction, predict_quality
+from ..hub.facts import add_facts
+from ..hub.push import add_license
+from ..io import written_whole
+from ..measure.metrics import is_causal
+from .common import (
+    DATA,
+    NEW_FOLDER,
+    load_model,
+    load_tokenizer,
+    logger,
+    new_folder,
+    of_model,
+    save_beside,
+    show_table,
+    text_batches,
+)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    of_model(command, convert, show_table)
+    command.add_argument("output", metavar="OUTPUT", help=NEW_FOLDER)
+    command.add_argument("--data", metavar="FILE", help=f"what splits and routers are fitted on: {DATA}")
+    command.add_argument("--max_length", type=positive, default=256, help="tokens of a text (default: 256)")
+    command.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below, or a recipe's")
+    command.add_argument("--force", action="store_true", help="write the model even if it is of no use as it is")
+    add_settings(command, MoEficationConfig)
+
+
+def config_of(args: Namespace) -> MoEficationConfig:
+    """Read the settings of a conversion: of --config and, where it says something else, the command line."""
+    settings = read_yaml(args.config) if args.config else {}
+    return MoEficationConfig(**{name: settings[name] for name in SETTINGS if name in settings} | said(args))
+
+
+def said(args: Namespace) -> dict[str, Any]:
+    return given(args, MoEficationConfig)
+
+
+def convert(args: Namespace) -> dict[str, Any]:
+    output, config = new_folder(args.output), config_of(args)
+    args.seed = config.seed
+    texts = read_texts(args.data) if args.data else None
+    model = load_model(args)
+    check_convertible(model, config, texts)
+    batches, held_out = None, None
+    if texts is not None:
+        tokenizer = load_tokenizer(args)
+        fitted, rest = split_off(texts)
+        batches = text_batches(args, model, tokenizer, fitted)
+        held_out = text_batches(args, model, tokenizer, rest, "next" if is_causal(model) else None)
+    report = moefy_(model, config, batches)
+    check, line = check_of(model, held_out)
+    if check is not None and check.degenerate and not args.force:
+        raise ValueError(f"{check.message()}; nothing was written (--force writes it all the same)")
+    with written_whole(output) as folder:
+        save_beside(args, model, folder)
+        calibration = Path(args.data).name if texts else None
+        add_facts(folder, conversion=report, calibration=calibration, prediction=check)
+        add_license(folder, HfApi())
+    result = {"output": str(output), "table": f"{report.table()}\n\n{line}", **report.to_dict()}
+    return result | {"prediction": check and check.to_dict()}
+
+
+def check_of(model: PreTrainedModel, held_out: TextBatches | None) -> tuple[Prediction | None, str]:
+    """Find how good a model that was just converted is, and a line that says it."""
+    if held_out is None or not len(held_out):
+        return None, "quality is not predicted without --data: moefy sweep measures it"
+    try:
+        check = predict_quality(model, held_out)
+    except ValueError as error:  # a model without a head, or a regression
+        return None, f"quality is not predicted: {error}"
+    if check.bad:
+        logger.warning(check.message())
+    return check, f"predicted: {check.line()}"

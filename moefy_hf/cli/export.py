@@ -1,0 +1,45 @@
+"""`moefy export` and `moefy permute-adapter`: MoEfied models and adapters in other shapes."""
+
+import argparse
+from argparse import Namespace
+from typing import Any
+
+from ..arguments import share_or_count
+from ..conversion.adapters import permute_adapter
+from ..exporters.export import export
+from ..exporters.formats import TARGETS
+from ..loading import load_checkpoint
+from ..modeling.moefied import is_moefied
+from .common import NEW_FOLDER, load_tokenizer, new_folder, of_model, show_output
+
+
+def add_export(command: argparse.ArgumentParser) -> None:
+    of_model(command, export_model, show_output)
+    command.add_argument("output", metavar="OUTPUT", help=NEW_FOLDER)
+    command.add_argument("--to", help=f"{', '.join(TARGETS)} or dense; by default what the model's attention fits")
+    command.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
+
+
+def add_adapter(command: argparse.ArgumentParser) -> None:
+    of_model(command, permuted_adapter, show_output)
+    command.add_argument("adapter", metavar="ADAPTER", help="Hub id or folder, trained on the dense model: LoRA, IA3")
+    command.add_argument("output", metavar="OUTPUT", help="folder that gets the one that fits MODEL; must not exist")
+
+
+def export_model(args: Namespace) -> dict[str, Any]:
+    output = new_folder(args.output)
+    # on the CPU, where it is written from
+    model = load_checkpoint(args.model, args.revision, head=args.head, dtype=args.dtype)
+    if args.k is not None and is_moefied(model):
+        model.set_selection(k=args.k, allocation="uniform")
+    try:
+        tokenizer = load_tokenizer(args)
+    except (ValueError, OSError):  # a checkpoint without one is exported without one
+        tokenizer = None
+    return {"output": str(export(model, output, args.to, tokenizer=tokenizer))}
+
+
+def permuted_adapter(args: Namespace) -> dict[str, Any]:
+    output = new_folder(args.output)
+    model = load_checkpoint(args.model, args.revision, head=args.head, dtype=args.dtype)
+    return {"output": str(permute_adapter(args.adapter, model, output))}

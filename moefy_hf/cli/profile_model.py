@@ -1,0 +1,58 @@
+"""`moefy profile`: how sparse a model's FFNs are on texts."""
+
+import argparse
+from argparse import Namespace
+from dataclasses import asdict
+from typing import Any
+
+from ..arguments import positive
+from ..config import MoEficationConfig
+from ..data import read_texts
+from ..measure.cett import cett_curves, ppl_activation
+from ..measure.metrics import is_causal
+from ..measure.profile import profile
+from ..measure.profile_table import described, profile_table
+from ..modeling.ffn_sites import find_sites
+from .common import add_data, load_model, load_tokenizer, of_model, show_table, text_batches
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    of_model(command, profile_model, show_table)
+    add_data(command, required=True)
+    tokens = MoEficationConfig.calibration_tokens
+    command.add_argument(
+        "--calibration_tokens", type=positive, default=tokens, help=f"use at most so many (default: {tokens})"
+    )
+    command.add_argument(
+        "--ppl",
+        type=float,
+        metavar="PERCENT",
+        help="also find how many neurons are needed for perplexity to grow by so much; some ten passes",
+    )
+
+
+def profile_model(args: Namespace) -> dict[str, Any]:
+    if args.ppl is not None and not args.ppl > 0:
+        raise ValueError(f"--ppl is a growth in percent, more than 0: got {args.ppl}")
+    texts = read_texts(args.data)
+    model, tokenizer = load_model(args), load_tokenizer(args)
+    batches = text_batches(args, model, tokenizer, texts)
+    if args.ppl is not None and not is_causal(model):
+        raise ValueError(f"--ppl needs a language model, whose labels are the texts; {model._get_name()} is none")
+    with profile(model, batches, max_tokens=args.calibration_tokens, sample=False) as measured:
+        first = measured.batches
+    curves = cett_curves(model, first)
+    rows = [
+        {"ffn": site.name, **described(stats, curve)}
+        for site, stats, curve in zip(find_sites(model), measured.sites, curves, strict=True)
+    ]
+    result: dict[str, Any] = {"tokens": measured.tokens, "cett_tokens": curves[0].tokens, "rows": rows}
+    if args.ppl is not None:
+        labelled = [
+            {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)} for batch in first
+        ]
+        ppl = ppl_activation(model, labelled, curves, args.ppl / 100)
+        result["ppl"] = asdict(ppl)
+        for row, active in zip(rows, ppl.active, strict=True):
+            row["active_at_ppl"] = active
+    return result | {"table": profile_table(result)}
