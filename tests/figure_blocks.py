@@ -1,11 +1,11 @@
 """Blocks of figures, from the committed files under model_cards/ and kernels/moefy_ffn/benchmarks/."""
 
-import csv
-import json
 import sys
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from documents import read, table, times
+from speed_blocks import generation, one_token
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -13,8 +13,6 @@ import prose_facts  # noqa: E402
 import sweep_tables  # noqa: E402
 
 FACTS = ROOT / "model_cards" / "facts"
-SPEED = ROOT / "model_cards" / "speed"
-BENCHMARKS = ROOT / "kernels" / "moefy_ffn" / "benchmarks"
 
 # facts of a classifier at one budget: the row's title, and the budget
 CLASSIFIERS = {
@@ -24,27 +22,11 @@ CLASSIFIERS = {
     "t5_r8_recovery": ("T5, Reuters R8", 0.2),
     "minilm_movie_gelu": ("MiniLM with GELU, movie reviews", 0.3),
 }
-TOKENS = (1, 2, 4, 8, 128, 512, 2048)  # per call: the columns of the table of speeds
 SHARED = "profile over {} that neurons of an expert share"
-
-
-def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def facts(name: str) -> dict[str, Any]:
     return read(FACTS / f"{name}.json")
-
-
-def table(rows: Iterable[Mapping[str, str]]) -> str:
-    """Return rows with the same keys as a Markdown table."""
-    rows = list(rows)
-    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def times(ratio: float, digits: int = 1) -> str:
-    return f"{ratio:.{digits}f}x"
 
 
 # ---- what a model keeps
@@ -142,122 +124,36 @@ def removal(name: str) -> str:
     )
 
 
-# ---- speed
-
-
-def one_token(preset: str) -> float:
-    """Return how many times as fast as `F.linear` the kernel computes a token."""
-    rows = read(BENCHMARKS / f"{preset}.json")["rows"]
-    return next(row["ratio"] for row in rows if (row["implementation"], row["tokens"]) == ("cpu", 1))
-
-
-def generation(preset: str) -> float:
-    rows = read(SPEED / f"{preset}_generate.json")["rows"]
-    return next(row["ratio"] for row in rows if row["implementation"] == "cpu")
-
-
-def measured(name: str) -> list[dict[str, str]]:
-    with open(SPEED / f"{name}.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def speed() -> str:
-    """Six speeds relative to dense."""
-    rows = [(f"{preset} FFN, one token", "20%", one_token(preset)) for preset in ("t5-base", "opt-1.3b", "llama-1b")]
-    rows += [(f"{preset}, generating", "20%", generation(preset)) for preset in ("t5-base", "opt-1.3b")]
-    batch = next(row for row in measured("minilm_batch_32") if row["implementation"] == "cpu")
-    rows.append(("MiniLM with GELU, 32 reviews", f"{float(batch['share']):.0%}", float(batch["times_dense"])))
-    return table(
-        {"what": what, "experts computed": share, "times as fast as dense": f"{ratio:.2f}"}
-        for what, share, ratio in rows
-    )
-
-
-def speed_ffns() -> str:
-    """Every benchmark of FFNs: a line each."""
-    rows = []
-    for path in sorted(BENCHMARKS.glob("*.json"), key=lambda path: (("_" in path.stem), path.stem)):
-        found = read(path)
-        cells = {row["tokens"]: row for row in found["rows"] if row["implementation"] == "cpu"}
-        shown = {n: f"{cells[n]['ratio']:.1f} ({cells[n]['ratio_best_dense']:.1f})" for n in TOKENS if n in cells}
-        rows.append({"FFN": described(found["settings"]), **{str(n): shown.get(n, "") for n in TOKENS}})
-    return table(rows)
-
-
-def described(settings: Mapping[str, Any]) -> str:
-    """Return a benchmark's settings, those left out that are the usual ones."""
-    threads = settings["threads"]
-    parts = [settings["preset"], f"{threads} thread{'s' if threads > 1 else ''}"]
-    parts += ["bfloat16"] if settings["dtype"] == "bfloat16" else []
-    parts += [f"experts of {settings['expert_size']}"] if settings["expert_size"] != 32 else []
-    parts += ["low-rank router"] if settings["router"] == "LowRankRouter" else []
-    parts += [f"{settings['share']:.0%} of the experts"] if settings["share"] != 0.2 else []
-    parts += [f"{settings['nonzero']:.0%} non-zero"] if settings.get("nonzero") else []
-    return ", ".join(parts)
-
-
-def speed_models() -> str:
-    """Every measurement of whole models."""
-    titles = {"minilm_batch_1": "MiniLM, one review", "minilm_batch_32": "MiniLM, 32 reviews"}
-    titles |= {"smollm2_generate": "SmolLM2-135M, generating"}
-    rows = [
-        (titles[name], row["implementation"], float(row["share"]), float(row["times_dense"]))
-        for name in titles
-        for row in measured(name)
-        if row["implementation"] != "dense"
-    ]
-    rows += [
-        (f"{preset}, random weights, generating", "cpu", 0.2, generation(preset)) for preset in ("t5-base", "opt-1.3b")
-    ]
-    return table(
-        {"model": model, "implementation": how, "experts computed": f"{share:.0%}", "times dense": f"{ratio:.2f}"}
-        for model, how, share, ratio in rows
-    )
-
-
-def training_step() -> str:
-    """What a fine-tuning step costs, relative to a dense one."""
-    return table(
-        {
-            "batch": f"{row['batch']} texts of {row['length']} tokens",
-            "routed": f"{float(row['routed']):.2f}",
-            "routed, with figures logged": f"{float(row['watched']):.2f}",
-        }
-        for row in measured("training_step")
-    )
-
-
-# ---- what things cost, and how exact an export is
-
-
-def costs() -> str:
-    """How long three jobs take."""
-    quick, conversion, recipe = (read(ROOT / "model_cards" / f"{name}.json") for name in COSTS)
-    minutes = quick["seconds"]["setup"] + quick["seconds"]["recipe"], conversion["seconds"]["all"], recipe["seconds"]
-    return table(
-        {"job": job, "minutes": f"{seconds / 60:.0f}", "hardware": found["hardware"]}
-        for job, seconds, found in zip(COSTS.values(), minutes, (quick, conversion, recipe), strict=True)
-    )
-
-
-COSTS = {
-    "quickstart": "quickstart recipe, MiniLM on movie reviews",
-    "conversion": "`moefy convert`, SmolLM2-135M",
-    "prose_recipe": "`moefy_causal_lm.py`, SmolLM2-135M",
-}
+# ---- how exact an export is
 
 
 def exports() -> str:
     """How close an exported model comes to the model it was exported from."""
-    rows = [(name, facts(f"smollm2_{name}")) for name in ("llama4", "mixtral")]
+    llama4, mixtral = (facts(f"smollm2_{name}") for name in ("llama4", "mixtral"))
+    rows = [
+        (
+            "Llama 4, in transformers",
+            llama4["logits"],
+            f"{llama4['logits']['tokens']:,} tokens",
+            llama4["generations"],
+        ),
+        (
+            "Mixtral, in transformers",
+            mixtral["logits"],
+            f"{mixtral['logits']['tokens']:,} tokens",
+            mixtral["generations"],
+        ),
+    ]
+    engine = mixtral["engine"]
+    rows.append(("Mixtral, in llama.cpp", engine["first_step"], f"{engine['prompts']} prompts, one step", engine))
     return table(
         {
-            "exported to": f"`{name}`",
-            "largest difference of the logits": f"{found['logits']['relative_difference']:.1e}".replace("e-0", "e-"),
-            "tokens compared": f"{found['logits']['tokens']:,}",
-            "identical generations": f"{found['generations']['identical']} of {found['generations']['prompts']}",
+            "export": name,
+            "compared on": data,
+            "largest difference / largest logit": f"{found['relative_difference']:.2g}".replace("e-0", "e-"),
+            "identical generations": f"{generations['identical']} of {generations['prompts']}",
         }
-        for name, found in rows
+        for name, found, data, generations in rows
     )
 
 
@@ -266,7 +162,7 @@ def headline() -> str:
     cost, converted, _ = kept("minilm_movie_recovery")
     return "\n".join(
         [
-            f"- **{converted:.0%} of the accuracy** with {cost:.0%} of the FFN compute (MiniLM with ReLU, no training).",
+            f"- **{converted:.0%} of the accuracy** with {cost:.0%} of the FFN compute, without training (MiniLM).",
             f"- **{times(one_token('t5-base'))} faster** T5-base FFNs on one CPU thread.",
             f"- **{times(generation('opt-1.3b'))} faster** generation with a model of OPT-1.3B's shape.",
         ]
@@ -274,6 +170,17 @@ def headline() -> str:
 
 
 BLOCKS = {
-    name.__name__: name
-    for name in (headline, results, sweep, prose, command, beside_training, specialisation, topics, removal)
-} | {name.__name__: name for name in (speed, speed_ffns, speed_models, training_step, costs, exports)}
+    function.__name__: function
+    for function in (
+        headline,
+        results,
+        sweep,
+        prose,
+        command,
+        beside_training,
+        specialisation,
+        topics,
+        removal,
+        exports,
+    )
+}

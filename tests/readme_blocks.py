@@ -10,15 +10,16 @@ from pathlib import Path
 
 import figure_blocks
 import reference_blocks
+import speed_blocks
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-BLOCKS: dict[str, Callable[..., str]] = {**figure_blocks.BLOCKS, **reference_blocks.BLOCKS}
+BLOCKS: dict[str, Callable[..., str]] = {**figure_blocks.BLOCKS, **speed_blocks.BLOCKS, **reference_blocks.BLOCKS}
 
 
 def pages() -> list[Path]:
-    """The README and every page of docs/."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """Return the READMEs and every page of docs/."""
+    return [ROOT / "README.md", ROOT / "recipes" / "serving" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def block(words: str) -> str:

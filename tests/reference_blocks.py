@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
+from documents import table
+
 import moefy_hf
 from moefy_hf.cli.main import COMMANDS
 from moefy_hf.cli.main import main as moefy
@@ -68,21 +70,16 @@ def methods(kind: str) -> str:
     return "\n".join(lines)
 
 
+def choices(kind: str) -> str:
+    """A table of the methods of a kind, for users: name and what it does."""
+    cells = ((name, row["does"].replace("|", "\\|")) for name, row in described(kind).items())
+    return table({kind: f"`{name}`", "what it does": does} for name, does in cells)
+
+
 def setting(kind: str) -> str:
     """How a method of a kind is asked for."""
     names, form = KINDS[kind]
     return f"```python\n{form.format(names[0])}\n```"
-
-
-def names(kind: str) -> str:
-    """The names of a kind, in one line."""
-    return ", ".join(f"`{name}`" for name in KINDS[kind][0])
-
-
-def overview() -> str:
-    """The names of the methods of a conversion, a line for each kind."""
-    rows = [f"| {kind}s | {names(kind)} |" for kind in ("splitter", "router", "selection", "allocation")]
-    return "\n".join(["| what | names |", "|---|---|", *rows])
 
 
 def architectures() -> str:
@@ -109,6 +106,4 @@ def interface() -> str:
     return "\n\n".join(f"::: moefy_hf.{moefy_hf._HOMES[name]}.{name}" for name in moefy_hf.__all__)
 
 
-BLOCKS = {
-    function.__name__: function for function in (methods, setting, names, overview, architectures, commands, interface)
-}
+BLOCKS = {function.__name__: function for function in (methods, choices, setting, architectures, commands, interface)}
