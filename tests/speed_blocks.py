@@ -100,7 +100,12 @@ def costs() -> str:
     quick, conversion, recipe = (read(ROOT / "model_cards" / f"{name}.json") for name in COSTS)
     minutes = quick["seconds"]["setup"] + quick["seconds"]["recipe"], conversion["seconds"]["all"], recipe["seconds"]
     return table(
-        {"job": job, "minutes": f"{seconds / 60:.0f}", "hardware": found["hardware"]}
+        {
+            "job": job,
+            "minutes": f"{seconds / 60:.0f}",
+            "peak memory": f"{found['peak_gigabytes']} GB" if "peak_gigabytes" in found else "",
+            "hardware": found["hardware"],
+        }
         for job, seconds, found in zip(COSTS.values(), minutes, (quick, conversion, recipe), strict=True)
     )
 

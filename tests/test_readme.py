@@ -33,21 +33,6 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
 
 
-def test_sentences_are_short():
-    lengths = [len(sentence.split()) for sentence in sentences(README)]
-    assert max(lengths) <= 30 and sum(lengths) / len(lengths) <= 15
-
-
-def sentences(text: str) -> list[str]:
-    """Return the prose of a page, without code, tables, headings and generated blocks."""
-    text = readme_blocks.BLOCK.sub("", text)
-    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    text = re.sub(r"^(#|\||!).*$", "", text, flags=re.MULTILINE)
-    text = re.sub(r"\]\([^)]*\)", "]", text)
-    parts = re.split(r"(?<=[.:?!])\s+|\n\s*\n|\n- ", text)
-    return [part for part in parts if len(part.split()) > 1]
-
-
 @pytest.fixture
 def hub_in_a_folder(tmp_path, monkeypatch):
     """What the example names on the Hub, as folders of the working directory, where transformers looks first."""
