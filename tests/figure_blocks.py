@@ -163,7 +163,7 @@ def headline() -> str:
     ffn, generating = times(one_token("t5-base")), times(generation("opt-1.3b"))
     return "\n".join(
         [
-            f"- **{converted:.0%}** of the accuracy with {cost:.0%} of the feed-forward compute (MiniLM, as converted).",
+            f"- **{converted:.0%}** of the accuracy with {cost:.0%} of the feed-forward compute (MiniLM, converted).",
             f"- **{ffn}** the speed of a T5-base feed-forward network, per token on one CPU thread.",
             f"- **{generating}** the speed of generation, for a model of OPT-1.3B's shape.",
         ]
