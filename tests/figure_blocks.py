@@ -1,0 +1,187 @@
+"""Blocks of figures, from the committed files under model_cards/ and kernels/moefy_ffn/benchmarks/."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from documents import read, table, times
+from speed_blocks import generation, one_token
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "recipes"))
+import prose_facts  # noqa: E402
+import sweep_tables  # noqa: E402
+
+FACTS = ROOT / "model_cards" / "facts"
+
+# facts of a classifier at one budget: the row's title, and the budget
+CLASSIFIERS = {
+    "minilm_movie_recovery": ("MiniLM with ReLU, movie reviews", 0.2),
+    "minilm_r52_recovery": ("MiniLM with ReLU, Reuters R52", 0.2),
+    "vit_fashion_recovery": ("ViT, Fashion-MNIST", 0.2),
+    "t5_r8_recovery": ("T5, Reuters R8", 0.2),
+    "minilm_movie_gelu": ("MiniLM with GELU, movie reviews", 0.3),
+}
+SHARED = "profile over {} that neurons of an expert share"
+
+
+def facts(name: str) -> dict[str, Any]:
+    return read(FACTS / f"{name}.json")
+
+
+# ---- what a model keeps
+
+
+def kept(name: str) -> tuple[float, float, float]:
+    """Return (share of the FFNs' FLOPs, accuracy relative to dense once converted, the same once fine-tuned)."""
+    share = CLASSIFIERS[name][1]
+    rows = [row for row in facts(name)["rows"] if (row["share"], row["allocation"]) == (share, "sensitivity")]
+    at = {row["router"]: row for row in rows}
+    return at["linear"]["ffn_flops"], *(at[key]["relative_quality"] for key in ("linear", "linear, recovered"))
+
+
+def language_model(k: float) -> tuple[float, float, float]:
+    """Return what `kept` does of SmolLM2 at the share k of its neurons: perplexity relative to dense."""
+    rows = [row for row in facts("smollm2_recovery")["perplexities"] if (row["type"], row["k"]) == ("level", k)]
+    at = {"recovery" in row["method"]: row for row in rows}
+    cost = max(row["ffn_flops"] for row in rows)  # of a threshold, which does not spend the same before and after
+    return cost, at[False]["relative_quality"], at[True]["relative_quality"]
+
+
+def results() -> str:
+    """Quality relative to dense, of six conversions."""
+    rows = []
+    for name, (title, _) in CLASSIFIERS.items():
+        cost, converted, tuned = kept(name)
+        rows.append((title, "accuracy", f"{cost:.0%}", f"{converted:.1%}", f"{tuned:.1%}"))
+    cost, converted, tuned = language_model(0.32)
+    rows.append(("SmolLM2-135M, prose", "perplexity", f"{cost:.0%}", times(converted, 2), times(tuned, 2)))
+    titles = ("model", "measure", "FFN compute", "converted", "fine-tuned")
+    return table(dict(zip(titles, row, strict=True)) for row in rows)
+
+
+def sweep(name: str) -> str:
+    """The tables of a sweep of classifiers."""
+    return sweep_tables.tables(facts(name), ["relative_quality"])
+
+
+def prose(name: str) -> str:
+    """The tables of runs of language models."""
+    return prose_facts.tables(facts(name))
+
+
+def command(name: str) -> str:
+    """What made the figures of a facts file."""
+    found = facts(name)
+    lines = [found["command"]] if "command" in found else found["commands"]
+    return "```bash\n" + "\n".join(lines) + "\n```"
+
+
+def beside_training(name: str) -> str:
+    """A recovered language model beside a dense one that was trained for as many steps."""
+    rows = facts(name)["perplexities"]
+    (control,) = (row["relative_quality"] for row in rows if row["router"] == "control")
+    recovered = [row for row in rows if row["type"] == "level" and "recovery" in row["method"]]
+    return table(
+        {
+            "FFN compute": f"{row['ffn_flops']:.0%}",
+            "perplexity, of dense as it came": f"{row['relative_quality']:.3f}",
+            "perplexity, of dense trained as long": f"{row['relative_quality'] / control:.3f}",
+        }
+        for row in recovered
+    )
+
+
+# ---- experts
+
+
+def specialisation(name: str) -> str:
+    """What classes have to do with experts, in the model and in two controls."""
+    return table(
+        {
+            "experts by": row["experts by"],
+            "experts with a class": f"{row['experts with a class']:.0%}",
+            "of their use, classes explain": f"{row['variance that classes explain']:.0%}",
+            "shared profile over classes": f"{row[SHARED.format('classes')]:.0%}",
+            "over shuffled classes": f"{row[SHARED.format('shuffled classes')]:.0%}",
+        }
+        for row in facts(name)["specialisation"]
+    )
+
+
+def topics(name: str) -> str:
+    """The five classes whose strongest expert of the last layer is used most often, relative to all texts."""
+    last = facts(name)["layers"][-1]["topics"]
+    strongest = sorted(((topic, experts[0][0]) for topic, experts in last.items() if experts), key=lambda row: -row[1])
+    return table({"class": topic, "its strongest expert runs": times(rise, 0)} for topic, rise in strongest[:5])
+
+
+def removal(name: str) -> str:
+    """Accuracy without the experts that a class needs most, and without as many random ones."""
+    rows = facts(name)["removal"]["together"]
+    return table(
+        {key: str(cell) if key == "experts off" else f"{cell:.1%}" for key, cell in row.items()} for row in rows
+    )
+
+
+# ---- how exact an export is
+
+
+def exports() -> str:
+    """How close an exported model comes to the model it was exported from."""
+    llama4, mixtral = (facts(f"smollm2_{name}") for name in ("llama4", "mixtral"))
+    rows = [
+        (
+            "Llama 4, in transformers",
+            llama4["logits"],
+            f"{llama4['logits']['tokens']:,} tokens",
+            llama4["generations"],
+        ),
+        (
+            "Mixtral, in transformers",
+            mixtral["logits"],
+            f"{mixtral['logits']['tokens']:,} tokens",
+            mixtral["generations"],
+        ),
+    ]
+    engine = mixtral["engine"]
+    rows.append(("Mixtral, in llama.cpp", engine["first_step"], f"{engine['prompts']} prompts, one step", engine))
+    return table(
+        {
+            "export": name,
+            "compared on": data,
+            "largest difference / largest logit": f"{found['relative_difference']:.2g}".replace("e-0", "e-"),
+            "identical generations": f"{generations['identical']} of {generations['prompts']}",
+        }
+        for name, found, data, generations in rows
+    )
+
+
+def headline() -> str:
+    """The README's three figures."""
+    cost, converted, _ = kept("minilm_movie_recovery")
+    ffn, generating = times(one_token("t5-base")), times(generation("opt-1.3b"))
+    return "\n".join(
+        [
+            f"- **{converted:.0%}** of the accuracy with {cost:.0%} of the feed-forward compute (MiniLM, converted).",
+            f"- **{ffn}** the speed of a T5-base feed-forward network, per token on one CPU thread.",
+            f"- **{generating}** the speed of generation, for a model of OPT-1.3B's shape.",
+        ]
+    )
+
+
+BLOCKS = {
+    function.__name__: function
+    for function in (
+        headline,
+        results,
+        sweep,
+        prose,
+        command,
+        beside_training,
+        specialisation,
+        topics,
+        removal,
+        exports,
+    )
+}

@@ -1,0 +1,142 @@
+"""Blocks of how long things take, from the committed files of model_cards/ and of the benchmarks."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from documents import read, table
+
+ROOT = Path(__file__).parent.parent
+SPEED = ROOT / "model_cards" / "speed"
+BENCHMARKS = ROOT / "kernels" / "moefy_ffn" / "benchmarks"
+TOKENS = (1, 2, 4, 8, 128, 512, 2048)  # per call: the columns of the table of speeds
+
+
+def one_token(preset: str) -> float:
+    """Return how many times as fast as `F.linear` the kernel computes a token."""
+    rows = read(BENCHMARKS / f"{preset}.json")["rows"]
+    return next(row["ratio"] for row in rows if (row["implementation"], row["tokens"]) == ("cpu", 1))
+
+
+def generation(preset: str) -> float:
+    rows = read(SPEED / f"{preset}_generate.json")["rows"]
+    return next(row["ratio"] for row in rows if row["implementation"] == "cpu")
+
+
+def measured(name: str) -> list[dict[str, str]]:
+    with open(SPEED / f"{name}.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def speed() -> str:
+    """Six speeds relative to dense."""
+    rows = [(f"{preset} FFN, one token", "20%", one_token(preset)) for preset in ("t5-base", "opt-1.3b", "llama-1b")]
+    rows += [(f"{preset}, generating", "20%", generation(preset)) for preset in ("t5-base", "opt-1.3b")]
+    batch = next(row for row in measured("minilm_batch_32") if row["implementation"] == "cpu")
+    rows.append(("MiniLM with GELU, 32 reviews", f"{float(batch['share']):.0%}", float(batch["times_dense"])))
+    return table(
+        {"what": what, "experts computed": share, "times as fast as dense": f"{ratio:.2f}"}
+        for what, share, ratio in rows
+    )
+
+
+def speed_ffns() -> str:
+    """Every benchmark of FFNs: a line each."""
+    rows = []
+    for path in sorted(BENCHMARKS.glob("*.json"), key=lambda path: (("_" in path.stem), path.stem)):
+        found = read(path)
+        cells = {row["tokens"]: row for row in found["rows"] if row["implementation"] == "cpu"}
+        shown = {n: f"{cells[n]['ratio']:.1f} ({cells[n]['ratio_best_dense']:.1f})" for n in TOKENS if n in cells}
+        rows.append({"FFN": described(found["settings"]), **{str(n): shown.get(n, "") for n in TOKENS}})
+    return table(rows)
+
+
+def described(settings: Mapping[str, Any]) -> str:
+    """Return a benchmark's settings, those left out that are the usual ones."""
+    threads = settings["threads"]
+    parts = [settings["preset"], f"{threads} thread{'s' if threads > 1 else ''}"]
+    parts += ["bfloat16"] if settings["dtype"] == "bfloat16" else []
+    parts += [f"experts of {settings['expert_size']}"] if settings["expert_size"] != 32 else []
+    parts += ["low-rank router"] if settings["router"] == "LowRankRouter" else []
+    parts += [f"{settings['share']:.0%} of the experts"] if settings["share"] != 0.2 else []
+    parts += [f"{settings['nonzero']:.0%} non-zero"] if settings.get("nonzero") else []
+    return ", ".join(parts)
+
+
+def speed_models() -> str:
+    """Every measurement of whole models."""
+    titles = {"minilm_batch_1": "MiniLM, one review", "minilm_batch_32": "MiniLM, 32 reviews"}
+    titles |= {"smollm2_generate": "SmolLM2-135M, generating"}
+    rows = [
+        (titles[name], row["implementation"], float(row["share"]), float(row["times_dense"]))
+        for name in titles
+        for row in measured(name)
+        if row["implementation"] != "dense"
+    ]
+    rows += [
+        (f"{preset}, random weights, generating", "cpu", 0.2, generation(preset)) for preset in ("t5-base", "opt-1.3b")
+    ]
+    return table(
+        {"model": model, "implementation": how, "experts computed": f"{share:.0%}", "times dense": f"{ratio:.2f}"}
+        for model, how, share, ratio in rows
+    )
+
+
+def training_step() -> str:
+    """What a fine-tuning step costs, relative to a dense one."""
+    return table(
+        {
+            "batch": f"{row['batch']} texts of {row['length']} tokens",
+            "routed": f"{float(row['routed']):.2f}",
+            "routed, with figures logged": f"{float(row['watched']):.2f}",
+        }
+        for row in measured("training_step")
+    )
+
+
+def costs() -> str:
+    """How long three jobs take."""
+    quick, conversion, recipe = (read(ROOT / "model_cards" / f"{name}.json") for name in COSTS)
+    minutes = quick["seconds"]["setup"] + quick["seconds"]["recipe"], conversion["seconds"]["all"], recipe["seconds"]
+    return table(
+        {
+            "job": job,
+            "minutes": f"{seconds / 60:.0f}",
+            "peak memory": f"{found['peak_gigabytes']} GB" if "peak_gigabytes" in found else "",
+            "hardware": found["hardware"],
+        }
+        for job, seconds, found in zip(COSTS.values(), minutes, (quick, conversion, recipe), strict=True)
+    )
+
+
+COSTS = {
+    "quickstart": "quickstart recipe, MiniLM on movie reviews",
+    "conversion": "`moefy convert`, SmolLM2-135M",
+    "prose_recipe": "`moefy_causal_lm.py`, SmolLM2-135M",
+}
+
+
+def split_times() -> str:
+    """How long the largest matrices of the splitters' benchmarks take."""
+    folder = ROOT / "moefy_hf" / "splitters" / "benchmarks"
+    with open(folder / "balanced_kmeans.csv", newline="", encoding="utf-8") as file:
+        clusters = [row for row in csv.DictReader(file) if row["method"].startswith("ours") and int(row["n"]) >= 3072]
+    with open(folder / "coactivation.csv", newline="", encoding="utf-8") as file:
+        graphs = list(csv.DictReader(file))
+    largest = {(int(row["n"]), int(row["d"]), int(row["clusters"])): row for row in clusters}
+    rows = [("clustering", f"{n:,} x {d:,}", e, float(row["seconds"])) for (n, d, e), row in sorted(largest.items())]
+    for row in graphs:
+        seconds = float(row["graph_seconds"]) + float(row["seconds"])
+        rows.append(
+            ("co-activation", f"{int(row['neurons']):,}, {int(row['tokens']):,} tokens", row["experts"], seconds)
+        )
+    return table(
+        {"split": split, "neurons": size, "experts": str(experts), "seconds": f"{seconds:.0f}"}
+        for split, size, experts, seconds in rows
+    )
+
+
+BLOCKS = {
+    function.__name__: function for function in (speed, speed_ffns, speed_models, training_step, costs, split_times)
+}
