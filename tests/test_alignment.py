@@ -230,7 +230,7 @@ def test_means_of_what_does_not_run():
             expected = (neurons * dropped).sum(0) / dropped.sum(0).clamp_min(1)
             torch.testing.assert_close(site.act.compensation, expected, rtol=1e-4, atol=1e-6)
         first = model.moe_sites()[0]
-        assert torch.equal(means_of_dropped(first, found.sites[0]).float(), first.act.compensation)
+        assert torch.equal(means_of_dropped(first, found.sites[0].sample).float(), first.act.compensation)
     assert model(**BATCHES[0]).logits.isfinite().all()
 
 

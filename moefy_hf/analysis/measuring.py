@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..measure.contexts import all_experts
-from ..measure.profile import observed
-from ..measure.router_inputs import ReadInputs, kept
+from ..measure.hooks import run_with_hooks
+from ..measure.router_inputs import ReadInputs, select_experts
 from ..modeling.ffn_sites import FfnSite
 from .sums import Examples, Groups, NeuronSums, TextBatch, UseSums
 from .texts import TextStream
@@ -103,7 +103,7 @@ class LayerSums:
         act, dense = self.site.act, self.site.act.selection
         act.selection = self.selection  # the model runs all experts; what would it select?
         try:
-            keep = kept(act, x)
+            keep = select_experts(act, x)
         finally:
             act.selection = dense
         keep = torch.ones(len(x), act.num_experts, dtype=torch.bool) if keep is None else keep
@@ -156,7 +156,7 @@ def measure(
 
     bar = tqdm(total=found.tokens, unit="token", unit_scale=True, desc="analyze", disable=not progress)
     everything = all_experts(model)
-    with bar, everything, observed(model, sites, seen) as run:
+    with bar, everything, run_with_hooks(model, sites, seen) as run:
         for rows in stream:
             labels = rows.pop("labels")
             ids, text, place = flat(rows)
@@ -186,10 +186,10 @@ def measure_load(model: PreTrainedModel, stream: TextStream) -> list[list[float]
     reading = ReadInputs(sites)
 
     def seen(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
-        keep = kept(sites[position].act, reading.of(position, x))
+        keep = select_experts(sites[position].act, reading.of(position, x))
         loads[position] += len(x) if keep is None else keep.sum(0).double().cpu()
 
-    with observed(model, sites, seen) as run:
+    with run_with_hooks(model, sites, seen) as run:
         for rows in stream:
             rows.pop("labels")
             run(rows)

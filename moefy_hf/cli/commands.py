@@ -25,10 +25,9 @@ from ..hub.facts import add_facts
 from ..hub.push import add_license, push_to_hub
 from ..io import written_whole
 from ..loading import checkpoint_class, load_checkpoint
-from ..measure.cett import cett_curves, ppl_activation
 from ..measure.metrics import is_causal
 from ..measure.profile import profile
-from ..measure.profile_table import described, profile_table
+from ..measure.sparsity import cett_curves, describe_ffn, ppl_activation, profile_table
 from ..modeling.ffn_sites import find_sites
 from ..modeling.moefied import is_moefied
 
@@ -94,7 +93,7 @@ def profile_model(args: Namespace) -> dict[str, Any]:
     curves = cett_curves(model, first)
     sites = find_sites(model)
     rows = [
-        {"ffn": site.name, **described(stats, curve)}
+        {"ffn": site.name, **describe_ffn(stats, curve)}
         for site, stats, curve in zip(sites, found.sites, curves, strict=True)
     ]
     result: dict[str, Any] = {"tokens": found.tokens, "cett_tokens": curves[0].tokens, "rows": rows}

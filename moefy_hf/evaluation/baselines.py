@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..measure.contexts import all_experts
 from ..measure.flops import ModelFlops, ffn_flops
 from ..measure.metrics import Quality, predictions
-from ..measure.profile import real_tokens
+from ..measure.padding import real_tokens
 from ..modeling.allocation import count_experts
 from ..modeling.ffn_sites import FfnSite, find_sites
 

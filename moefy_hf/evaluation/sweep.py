@@ -17,8 +17,8 @@ from ..io import write_whole
 from ..loading import check_code, check_moefied
 from ..measure.contexts import all_experts, selecting
 from ..measure.flops import model_flops
+from ..measure.hooks import run_with_hooks
 from ..measure.metrics import Quality, is_causal, predictions
-from ..measure.profile import observed
 from ..measure.router_inputs import ReadInputs, scorer
 from ..modeling.allocation import check_selection
 from ..modeling.ffn_sites import find_sites
@@ -111,7 +111,7 @@ def local_figures(
             union = keep[chunks].any(1).sum()
             sums[each, position] += torch.tensor([float((mass * keep).sum()), float(dropped), int(union)])
 
-    with all_experts(model), observed(model, sites, seen) as run:
+    with all_experts(model), run_with_hooks(model, sites, seen) as run:
         for batch in batches:
             run(batch)
             if tokens >= max_tokens:

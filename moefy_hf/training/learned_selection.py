@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..conversion.reroute import OF_ROUTERS
 from ..measure.metrics import unwrapped
-from ..measure.profile import real_tokens
+from ..measure.padding import real_tokens
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.moefied import is_moefied
 from .callback import refuse_sharded, say
