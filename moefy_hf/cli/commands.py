@@ -17,7 +17,7 @@ from ..conversion.adapters import permute_adapter
 from ..conversion.checks import check_convertible
 from ..conversion.convert import moefy_
 from ..data import TextBatches, decoder_start_of, longest_text, read_lines, split_off
-from ..evaluation.quality_check import Prediction, predict_quality
+from ..evaluation.quality_check import QualityCheck, check_quality
 from ..exporters.export import export
 from ..exporters.formats import TARGETS
 from ..hub.card import is_rendered, moefied_config, router_settings_of, write_card
@@ -149,12 +149,12 @@ def convert(args: Namespace) -> dict[str, Any]:
     return found | {"prediction": prediction and prediction.to_dict()}
 
 
-def predict(model: PreTrainedModel, held_out: TextBatches | None) -> tuple[Prediction | None, str]:
+def predict(model: PreTrainedModel, held_out: TextBatches | None) -> tuple[QualityCheck | None, str]:
     """How good a model that was just converted is, and what is said of it."""
     if held_out is None or not len(held_out):
         return None, "quality is not predicted without texts: moefy sweep measures it"
     try:
-        found = predict_quality(model, held_out)
+        found = check_quality(model, held_out)
     except ValueError as error:  # a model without a head, or a regression
         return None, f"quality is not predicted: {error}"
     if found.bad:

@@ -31,11 +31,11 @@ def measure_sensitivity(
     """
     sites = model.moe_sites()
     blocks = [block_of(model, site) for site in sites]
-    grids = [_grid(site.act.num_experts, site.act.shared) for site in sites]
+    grids: list[list[float]] = [_grid(site.act.num_experts, site.act.shared) for site in sites]
     quality = [[Quality() for _ in ks] for ks in grids]
     bar = tqdm(desc="sensitivity", unit="batch", disable=not progress)
     positions = 0
-    with evaluating(model), torch.no_grad(), all_experts(model), bar:
+    with evaluating(model), torch.no_grad(), all_experts(check_moefied(model)), bar:
         for batch in batches:
             with recorded([block for block in blocks if block is not None]) as outputs:
                 dense, _ = predictions(model, batch)
@@ -56,7 +56,7 @@ def measure_sensitivity(
     return {"k": grids, "loss": losses}
 
 
-def _grid(num_experts: int, shared: int) -> list[int]:
+def _grid(num_experts: int, shared: int) -> list[float]:
     least = max(1, shared)
     return sorted({max(least, round(share * num_experts)) for share in GRID} | {least, num_experts})
 

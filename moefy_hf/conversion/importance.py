@@ -9,6 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..loading import check_moefied
 from ..measure.contexts import all_experts, hooked
 from ..measure.hooks import run_with_hooks
 from ..measure.padding import without_padding
@@ -45,7 +46,7 @@ def measure_angles(
         )
         for position, layer in enumerate(layers)
     ]
-    with hooked(handles), all_experts(model), run_with_hooks(model, [], lambda *_: None) as run:
+    with hooked(handles), all_experts(check_moefied(model)), run_with_hooks(model, [], lambda *_: None) as run:
         for batch in tqdm(batches, desc="importance", unit="batch", disable=not progress):
             run(batch)
     if not sums[:, 1].all():

@@ -35,7 +35,7 @@ def routed_flops(site: FfnSite, experts: float) -> float:
     if not is_routed(site.act) or experts >= site.act.num_experts:
         return float(ffn_flops(site))
     act = routed(site)
-    router = act.router.flops()
+    router = float(act.router.flops())
     if act.router.begins_experts:  # experts that run do not pay it a second time
         router *= 1 - (experts - act.shared) / act.router.num_experts
     return ffn_flops(site) * experts / act.num_experts + router

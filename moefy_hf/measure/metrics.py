@@ -107,8 +107,9 @@ def counted(model: PreTrainedModel, output: Any, batch: Mapping[str, Any]) -> tu
         return logits, labels
     if labels is None:
         mask = batch.get("attention_mask")
-        padded = mask is not None and mask.shape == logits.shape[:2]
-        return (logits[mask.bool()] if padded else logits.flatten(0, 1)), None
+        if mask is not None and mask.shape == logits.shape[:2]:
+            return logits[mask.bool()], None
+        return logits.flatten(0, 1), None
     if is_causal(model) and model.config.model_type not in SHIFTED_LABELS:
         logits, labels = logits[:, :-1], labels[:, 1:]
     counts = labels != -100

@@ -1,6 +1,7 @@
 """What routers read, outside a forward pass of the model: the input of their own FFN, or of the first of a stack."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -8,6 +9,7 @@ from ..modeling.ffn_sites import FfnSite
 from ..modeling.protocol import routed
 from ..modeling.routed_activation import RoutedActivation, is_routed
 from ..modeling.router_base import Router
+from ..modeling.router_pre_gated import PreGatedRouter
 from .profile import ModelProfile
 
 
@@ -16,7 +18,7 @@ def scorer(router: Router) -> Router:
 
     The check goes by name: a checkpoint's own code makes classes of its own.
     """
-    return router.leader if type(router).__name__ == "PreGatedRouter" else router  # type: ignore[attr-defined]
+    return cast(PreGatedRouter, router).leader if type(router).__name__ == "PreGatedRouter" else router
 
 
 def read_at(sites: Sequence[FfnSite]) -> list[int]:
