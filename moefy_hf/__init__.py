@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {  # public name -> the module that has it, imported when the name is first used
     "add_facts": "hub.facts",
     "allocate_budgets": "conversion.budgets",
+    "check_quality": "evaluation.quality_check",
     "compensate_": "conversion.compensation",
     "ConversionReport": "conversion.convert",
     "DistillationCallback": "training.distillation",
     "evaluate": "evaluation.sweep",
     "export": "exporters.export",
+    "find_budget": "evaluation.search",
     "find_sites": "modeling.ffn_sites",
     "fit_routers": "conversion.fit_routers",
     "LearnedSelectionCallback": "training.learned_selection",
@@ -27,14 +29,11 @@ _HOMES = {  # public name -> the module that has it, imported when the name is f
     "permute_adapter_": "conversion.adapters",
     "permute_neurons_": "modeling.ffn_sites",
     "Phase": "training.schedule",
-    "predict_quality": "evaluation.quality_check",
     "profile": "measure.profile",
     "push_to_hub": "hub.push",
     "PushError": "hub.push",
     "relufy_": "training.sparsity",
     "reroute_": "conversion.reroute",
-    "search": "evaluation.search",
-    "share_within": "evaluation.search",
     "SparsityPenaltyCallback": "training.sparsity",
     "Sweep": "evaluation.sweep",
     "verify": "hub.verify",
@@ -53,9 +52,8 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .conversion.fit_routers import fit_routers as fit_routers
     from .conversion.reroute import reroute_ as reroute_
     from .conversion.thresholds import measure_reach as measure_reach
-    from .evaluation.quality_check import predict_quality as predict_quality
-    from .evaluation.search import search as search
-    from .evaluation.search import share_within as share_within
+    from .evaluation.quality_check import check_quality as check_quality
+    from .evaluation.search import find_budget as find_budget
     from .evaluation.sweep import Sweep as Sweep
     from .evaluation.sweep import evaluate as evaluate
     from .exporters.export import export as export

@@ -3,7 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from transformers import AutoConfig, PreTrainedModel
@@ -11,6 +11,7 @@ from transformers.models.auto import modeling_auto
 
 from .modeling.ffn_sites import SPECS
 from .modeling.moefied import FORMAT_VERSION, is_moefied
+from .modeling.protocol import MoefiedModel
 
 
 def moefied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -84,13 +85,15 @@ def load_checkpoint(
     return checkpoint_class(config, head).from_pretrained(name, revision=revision, **kwargs)
 
 
-def check_moefied(model: PreTrainedModel) -> None:
-    """
+def check_moefied(model: PreTrainedModel) -> MoefiedModel:
+    """Return the model itself, which a type checker knows to be MoEfied from here on.
+
     Raises:
         ValueError: it is dense.
     """
     if not is_moefied(model):
         raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+    return cast(MoefiedModel, model)
 
 
 def check_code(model: PreTrainedModel) -> None:

@@ -18,7 +18,7 @@ from moefy_hf import MoEficationCallback, Sweep, evaluate, measure_reach, moefy_
 from moefy_hf.conversion.budgets import allocate_budgets
 from moefy_hf.conversion.checks import check_convertible
 from moefy_hf.conversion.thresholds import TOKENS
-from moefy_hf.evaluation.quality_check import predict_quality
+from moefy_hf.evaluation.quality_check import check_quality
 from moefy_hf.measure.metrics import Quality, predictions
 from moefy_hf.modeling.allocation import MEASURED
 from moefy_hf.modeling.moefied import is_moefied
@@ -101,7 +101,7 @@ def convert(run: Run, dense: Path, path: Path) -> None:
     model = run.load(dense)
     report = moefy_(model, run.config, run.calibration())
     with run.autocast():
-        prediction = predict_quality(model, run.batches(run.splits["validation"], True, 0))
+        prediction = check_quality(model, run.batches(run.splits["validation"], True, 0))
     save(model, run.processor, path)
     describe_conversion(run, path, report, prediction)
     print(f"{report.table()}\n\npredicted: {prediction.line()}\n{prediction.message()}", flush=True)

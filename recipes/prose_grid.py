@@ -30,7 +30,8 @@ from stages import write_json
 from sweep import Calibration
 from transformers import PreTrainedModel, TrainingArguments
 
-from moefy_hf import evaluate, find_sites, moefy_, reroute_, share_within
+from moefy_hf import evaluate, find_sites, moefy_, reroute_
+from moefy_hf.evaluation.search import share_within
 
 ROUTERLESS = (*CONVERSION, *RECOVERY, *SWEEP, "export", "generated_rows", "generated_tokens")
 UNNAMED = ("router_settings", "calibration_tokens")  # a cell's name says how else it was converted

@@ -25,7 +25,8 @@ from moefy_hf.conversion import pipeline
 from moefy_hf.conversion.compensation import means_of_dropped
 from moefy_hf.conversion.expert_matching import aligned_orders, correlation
 from moefy_hf.conversion.fit_routers import _mean_shares
-from moefy_hf.evaluation.sweep import Setting, local_figures
+from moefy_hf.evaluation.local_figures import local_figures
+from moefy_hf.evaluation.sweep_points import SweepPoint
 from moefy_hf.measure.contexts import selecting
 from moefy_hf.measure.flops import ffn_flops, model_flops, routed_flops
 from moefy_hf.measure.metrics import Quality, predictions
@@ -210,8 +211,8 @@ def kept_by_hand(model, found, k: int) -> torch.Tensor:
 @torch.no_grad()
 def test_local_figures():
     model = pre_gated()
-    setting = Setting(None, (("type", "top_k"), ("k", 2), ("allocation", "uniform")))
-    (figures,) = local_figures(model, BATCHES[:3], [setting], 10**6)
+    point = SweepPoint(None, (("type", "top_k"), ("k", 2), ("allocation", "uniform")))
+    (figures,) = local_figures(model, BATCHES[:3], [point], 10**6)
     with selecting(model, k=1.0), profile(model, BATCHES[:3], progress=False) as found:
         keep = kept_by_hand(model, found, 2)
         for site, stats, layer in zip(model.moe_sites(), found.sites, figures, strict=True):
@@ -230,7 +231,7 @@ def test_means_of_what_does_not_run():
             expected = (neurons * dropped).sum(0) / dropped.sum(0).clamp_min(1)
             torch.testing.assert_close(site.act.compensation, expected, rtol=1e-4, atol=1e-6)
         first = model.moe_sites()[0]
-        assert torch.equal(means_of_dropped(first, found.sites[0]).float(), first.act.compensation)
+        assert torch.equal(means_of_dropped(first, found.sites[0].sample).float(), first.act.compensation)
     assert model(**BATCHES[0]).logits.isfinite().all()
 
 

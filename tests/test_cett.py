@@ -8,15 +8,15 @@ from batches import real_count, text_batches
 from tiny import tiny_model
 
 from moefy_hf import find_sites
-from moefy_hf.measure.cett import CettCurve, cett_curves, dropping, ppl_activation
+from moefy_hf.measure.hooks import run_with_hooks
 from moefy_hf.measure.metrics import Quality, predictions
-from moefy_hf.measure.profile import observed
+from moefy_hf.measure.sparsity import CettCurve, cett_curves, dropping, ppl_activation
 
 
 def seen_neurons(model, batches) -> list[torch.Tensor]:
     """(T, f) of every FFN."""
     found = [[] for _ in find_sites(model)]
-    with observed(model, find_sites(model), lambda i, x, neurons, text: found[i].append(neurons)) as run:
+    with run_with_hooks(model, find_sites(model), lambda i, x, neurons, text: found[i].append(neurons)) as run:
         for batch in batches:
             run(batch)
     return [torch.cat(each) for each in found]

@@ -17,7 +17,7 @@ from moefy_hf.cli.main import main
 from moefy_hf.data import read_labelled
 from moefy_hf.hub.facts import read_facts
 from moefy_hf.loading import load_checkpoint
-from moefy_hf.measure.cett import LEVELS
+from moefy_hf.measure.sparsity import LEVELS
 
 CAUSAL = "AutoModelForCausalLM"
 

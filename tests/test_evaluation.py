@@ -13,8 +13,8 @@ from tiny import tiny_model
 
 from moefy_hf import MoEficationConfig, Sweep, allocate_budgets, evaluate, fit_routers, moefy_, profile
 from moefy_hf.evaluation.controls import CONTROLS, control_router, routed_by
-from moefy_hf.evaluation.plots import spread_of
-from moefy_hf.evaluation.sweep import chunks_of, local_figures
+from moefy_hf.evaluation.local_figures import chunks_of, local_figures
+from moefy_hf.evaluation.plots import allocation_words
 from moefy_hf.measure.contexts import selecting
 from moefy_hf.measure.metrics import is_causal, predictions
 from moefy_hf.modeling.moefied import is_moefied
@@ -594,7 +594,9 @@ def test_plot(tmp_path):
     settings = {"controls": CONTROLS, "allocations": ["uniform", "sensitivity"], "local_tokens": 0}
     kinds = ["top_k", {"type": "level", "level": [0.5, 1.25]}]
     sweep = evaluate(model, data(count=1), [1, 2], selections=kinds, **settings, progress=False)
-    assert spread_of(sweep.rows[1]) == "uniform budgets" and spread_of(sweep.rows[-1]) == "level 0.5, 1.25"
+    assert (
+        allocation_words(sweep.rows[1]) == "uniform budgets" and allocation_words(sweep.rows[-1]) == "level 0.5, 1.25"
+    )
     for quality in ("accuracy", "perplexity"):
         sweep.facts["quality"] = quality
         sweep.plot(tmp_path / f"{quality}.png")

@@ -94,7 +94,7 @@ def test_one_ffn_is_that_of_a_direct_computation(name, baseline):
     real = batch["attention_mask"].bool()
     expected, flops = by_hand(site, baseline, seen["x"][real], [place.threshold for place in places])
     torch.testing.assert_close(seen["y"][real] - bias, expected, rtol=1e-4, atol=1e-5)
-    saved = sum(place.flops * (1 - place.kept / place.seen) for place in places)
+    saved = sum(place.flops * (1 - place.computed / place.seen) for place in places)
     assert ffn_flops(site) - saved == pytest.approx(flops, rel=1e-5)
     assert saved > 0.02 * flops  # the thresholds do something
     assert {place.seen // int(real.sum()) for place in places} <= {16, 48}  # padding is not counted

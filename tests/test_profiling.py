@@ -11,7 +11,9 @@ from tiny import tiny_model
 from transformers.activations import ACT2FN
 
 from moefy_hf import find_sites, profile
-from moefy_hf.measure.profile import SiteProfile, TensorFile, observed
+from moefy_hf.measure.hooks import run_with_hooks
+from moefy_hf.measure.profile import SiteProfile
+from moefy_hf.measure.sample import TensorFile
 
 SUMS = ("active", "mass", "total", "square")
 
@@ -62,7 +64,7 @@ def test_sums_and_sample_are_those_of_the_real_tokens(activation):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "t5-gated"])
 def test_sample_gives_the_neurons_back(name, monkeypatch):
     """Recomputed from the sample in chunks, also in gated, fused and Conv1D layouts."""
-    monkeypatch.setattr("moefy_hf.measure.profile.CHUNK", 5)
+    monkeypatch.setattr("moefy_hf.measure.sample.CHUNK", 5)
     head = "AutoModelForSeq2SeqLM" if name.startswith("t5") else "AutoModel"
     model = tiny_model(name, head)
     batches = text_batches(2, labels="seq2seq" if name.startswith("t5") else None)
@@ -250,7 +252,7 @@ def test_observed_shows_layers_in_order(bert):
     def seen(position, x, neurons, text):
         positions.append((position, len(x), len(neurons), text.bincount().tolist()))
 
-    with observed(bert, find_sites(bert), seen) as run:
+    with run_with_hooks(bert, find_sites(bert), seen) as run:
         run(batch)
     lengths = batch["attention_mask"].sum(1).tolist()
     assert positions == [(i, sum(lengths), sum(lengths), lengths) for i in range(2)]

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..measure.contexts import all_experts
-from ..measure.profile import observed
-from ..measure.router_inputs import ReadInputs, kept
+from ..measure.hooks import run_with_hooks
+from ..measure.progress import token_bar
+from ..measure.router_inputs import ReadInputs, select_experts
 from ..modeling.ffn_sites import FfnSite
+from ..modeling.protocol import MoefiedModel, routed
 from .sums import Examples, Groups, NeuronSums, TextBatch, UseSums
 from .texts import TextStream
 from .words import KINDS, token_kinds
@@ -26,7 +27,13 @@ VIEWS = {
 
 @dataclass
 class Survey:
-    """What a file holds: texts, tokens, how often each token id occurs (V,), texts of each class (C,)."""
+    """What a file holds.
+
+    Attributes:
+        texts, tokens: how many.
+        ids: (V,) how often each token id occurs.
+        classes: (C,) texts of each class.
+    """
 
     texts: int
     tokens: int
@@ -34,30 +41,38 @@ class Survey:
     classes: torch.Tensor
 
 
-def survey(stream: TextStream, vocabulary: int, classes: int) -> Survey:
-    """Count, without running the model.
+def survey_texts(stream: TextStream, vocabulary: int, classes: int) -> Survey:
+    """Count what a file holds, without running the model.
+
+    Args:
+        vocabulary, classes: how many token ids and classes there are.
 
     Raises:
         ValueError: there is no text.
     """
-    found = Survey(0, 0, torch.zeros(vocabulary, dtype=torch.int64), torch.zeros(classes, dtype=torch.int64))
+    survey = Survey(0, 0, torch.zeros(vocabulary, dtype=torch.int64), torch.zeros(classes, dtype=torch.int64))
     for ids, labels in stream.windows():
         flat = torch.tensor([token for text in ids for token in text])
-        found.texts, found.tokens = found.texts + len(ids), found.tokens + len(flat)
-        found.ids += torch.bincount(flat, minlength=vocabulary)
-        found.classes += torch.bincount(torch.tensor(labels), minlength=classes)
-    if not found.tokens:
+        survey.texts, survey.tokens = survey.texts + len(ids), survey.tokens + len(flat)
+        survey.ids += torch.bincount(flat, minlength=vocabulary)
+        survey.classes += torch.bincount(torch.tensor(labels), minlength=classes)
+    if not survey.tokens:
         raise ValueError(f"{stream.path} holds no text")
-    return found
+    return survey
 
 
 class Shuffled:
-    """The labels of a file in random order, one text after the other: the control that must find nothing."""
+    """The labels of a file in random order, one text after the other: the control that must find nothing.
+
+    Args:
+        counts: (C,) texts of each class.
+    """
 
     def __init__(self, counts: torch.Tensor, seed: int):
         self.left, self.generator = counts.double(), torch.Generator().manual_seed(seed)
 
     def draw(self, count: int) -> torch.Tensor:
+        """Return the labels (count,) of the next texts."""
         drawn = []
         for _ in range(count):
             label = torch.multinomial(self.left, 1, generator=self.generator)
@@ -67,30 +82,41 @@ class Shuffled:
 
 
 def expert_norms(neurons: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """neurons (T, f), gram (E, m, m) of the experts' columns of `down` -> (T, E) L2 norm of what each expert adds."""
+    """Return (T, E), the L2 norm of what each expert adds.
+
+    Args:
+        neurons: (T, f).
+        gram: (E, m, m), of each expert's columns of `down`.
+    """
     experts = neurons.unflatten(-1, gram.shape[:2]).transpose(0, 1)  # (E, T, m)
     return ((experts @ gram) * experts).sum(-1).clamp_min(0).sqrt().t()
 
 
 def grams(down: torch.Tensor, experts: int) -> torch.Tensor:
-    """down (d, f) -> (E, m, m)"""
+    """Return the Gram matrices (E, m, m) of the experts' columns of down (d, f)."""
     columns = down.float().unflatten(1, (experts, -1)).permute(1, 2, 0)  # (E, m, d)
     return columns @ columns.transpose(1, 2)
 
 
 def largest(norms: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """norms (T, E), counts (T,) -> (T, E) bool: each token's `counts` largest."""
+    """Return (T, E) bool, each token's `counts` (T,) largest of norms (T, E)."""
     order = norms.argsort(-1, descending=True)
     chosen = torch.arange(norms.shape[1], device=norms.device) < counts[:, None]
     return torch.zeros_like(chosen).scatter(-1, order, chosen)
 
 
 class LayerSums:
-    """Everything that is summed over tokens at one FFN."""
+    """Everything that is summed over tokens at one FFN.
+
+    Args:
+        slots, classes: how many there are, by name.
+        length: tokens of the longest text.
+        seed: of the random split.
+    """
 
     def __init__(self, site: FfnSite, slots: dict[str, int], classes: dict[str, int], length: int, seed: int):
-        experts, neurons = site.act.num_experts, site.sizes[1]
-        self.site, self.selection = site, site.act.selection
+        self.site, self.act, neurons = site, routed(site), site.sizes[1]
+        experts, self.selection = self.act.num_experts, self.act.selection
         self.order = torch.randperm(neurons, generator=torch.Generator().manual_seed(seed))
         down = site.weights().down.detach()
         self.grams = {"split": grams(down, experts), "random": grams(down[:, self.order], experts)}
@@ -99,23 +125,28 @@ class LayerSums:
         self.cross: torch.Tensor | None = None  # (E of the layer before, E) tokens that use both
 
     def update_(self, x: torch.Tensor, neurons: torch.Tensor, batch: TextBatch) -> torch.Tensor:
-        """x (T, d) that the router reads, neurons (T, f) of all experts -> (T, E) float: the experts it selects."""
-        act, dense = self.site.act, self.site.act.selection
+        """Add a batch, and return (T, E) float, which experts the router selects.
+
+        Args:
+            x: (T, d), what the router reads.
+            neurons: (T, f), of all experts.
+        """
+        act, dense = self.act, self.act.selection
         act.selection = self.selection  # the model runs all experts; what would it select?
         try:
-            keep = kept(act, x)
+            selected = select_experts(act, x)
         finally:
             act.selection = dense
-        keep = torch.ones(len(x), act.num_experts, dtype=torch.bool) if keep is None else keep
+        expert_mask = torch.ones(len(x), act.num_experts, dtype=torch.bool) if selected is None else selected
         neurons = neurons.float()
         norms = {
             "split": expert_norms(neurons, self.grams["split"]),
             "random": expert_norms(neurons[:, self.order], self.grams["random"]),
         }
-        used = {"routed": keep} | {view: largest(each, keep.sum(-1)) for view, each in norms.items()}
-        on_cpu = {view: each.cpu().float() for view, each in used.items()}
-        for view, each in on_cpu.items():
-            self.views[view].update_(each, batch)
+        used = {"routed": expert_mask} | {view: largest(norm, expert_mask.sum(-1)) for view, norm in norms.items()}
+        on_cpu = {view: mask.cpu().float() for view, mask in used.items()}
+        for view, mask in on_cpu.items():
+            self.views[view].update_(mask, batch)
         self.neurons.update_(neurons.cpu(), norms["split"].cpu(), batch)
         self.examples.update_(on_cpu["routed"], norms["split"].cpu(), batch)
         return on_cpu["routed"]
@@ -123,40 +154,49 @@ class LayerSums:
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel,
+    model: MoefiedModel,
     tokenizer: PreTrainedTokenizerBase,
     stream: TextStream,
-    found: Survey,
+    survey: Survey,
     words: torch.Tensor,
     *,
     seed: int = 0,
     progress: bool = True,
 ) -> list[LayerSums]:
-    """One `LayerSums` per routed FFN. `words` (M,): the token ids that are tested one by one."""
+    """Run texts through a model with all its experts, and sum what each FFN does.
+
+    Args:
+        survey: of the same texts.
+        words: (M,) token ids that are tested one by one.
+        seed: of the random splits and the shuffled labels.
+
+    Returns:
+        one `LayerSums` per routed FFN.
+    """
     sites = model.moe_sites()
-    vocabulary = len(found.ids)
+    vocabulary = len(survey.ids)
     number = torch.full((vocabulary,), -1)
     number[words] = torch.arange(len(words))
     kinds, plain = token_kinds(tokenizer, vocabulary), torch.ones(vocabulary, dtype=torch.bool)
-    plain[[each for each in tokenizer.all_special_ids if each < vocabulary]] = False
+    plain[[special for special in tokenizer.all_special_ids if special < vocabulary]] = False
     slots = {"token": len(words), "kind": len(KINDS)}
-    classes = {name: len(found.classes) for name in ("class", "shuffled")} if stream.labelled else {}
+    classes = {name: len(survey.classes) for name in ("class", "shuffled")} if stream.labelled else {}
     layers = [LayerSums(site, slots, classes, stream.max_length, seed + i) for i, site in enumerate(sites)]
-    shuffled, reading = Shuffled(found.classes, seed), ReadInputs(sites)
+    shuffled, inputs = Shuffled(survey.classes, seed), ReadInputs(sites)
     batch: TextBatch
     before: torch.Tensor
 
-    def seen(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
+    def see(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
         nonlocal before
-        used = layers[position].update_(reading.of(position, x), neurons, batch)
+        used = layers[position].update_(inputs.of(position, x), neurons, batch)
         if position:
             cross, pairs = layers[position].cross, (before.t() @ used).double()
             layers[position].cross = pairs if cross is None else cross + pairs
         before = used
+        bar.update(len(x) / len(sites))
 
-    bar = tqdm(total=found.tokens, unit="token", unit_scale=True, desc="analyze", disable=not progress)
-    everything = all_experts(model)
-    with bar, everything, observed(model, sites, seen) as run:
+    bar = token_bar(survey.tokens, "analyze", progress)
+    with bar, all_experts(model), run_with_hooks(model, sites, see) as run:
         for rows in stream:
             labels = rows.pop("labels")
             ids, text, place = flat(rows)
@@ -168,28 +208,32 @@ def measure(
             lengths = rows["attention_mask"].sum(1)
             batch = TextBatch(text, place, lengths, rows["input_ids"], plain[ids], groups, given)
             run(rows)
-            bar.update(len(ids))
     return layers
 
 
 def flat(rows: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, text and place in it of a padded batch's tokens, (T,) each."""
+    """Return ids, text and place in it of a padded batch's tokens, (T,) each."""
     text, place = rows["attention_mask"].nonzero(as_tuple=True)
     return rows["input_ids"][text, place], text, place
 
 
 @torch.no_grad()
-def measure_load(model: PreTrainedModel, stream: TextStream) -> list[list[float]]:
-    """For each routed FFN, how many tokens its router sends to each expert as the model runs."""
+def measure_load(model: MoefiedModel, stream: TextStream) -> list[list[float]]:
+    """Return for each routed FFN how many tokens its router sends to each expert as the model runs.
+
+    Raises:
+        ValueError: there is no text.
+    """
     sites = model.moe_sites()
-    loads = [torch.zeros(site.act.num_experts, dtype=torch.float64) for site in sites]
-    reading = ReadInputs(sites)
+    acts = [routed(site) for site in sites]
+    loads = [torch.zeros(act.num_experts, dtype=torch.float64) for act in acts]
+    inputs = ReadInputs(sites)
 
-    def seen(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
-        keep = kept(sites[position].act, reading.of(position, x))
-        loads[position] += len(x) if keep is None else keep.sum(0).double().cpu()
+    def see(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
+        expert_mask = select_experts(acts[position], inputs.of(position, x))
+        loads[position] += len(x) if expert_mask is None else expert_mask.sum(0).double().cpu()
 
-    with observed(model, sites, seen) as run:
+    with run_with_hooks(model, sites, see) as run:
         for rows in stream:
             rows.pop("labels")
             run(rows)

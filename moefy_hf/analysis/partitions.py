@@ -11,47 +11,57 @@ from transformers import PreTrainedModel
 
 from ..loading import check_moefied
 from ..modeling.ffn_sites import FfnSite
+from ..modeling.protocol import routed
 
 
 def matched(left: torch.Tensor, right: torch.Tensor) -> tuple[np.ndarray, float]:
-    """(f, n), (f, n) rows of neurons -> the row of `right` that each of `left` is, and the mean cosine of the pairs:
-    1 where both hold the same neurons in another order."""
+    """Return for rows of neurons (f, n) the row of `right` that each of `left` is, (f,), and the mean cosine of the
+    pairs: 1 where both hold the same neurons in another order."""
     cosines = (F.normalize(left.float(), dim=-1) @ F.normalize(right.float(), dim=-1).t()).numpy()
     rows, columns = linear_sum_assignment(-cosines)
     return columns, float(cosines[rows, columns].mean())
 
 
 def rows_of(site: FfnSite) -> torch.Tensor:
-    """(f, n): each neuron's weights, in and out."""
+    """Return each neuron's weights, in and out: (f, n)."""
     weights = site.weights()
     return torch.cat([weights.keys, weights.down.t()], 1).detach().cpu()
 
 
 def agreement(left: np.ndarray, right: np.ndarray) -> float:
-    """(f,), (f,) expert of each neuron -> adjusted Rand index: 1 for the same partition, 0 on average by chance."""
+    """Return the adjusted Rand index of two partitions: 1 for the same one, 0 on average by chance.
+
+    Args:
+        left, right: (f,), the expert of each neuron.
+    """
     return float(adjusted_rand_score(left, right))
 
 
 def compare_partitions(model: PreTrainedModel, other: PreTrainedModel, seed: int = 0) -> list[dict[str, Any]]:
-    """A row per FFN: how alike the experts of two models are, and how alike a random partition is.
+    """Compare the experts of two models, and, as the control, with a random partition.
 
     Neurons are matched by their weights, so that it does not matter in which order a conversion has put them;
     `matched_cosine` says how well: near 1 for one model converted twice, lower for two trainings, and meaningless
     when near 0.
 
+    Args:
+        seed: of the random partition.
+
+    Returns:
+        a row per FFN: `name`, `matched_cosine`, and the adjusted Rand indices `agreement` and `random`.
+
     Raises:
         ValueError: a model is not MoEfied, or their FFNs have different sizes.
     """
-    for each in (model, other):
-        check_moefied(each)
-    pairs = list(zip(model.moe_sites(), other.moe_sites(), strict=False))
-    if len(model.moe_sites()) != len(other.moe_sites()) or any(a.sizes != b.sizes for a, b in pairs):
+    left_sites, right_sites = (check_moefied(side).moe_sites() for side in (model, other))
+    pairs = list(zip(left_sites, right_sites, strict=False))
+    if len(left_sites) != len(right_sites) or any(a.sizes != b.sizes for a, b in pairs):
         raise ValueError("the models have FFNs of different numbers or sizes: there is nothing to compare")
-    generator, found = np.random.default_rng(seed), []
+    generator, rows = np.random.default_rng(seed), []
     for a, b in pairs:
         to, cosine = matched(rows_of(a), rows_of(b))
-        left, right = (np.arange(site.sizes[1]) // site.act.expert_size for site in (a, b))
-        found.append(
+        left, right = (np.arange(site.sizes[1]) // routed(site).expert_size for site in (a, b))
+        rows.append(
             {
                 "name": a.name,
                 "matched_cosine": cosine,
@@ -59,4 +69,4 @@ def compare_partitions(model: PreTrainedModel, other: PreTrainedModel, seed: int
                 "random": agreement(left, generator.permutation(right)),
             }
         )
-    return found
+    return rows

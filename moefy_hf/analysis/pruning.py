@@ -1,7 +1,7 @@
 """Prune experts: their neurons are really removed, and what is left is an ordinary, smaller checkpoint."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from ..loading import check_moefied
 from ..measure.router_inputs import read_at
 from ..modeling.allocation import MEASURED
 from ..modeling.ffn_sites import FfnSite, find_sites
+from ..modeling.protocol import MoefiedModel, routed
 
 # config fields that say how wide FFNs are, over all supported model types
 WIDTHS = (
@@ -26,28 +27,35 @@ WIDTHS = (
 
 
 def prune(model: PreTrainedModel, experts: Mapping[int, Iterable[int]]) -> PreTrainedModel:
-    """A new model without these experts, `{layer: [expert, ...]}`, as many in every layer.
+    """Return a new model without these experts, as many in every layer.
 
     What is left computes what the model does while its routers select none of them. Budgets stay counts where they
     fit, so that a token costs what it did.
 
+    Args:
+        experts: `{layer: [expert, ...]}`, as `least_used` and `least_needed` return it.
+
     Raises:
         ValueError: the model is not MoEfied; not every FFN is routed, or has equally many experts to prune; an expert
             does not exist or is a shared one; the routers mix experts (`mlp`), or one for all layers would lose
-            different ones; or the config does not say how wide
-            the FFNs are; nothing is made then.
+            different ones; or the config does not say how wide the FFNs are; nothing is made then.
+
+    Example:
+        smaller = prune(model, least_used(measure_load(model, stream), count=2))
+        smaller.save_pretrained("smaller")
     """
-    kept, config = check_prunable(model, experts)
+    model = check_moefied(model)
+    remaining, config = check_prunable(model, experts)
     sites = model.moe_sites()
     state = model.state_dict()
-    for site, each in zip(sites, kept, strict=True):
-        neurons = torch.arange(site.sizes[1]).view(site.act.num_experts, -1)[each].flatten()
-        for name, tensor in smaller_tensors(site, torch.tensor(each), neurons):
+    for site, left in zip(sites, remaining, strict=True):
+        neurons = torch.arange(site.sizes[1]).view(routed(site).num_experts, -1)[left].flatten()
+        for name, tensor in smaller_tensors(site, torch.tensor(left), neurons):
             state[name] = tensor
-    pruned: PreTrainedModel = type(model)(config)
+    pruned = type(model)(config)
     pruned.to(dtype=model.dtype)  # type: ignore[call-arg]
     for site in pruned.moe_sites():
-        site.act.router.float()  # as ever
+        routed(site).router.float()  # as ever
     pruned.config.dtype = model.config.dtype
     pruned.load_state_dict(state)
     if model.can_generate():
@@ -57,35 +65,41 @@ def prune(model: PreTrainedModel, experts: Mapping[int, Iterable[int]]) -> PreTr
 
 
 def check_prunable(model: PreTrainedModel, experts: Mapping[int, Iterable[int]]) -> tuple[list[list[int]], Any]:
-    """The experts that each layer keeps, and the config with narrower FFNs.
+    """Return the experts that stay in each layer, and the config with narrower FFNs.
 
     Raises:
         ValueError: see `prune`.
     """
-    check_moefied(model)
-    kept, sites = kept_experts(model, experts), model.moe_sites()
+    model = check_moefied(model)
+    remaining, sites = remaining_experts(model, experts), model.moe_sites()
     for position, read in enumerate(read_at(sites)):
-        if kept[position] != kept[read]:
+        if remaining[position] != remaining[read]:
             raise ValueError(
                 f"layers {read} and {position} have one router, which chooses the same of their experts: prune the "
                 "same in both"
             )
     for site in sites:
-        for param in site.act.router.parameters():
-            if tuple(param.shape) != (site.act.router.num_experts, site.sizes[0]):
-                kind = type(site.act.router).__name__
+        router = routed(site).router
+        for param in router.parameters():
+            if tuple(param.shape) != (router.num_experts, site.sizes[0]):
+                kind = type(router).__name__
                 raise ValueError(f"{site.name}: a {kind} mixes experts; prune a model whose router is linear")
-    return kept, smaller_config(model, len(kept[0]))
+    return remaining, smaller_config(model, len(remaining[0]))
 
 
-def kept_experts(model: PreTrainedModel, experts: Mapping[int, Iterable[int]]) -> list[list[int]]:
-    """The experts that each layer keeps, in order."""
+def remaining_experts(model: MoefiedModel, experts: Mapping[int, Iterable[int]]) -> list[list[int]]:
+    """Return the experts that stay in each layer, in order, when `experts` go.
+
+    Raises:
+        ValueError: see `prune`.
+    """
     sites = model.moe_sites()
+    sizes = [routed(site).num_experts for site in sites]
     if len(sites) < len(find_sites(model)):
         raise ValueError("FFNs that are not routed keep their width, and one config gives all the same: convert all")
     if len({site.sizes[1] for site in sites}) > 1:
         raise ValueError("FFNs of different widths cannot be pruned: convert with the same number of experts in all")
-    gone = {layer: set(each) for layer, each in experts.items()}
+    gone = {layer: set(pruned) for layer, pruned in experts.items()}
     if unknown := sorted(set(gone) - set(range(len(sites)))):
         raise ValueError(f"there is no routed layer {unknown[0]!r}: choose from 0 to {len(sites) - 1}")
     counts = [len(gone.get(layer, ())) for layer in range(len(sites))]
@@ -95,22 +109,24 @@ def kept_experts(model: PreTrainedModel, experts: Mapping[int, Iterable[int]]) -
             "prune equally many in each"
         )
     shared = model.config.moefication.get("shared_experts", 0)
-    for layer, each in gone.items():
-        last = sites[layer].act.num_experts - 1
-        if wrong := sorted(e for e in each if not (isinstance(e, int) and shared <= e <= last)):
+    for layer, pruned in gone.items():
+        last = sizes[layer] - 1
+        if wrong := sorted(e for e in pruned if not (isinstance(e, int) and shared <= e <= last)):
             raise ValueError(f"layer {layer} has no expert {wrong[0]!r} to prune: choose from {shared} to {last}")
     least = max(shared + 1, 1)
-    if sites[0].act.num_experts - counts[0] < least:
-        raise ValueError(f"{counts[0]} of {sites[0].act.num_experts} experts cannot go: at least {least} must be left")
-    return [
-        [e for e in range(site.act.num_experts) if e not in gone.get(layer, ())] for layer, site in enumerate(sites)
-    ]
+    if sizes[0] - counts[0] < least:
+        raise ValueError(f"{counts[0]} of {sizes[0]} experts cannot go: at least {least} must be left")
+    return [[e for e in range(size) if e not in gone.get(layer, ())] for layer, size in enumerate(sizes)]
 
 
-def smaller_config(model: PreTrainedModel, experts: int) -> Any:
-    """The model's config with narrower FFNs."""
-    site = model.moe_sites()[0]
-    width, before = experts * site.act.expert_size, site.sizes[1]
+def smaller_config(model: MoefiedModel, experts: int) -> Any:
+    """Return the model's config with FFNs of so many experts.
+
+    Raises:
+        ValueError: its selection has a budget that was measured, or the config does not say how wide FFNs are.
+    """
+    sites = model.moe_sites()
+    width, before = experts * routed(sites[0]).expert_size, sites[0].sizes[1]
     config = copy.deepcopy(model.config)
     for name in WIDTHS:
         if getattr(config, name, None) == before:
@@ -123,12 +139,12 @@ def smaller_config(model: PreTrainedModel, experts: int) -> Any:
     if section["selection"]["type"] != "top_k" and "k" in section["selection"]:
         raise ValueError("a budget that was measured with all experts cannot be kept: set the selection's own setting")
     if section["selection"]["type"] == "top_k":
-        ks = [min(site.act.selection.k + site.act.shared, experts) for site in model.moe_sites()]
+        ks = [min(int(k), experts) for site in sites if (k := routed(site).k) is not None]
         same = len(set(ks)) == 1
         section["selection"] = {**section["selection"], "k": ks[0] if same else ks, "allocation": "uniform"}
     with torch.device("meta"):
-        made = {site.sizes[1] for site in find_sites(type(model)(copy.deepcopy(config)))}
-    if made != {width}:
+        widths = {site.sizes[1] for site in find_sites(type(model)(copy.deepcopy(config)))}
+    if widths != {width}:
         raise ValueError(
             f"the config of model type {config.model_type!r} does not decide the width of its FFNs by "
             f"{', '.join(WIDTHS)}: it cannot be pruned"
@@ -137,22 +153,64 @@ def smaller_config(model: PreTrainedModel, experts: int) -> Any:
 
 
 def smaller_tensors(site: FfnSite, experts: torch.Tensor, neurons: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
-    """Names in the state dict and values of what neurons and experts own."""
-    act, prefix = site.act, f"{site.name}." if site.name else ""
+    """Yield names in the state dict, and values, of what some neurons and experts of an FFN own.
+
+    Args:
+        experts, neurons: (e,), (n,), those that stay.
+    """
+    act, prefix = routed(site), f"{site.name}." if site.name else ""
     width, shared = site.sizes[1], act.num_experts - act.router.num_experts
     for name, param, dim, blocks in site.neuron_dims():
         index = torch.cat([neurons + block * width for block in range(blocks)])
         yield f"{prefix}{name}", param.detach().index_select(dim, index.to(param.device))
     for name, buffer in act.named_buffers(recurse=False):  # a number per neuron
         yield f"{prefix}{site.spec.act}.{name}", buffer.index_select(0, neurons.to(buffer.device))
-    routed = experts[experts >= shared] - shared
+    scored = experts[experts >= shared] - shared
     for name, param in act.router.named_parameters():
-        yield f"{prefix}{site.spec.act}.router.{name}", param.detach().index_select(0, routed.to(param.device))
+        yield f"{prefix}{site.spec.act}.router.{name}", param.detach().index_select(0, scored.to(param.device))
 
 
-def least_used(loads: list[list[float]], count: int, spared: int = 0) -> dict[int, list[int]]:
-    """The `count` experts of each layer with the smallest load; the first `spared` are left alone."""
+def check_count(model: PreTrainedModel, count: int) -> None:
+    """Check that so many experts of every layer can be pruned, whichever they are.
+
+    Raises:
+        ValueError: see `prune`.
+    """
+    model = check_moefied(model)
+    sizes = [routed(site).num_experts for site in model.moe_sites()]
+    shared = routed(model.moe_sites()[0]).shared
+    most = min(sizes) - shared - 1
+    if not 1 <= count <= most:
+        raise ValueError(f"{count} experts cannot be pruned: choose 1 to {most} experts of each layer")
+    check_prunable(model, {layer: range(shared, shared + count) for layer in range(len(sizes))})
+
+
+def least_used(loads: Sequence[Sequence[float]], count: int, spared: int = 0) -> dict[int, list[int]]:
+    """Return the `count` experts of each layer with the smallest load.
+
+    Args:
+        loads: a number for each expert of each layer, as `measure_load` returns them.
+        spared: the first so many of each layer stay: shared experts.
+    """
     return {
         layer: sorted(sorted(range(spared, len(load)), key=lambda e: load[e])[:count])
         for layer, load in enumerate(loads)
     }
+
+
+def least_needed(model: PreTrainedModel, ranking: Iterable[Sequence[int]], count: int) -> dict[int, list[int]]:
+    """Return the last `count` experts of each layer in a ranking; shared experts are spared.
+
+    Args:
+        ranking: (layer, expert) of all experts, the most needed first, as `ablate` returns it.
+
+    Raises:
+        ValueError: the model is not MoEfied, or has other experts than those that are ranked.
+    """
+    sites = check_moefied(model).moe_sites()
+    sizes = [routed(site).num_experts for site in sites]
+    places = {(int(layer), int(expert)): -place for place, (layer, expert) in enumerate(ranking)}
+    if places.keys() != {(layer, e) for layer, size in enumerate(sizes) for e in range(size)}:
+        raise ValueError(f"the ranking ranks other experts than those {sum(sizes)} that the model has")
+    loads = [[float(places[layer, e]) for e in range(size)] for layer, size in enumerate(sizes)]
+    return least_used(loads, count, routed(sites[0]).shared)

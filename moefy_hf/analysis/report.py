@@ -29,6 +29,9 @@ def write_report(
         partitions: what `compare_partitions` found.
         removal: `{"title": ..., "rows": ...}`, what `remove_together` found.
 
+    Returns:
+        the path of the page.
+
     Raises:
         ImportError: plotly, which draws the figures in the browser, is not installed.
     """
@@ -60,7 +63,7 @@ def write_report(
 
 
 def embedded(data: Any) -> str:
-    """JSON that can stand in a script element: no text of a user's ends that element."""
+    """Return JSON that can stand in a script element: no text of a user's ends that element."""
     return json.dumps(data, ensure_ascii=True).replace("<", "\\u003c")
 
 
@@ -70,8 +73,8 @@ def tables_of(
     partitions: list[dict[str, Any]] | None,
     removal: dict[str, Any] | None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Name -> rows of equal keys."""
-    layers, experts, found = [], [], []
+    """Return the rows of each table, which have equal keys, by its name."""
+    layers, experts, findings = [], [], []
     for number, layer in enumerate(analysis.layers):
         layers.append({"layer": number} | {key: value for key, value in layer.items() if not isinstance(value, list)})
         for position, expert in enumerate(layer["experts"]):
@@ -80,20 +83,23 @@ def tables_of(
                 plain["variance_explained"] = layer["variance_explained"][position]
             experts.append({"layer": number} | plain)
             for kind in ("class", "token", "kind"):
-                found += [
-                    {"layer": number, "expert": expert["expert"], "responds to": kind} | each
-                    for each in expert.get(kind, [])
+                findings += [
+                    {"layer": number, "expert": expert["expert"], "responds to": kind} | finding
+                    for finding in expert.get(kind, [])
                 ]
-    tables = {"specialisation": analysis.specialisation, "layers": layers, "experts": experts, "findings": found}
+    tables = {"specialisation": analysis.specialisation, "layers": layers, "experts": experts, "findings": findings}
     if sweep is not None:
         columns = ("router", "type", "allocation", "experts", "ffn_flops", sweep["facts"]["quality"])
         tables["sweep"] = [{name: row.get(name) for name in columns} for row in sweep["rows"]]
-    return (
-        tables | ({"partitions": partitions} if partitions else {}) | ({"removal": removal["rows"]} if removal else {})
-    )
+    if partitions:
+        tables["partitions"] = partitions
+    if removal:
+        tables["removal"] = removal["rows"]
+    return tables
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
+    """Return rows of equal keys as csv, with a line of titles."""
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

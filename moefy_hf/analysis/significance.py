@@ -11,8 +11,11 @@ FEWEST_TEXTS = 10  # of a class, or with a token: less is not tested
 
 
 def upper_tail(excess: np.ndarray, variance: np.ndarray, third: np.ndarray) -> np.ndarray:
-    """P(X >= excess) of a sum with mean 0 and these second and third cumulants, by a Pearson type III distribution
-    (exact moments of a permutation distribution: Mielke and Berry). Where nothing varies, nan: there is no test."""
+    """Return P(X >= excess) of a sum X with mean 0 and these second and third cumulants, nan where nothing varies.
+
+    X is taken to have a Pearson type III distribution, with the exact moments of a permutation distribution (Mielke
+    and Berry). All arrays have one shape.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
         z, skew = excess / np.sqrt(variance), third / variance**1.5
     tested = np.isfinite(z) & np.isfinite(skew) & (variance > 1e-12)
@@ -22,7 +25,7 @@ def upper_tail(excess: np.ndarray, variance: np.ndarray, third: np.ndarray) -> n
 
 
 def class_excess(totals: np.ndarray, counts: np.ndarray, moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Do texts of a class use an expert more than texts of the others? Labels are permuted over texts.
+    """Test whether texts of a class use an expert more than texts of the others: labels are permuted over texts.
 
     Args:
         totals: (C, E) summed share of tokens that used the expert, over the texts of each class.
@@ -38,9 +41,9 @@ def class_excess(totals: np.ndarray, counts: np.ndarray, moments: np.ndarray) ->
     variance = moments[1] / texts - mean**2  # of one text; these are the whole population
     third = moments[2] / texts - 3 * mean * moments[1] / texts + 2 * mean**3
     # drawn without replacement: n of N values
-    spread = n * (texts - n) / max(texts - 1, 1)
-    skewed = spread * (texts - 2 * n) / max(texts - 2, 1)
-    p = upper_tail(totals - n * mean, spread * variance, skewed * third)
+    scale = n * (texts - n) / max(texts - 1, 1)
+    skewed = scale * (texts - 2 * n) / max(texts - 2, 1)
+    p = upper_tail(totals - n * mean, scale * variance, skewed * third)
     p[counts < FEWEST_TEXTS] = np.nan
     p[:, moments[0] ** 2 < FEWEST_TEXTS * moments[1]] = np.nan  # its use is that of a few texts
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -50,8 +53,9 @@ def class_excess(totals: np.ndarray, counts: np.ndarray, moments: np.ndarray) ->
 def token_excess(
     observed: np.ndarray, expected: np.ndarray, variance: np.ndarray, third: np.ndarray, texts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Does a token use an expert more than the other tokens of the same text? Tokens are permuted within texts
-    (Mantel and Haenszel); repetitions within one text count as one.
+    """Test whether a token uses an expert more than the other tokens of the same text do.
+
+    Tokens are permuted within texts (Mantel and Haenszel); repetitions within one text count as one.
 
     Args:
         observed, expected, variance, third: (M, E) sums over texts of the token's share of use, and of the mean and
@@ -68,20 +72,24 @@ def token_excess(
 
 
 def false_discoveries(p: np.ndarray, rate: float = 0.05) -> np.ndarray:
-    """Which hypotheses may be rejected so that at most `rate` of the rejected ones are expected to be true (Benjamini
-    and Hochberg); p of any shape, nan is not tested."""
+    """Return which hypotheses may be rejected so that at most `rate` of those are expected to be true (Benjamini and
+    Hochberg); bool of the shape of p, in which nan is not tested."""
     tested = np.isfinite(p)
     ordered = np.sort(p[tested])
     passed = np.flatnonzero(ordered <= rate * np.arange(1, len(ordered) + 1) / max(len(ordered), 1))
-    found = np.zeros(p.shape, bool)
+    rejected = np.zeros(p.shape, bool)
     if len(passed):
-        found[tested] = p[tested] <= ordered[passed[-1]]
-    return found
+        rejected[tested] = p[tested] <= ordered[passed[-1]]
+    return rejected
 
 
 def explained_variance(totals: np.ndarray, counts: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """(E,): share of the variance of an expert's use over texts that classes explain, adjusted (epsilon squared): 0 on
-    average where labels mean nothing; nan where the expert's use does not vary. Arguments as in `class_excess`."""
+    """Return (E,), the share of the variance of an expert's use over texts that classes explain, adjusted (epsilon
+    squared): 0 on average where labels mean nothing, nan where the expert's use does not vary.
+
+    Args:
+        totals, counts, moments: as in `class_excess`.
+    """
     seen, texts = counts > 0, counts.sum()
     classes = int(seen.sum())
     whole = moments[1] - moments[0] ** 2 / texts
@@ -92,9 +100,10 @@ def explained_variance(totals: np.ndarray, counts: np.ndarray, moments: np.ndarr
 
 
 def shared_function(totals: np.ndarray, counts: np.ndarray, expert: np.ndarray) -> float:
-    """How alike, over classes, the neurons of one expert are: the share of the variance of neurons' class profiles
-    that lies between experts, adjusted: 1 where all neurons of an expert have one profile, 0 on average for random
-    experts.
+    """Return how alike, over classes, the neurons of one expert are.
+
+    This is the share of the variance of neurons' class profiles that lies between experts, adjusted: 1 where all
+    neurons of an expert have one profile, 0 on average for random experts.
 
     Args:
         totals: (C, f) summed activation, over the texts of each class; counts (C,).
@@ -117,20 +126,28 @@ def shared_function(totals: np.ndarray, counts: np.ndarray, expert: np.ndarray) 
 
 
 def entropy(load: np.ndarray) -> float:
-    """(E,) -> entropy of the load relative to an even one, in [0, 1]."""
+    """Return the entropy of a load (E,) relative to an even one, in [0, 1]."""
     share = load / max(load.sum(), 1e-12)
     return float(-(share[share > 0] * np.log(share[share > 0])).sum() / np.log(max(len(load), 2)))
 
 
 def correlations(pairs: np.ndarray, left: np.ndarray, right: np.ndarray, tokens: int) -> np.ndarray:
-    """Phi coefficients (E, F) of experts that run together, from counts: pairs (E, F), left (E,), right (F,); 0 where
-    an expert always or never runs."""
+    """Return phi coefficients (E, F) of experts that run together; 0 where an expert always or never runs.
+
+    Args:
+        pairs, left, right: (E, F), (E,), (F,), counts of tokens that use both, and one.
+        tokens: how many there are.
+    """
     a, b = left / tokens, right / tokens
-    spread = np.sqrt(np.outer(a * (1 - a), b * (1 - b)))
+    deviations = np.sqrt(np.outer(a * (1 - a), b * (1 - b)))
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(spread > 1e-9, (pairs / tokens - np.outer(a, b)) / spread, 0.0)
+        return np.where(deviations > 1e-9, (pairs / tokens - np.outer(a, b)) / deviations, 0.0)
 
 
 def alignment(cross: np.ndarray, left: np.ndarray, right: np.ndarray) -> float:
-    """Linear CKA of two layers' experts, from covariances: cross (E, F), left (E, E), right (F, F); in [0, 1]."""
+    """Return the linear CKA of two layers' experts, in [0, 1].
+
+    Args:
+        cross, left, right: covariances of use, (E, F) of both layers, (E, E) and (F, F) within each.
+    """
     return float((cross**2).sum() / max(np.linalg.norm(left) * np.linalg.norm(right), 1e-30))

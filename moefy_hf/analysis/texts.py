@@ -19,7 +19,10 @@ class TextStream:
     by length within windows; can be read any number of times.
 
     Args:
-        config: for the names of classes; labels of a csv file are names that it knows, or class ids.
+        path: of the file.
+        config: the model's, for the names of classes; labels of a csv file are names that it knows, or class ids.
+        max_length: tokens at which texts are cut off.
+        batch_size: texts of a batch.
         limit: tokens after which no new window is begun.
 
     Raises:
@@ -36,13 +39,8 @@ class TextStream:
         batch_size: int = 32,
         limit: int | None = None,
     ):
-        self.path, self.config, self.max_length, self.batch_size, self.limit = (
-            path,
-            config,
-            max_length,
-            batch_size,
-            limit,
-        )
+        self.path, self.config, self.limit = path, config, limit
+        self.max_length, self.batch_size = max_length, batch_size
         self.labelled = Path(path).suffix.lower() == ".csv"
         self.tokenizer = copy.deepcopy(tokenizer)
         if tokenizer.pad_token is None:
@@ -52,7 +50,7 @@ class TextStream:
         next(self.rows(), None)  # what is wrong with the file as such is found now
 
     def rows(self) -> Iterator[tuple[str, int]]:
-        """(text, class id); 0 without labels."""
+        """Yield (text, class id); 0 without labels."""
         if self.labelled:
             yield from ((text, label) for text, label in labelled_rows(self.path, self.config) if text)
             return
@@ -60,7 +58,7 @@ class TextStream:
             yield from ((line.strip(), 0) for line in file if line.strip())
 
     def windows(self) -> Iterator[tuple[list[list[int]], list[int]]]:
-        """Token ids and class ids of some texts at a time."""
+        """Yield token ids and class ids of some texts at a time."""
         rows, seen = self.rows(), 0
         while window := list(islice(rows, WINDOW * self.batch_size)):
             texts, labels = zip(*window, strict=True)

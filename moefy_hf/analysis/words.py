@@ -11,10 +11,10 @@ STARTS = ("\u2581", "\u0120")  # what SentencePiece and byte-level BPE write bef
 
 
 def kind_of(piece: str, starts: bool) -> str:
-    """`starts`: whether the piece begins a word."""
-    if piece and all(not each.isalnum() for each in piece):
+    """Return which of `KINDS` a piece of a vocabulary is; `starts` says whether it begins a word."""
+    if piece and all(not character.isalnum() for character in piece):
         return "punctuation"
-    if any(each.isdigit() for each in piece):
+    if any(character.isdigit() for character in piece):
         return "number"
     if not starts:
         return "word piece"
@@ -24,8 +24,14 @@ def kind_of(piece: str, starts: bool) -> str:
 
 
 def token_kinds(tokenizer: PreTrainedTokenizerBase, size: int) -> torch.Tensor:
-    """(V,) index into `KINDS` of every token. Stop words are English ones; an uncased vocabulary has no capitals. In a
-    text's first word the mark of a new word may be missing: it counts as a piece then."""
+    """Return for every token id its index in `KINDS`, (V,).
+
+    Stop words are English ones; an uncased vocabulary has no capitals. In a text's first word the mark of a new word
+    may be missing: it counts as a piece then.
+
+    Args:
+        size: V, of the model's vocabulary; what the tokenizer does not know is special.
+    """
     known = min(size, len(tokenizer))
     pieces = [piece or "" for piece in tokenizer.convert_ids_to_tokens(list(range(known)))]
     marked = any(piece.startswith(STARTS) and len(piece) > 1 for piece in pieces)
@@ -39,7 +45,7 @@ def token_kinds(tokenizer: PreTrainedTokenizerBase, size: int) -> torch.Tensor:
 
 
 def bare(piece: str) -> str:
-    """A token without the marks of its vocabulary."""
+    """Return a token without the marks of its vocabulary."""
     if piece in string.punctuation:  # "#" itself
         return piece
     return piece.removeprefix("##").lstrip("".join(STARTS)).replace("\u010a", "\n")

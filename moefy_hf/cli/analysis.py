@@ -11,9 +11,9 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from ..analysis import TextStream, analyze, compare_partitions, write_report
-from ..analysis.ablation import ablate, remove_together
+from ..analysis.ablation import ablate, read_ablation, remove_together, split_by_class
 from ..analysis.measuring import measure_load
-from ..analysis.pruning import check_prunable, least_used, prune
+from ..analysis.pruning import check_count, least_needed, least_used, prune
 from ..arguments import positive, share_or_count
 from ..data import TextBatches, longest_text, read_labelled, read_texts
 from ..hub.facts import add_facts, read_facts
@@ -21,6 +21,7 @@ from ..hub.push import add_license
 from ..io import check_files, markdown, write_whole, written_whole
 from ..loading import load_checkpoint
 from ..measure.metrics import is_causal
+from ..modeling.protocol import routed
 from ..modeling.section import Section
 from .common import (
     DATA,
@@ -66,21 +67,6 @@ def analyze_model(args: Namespace) -> dict[str, Any]:
     return {"report": str(page), "table": f"{found.table()}\n\n{page}", **found.to_dict()}
 
 
-def read_ablation(path: str, *parts: str) -> dict[str, Any]:
-    """What `moefy ablate` wrote.
-
-    Raises:
-        ValueError: no such file, or one without these parts.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path} is no file that moefy ablate wrote")
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
-    missing = [name for name in parts if not isinstance(found, dict) or name not in found]
-    if missing:
-        raise ValueError(f"{path} is not what moefy ablate writes: it has no {missing[0]!r}")
-    return found
-
-
 def ablate_model(args: Namespace) -> dict[str, Any]:
     if args.topic and args.other:
         raise ValueError("--topic splits --data into a class and the others: leave out --other")
@@ -122,17 +108,7 @@ def tasks_of(args: Namespace, model: PreTrainedModel, path: str, other: str | No
     if not args.topic:
         found = {"task": batches(texts, labels)}
         return found | ({"other": batches(*read_labelled(other, model.config))} if other else {})
-    names = {str(name): int(i) for i, name in model.config.id2label.items()}
-    if args.topic not in names:
-        raise ValueError(f"unknown class {args.topic!r}; choose from {', '.join(names)}")
-    topic = names[args.topic]
-    parts = {name: [i for i, each in enumerate(labels) if (each == topic) == (name == "task")] for name in TASKS}
-    if not all(parts.values()):
-        raise ValueError(f"{path} must have rows of class {args.topic!r}, and others")
-    return {name: batches([texts[i] for i in rows], [labels[i] for i in rows]) for name, rows in parts.items()}
-
-
-TASKS = ("task", "other")
+    return {name: batches(*part) for name, part in split_by_class(texts, labels, model.config, args.topic).items()}
 
 
 def prune_model(args: Namespace) -> dict[str, Any]:
@@ -141,30 +117,23 @@ def prune_model(args: Namespace) -> dict[str, Any]:
         raise ValueError("give --ranking (what moefy ablate wrote) or --data (the experts that it uses least go)")
     ranking = read_ablation(args.ranking, "ranking")["ranking"] if args.ranking else None
     model = load_moefied(args)
-    sizes = [site.act.num_experts for site in model.moe_sites()]
-    shared = Section(model.config).shared_experts
-    most = min(sizes) - shared - 1
-    if args.count > most:
-        raise ValueError(f"--count {args.count} is out of range: choose 1 to {most} experts of each layer")
-    check_prunable(model, {layer: range(shared, shared + args.count) for layer in range(len(sizes))})
+    check_count(model, args.count)
     if ranking is not None:
-        by = f"the least needed in {Path(args.ranking).name}"
-        places = {tuple(each): -i for i, each in enumerate(ranking)}
-        if places.keys() != {(layer, e) for layer, size in enumerate(sizes) for e in range(size)}:
-            raise ValueError(f"{args.ranking} ranks other experts than those {sum(sizes)} that the model has")
-        loads = [[float(places[layer, e]) for e in range(size)] for layer, size in enumerate(sizes)]
+        by, experts = f"the least needed in {Path(args.ranking).name}", least_needed(model, ranking, args.count)
     else:
+        shared = Section(model.config).shared_experts
         by, loads = f"the least used on {Path(args.data).name}", measure_load(model, stream_of(args, model))
-    experts = least_used(loads, args.count, shared)
+        experts = least_used(loads, args.count, shared)
+    size = routed(model.moe_sites()[0]).num_experts
     pruned = prune(model, experts)
     before, after = model.num_parameters(), pruned.num_parameters()
     known = read_facts(args.model) if Path(args.model).is_dir() else {}
     with written_whole(output) as folder:
         save_beside(args, pruned, folder)
         add_facts(folder, **{name: known[name] for name in CARRIED if name in known})
-        add_facts(folder, pruning={"pruned": args.count, "experts": sizes[0], "by": by})
+        add_facts(folder, pruning={"pruned": args.count, "experts": size, "by": by})
         add_license(folder, HfApi())
-    table = f"{output}: {before:,} parameters became {after:,}; {args.count} of {sizes[0]} experts of every layer went"
+    table = f"{output}: {before:,} parameters became {after:,}; {args.count} of {size} experts of every layer went"
     return {"output": str(output), "experts": experts, "before": before, "after": after, "table": table}
 
 

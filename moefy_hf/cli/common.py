@@ -15,8 +15,9 @@ from transformers.utils import logging
 from ..arguments import positive
 from ..data import TextBatches, decoder_start_of, longest_text
 from ..hub.card import moefied_config
-from ..loading import load_checkpoint
+from ..loading import check_moefied, load_checkpoint
 from ..modeling.moefied import is_moefied
+from ..modeling.protocol import MoefiedModel
 
 logger = logging.get_logger("moefy_hf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -74,26 +75,26 @@ def load_model(args: Namespace) -> PreTrainedModel:
     return model
 
 
-def load_moefied(args: Namespace) -> PreTrainedModel:
+def load_moefied(args: Namespace) -> MoefiedModel:
     """Load MODEL at the budget --k.
 
     Raises:
         ValueError: it is dense.
     """
-    model = load_model(args)
-    check_is_moefied(args, model)
+    model = check_is_moefied(args, load_model(args))
     if args.k is not None:
         model.set_selection(k=args.k, allocation="uniform")
     return model
 
 
-def check_is_moefied(args: Namespace, model: PreTrainedModel) -> None:
+def check_is_moefied(args: Namespace, model: PreTrainedModel) -> MoefiedModel:
     """
     Raises:
         ValueError: MODEL is dense.
     """
     if not is_moefied(model):
         raise ValueError(f"{args.model} is not MoEfied: moefy convert makes a checkpoint that is")
+    return check_moefied(model)
 
 
 def computes_bfloat16() -> bool:

@@ -14,7 +14,7 @@ from ..config import SETTINGS, MoEficationConfig
 from ..conversion.checks import check_convertible
 from ..conversion.convert import moefy_
 from ..data import TextBatches, read_texts, split_off
-from ..evaluation.quality_check import Prediction, predict_quality
+from ..evaluation.quality_check import QualityCheck, check_quality
 from ..hub.facts import add_facts
 from ..hub.push import add_license
 from ..io import written_whole
@@ -78,12 +78,12 @@ def convert(args: Namespace) -> dict[str, Any]:
     return result | {"prediction": check and check.to_dict()}
 
 
-def check_of(model: PreTrainedModel, held_out: TextBatches | None) -> tuple[Prediction | None, str]:
+def check_of(model: PreTrainedModel, held_out: TextBatches | None) -> tuple[QualityCheck | None, str]:
     """Find how good a model that was just converted is, and a line that says it."""
     if held_out is None or not len(held_out):
         return None, "quality is not predicted without --data: moefy sweep measures it"
     try:
-        check = predict_quality(model, held_out)
+        check = check_quality(model, held_out)
     except ValueError as error:  # a model without a head, or a regression
         return None, f"quality is not predicted: {error}"
     if check.bad:

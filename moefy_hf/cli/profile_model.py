@@ -8,10 +8,9 @@ from typing import Any
 from ..arguments import positive
 from ..config import MoEficationConfig
 from ..data import read_texts
-from ..measure.cett import cett_curves, ppl_activation
 from ..measure.metrics import is_causal
 from ..measure.profile import profile
-from ..measure.profile_table import described, profile_table
+from ..measure.sparsity import cett_curves, describe_ffn, ppl_activation, profile_table
 from ..modeling.ffn_sites import find_sites
 from .common import add_data, load_model, load_tokenizer, of_model, show_table, text_batches
 
@@ -43,7 +42,7 @@ def profile_model(args: Namespace) -> dict[str, Any]:
         first = measured.batches
     curves = cett_curves(model, first)
     rows = [
-        {"ffn": site.name, **described(stats, curve)}
+        {"ffn": site.name, **describe_ffn(stats, curve)}
         for site, stats, curve in zip(find_sites(model), measured.sites, curves, strict=True)
     ]
     result: dict[str, Any] = {"tokens": measured.tokens, "cett_tokens": curves[0].tokens, "rows": rows}

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..loading import check_moefied
-from ..measure.contexts import all_experts
+from ..measure.contexts import all_experts, evaluating
 from ..measure.metrics import Quality, predictions
 from ..measure.router_inputs import read_at
 from ..modeling.allocation import count_experts
@@ -32,36 +32,32 @@ def measure_sensitivity(
     """
     sites = model.moe_sites()
     blocks = [block_of(model, site) for site in sites]
-    grids = [_grid(site.act.num_experts, site.act.shared) for site in sites]
+    grids: list[list[float]] = [_grid(site.act.num_experts, site.act.shared) for site in sites]
     quality = [[Quality() for _ in ks] for ks in grids]
     bar = tqdm(desc="sensitivity", unit="batch", disable=not progress)
-    training, positions = model.training, 0
-    model.eval()
-    try:
-        with torch.no_grad(), all_experts(model), bar:
-            for batch in batches:
-                with recorded([block for block in blocks if block is not None]) as outputs:
-                    dense, _ = predictions(model, batch)
-                positions += len(dense)
-                for site, block, read, ks, layer in zip(sites, blocks, read_at(sites), grids, quality, strict=True):
-                    everything = site.act.selection
-                    known = before(outputs, block)  # layers before this one do what they did
-                    known = {each: known[each] for each in known if each is not blocks[read]}  # its router's must run
-                    with replayed(known):
-                        for k, found in zip(ks[:-1], layer, strict=False):
-                            site.act.selection = replace(everything, k=k - site.act.shared)
-                            found.update_(predictions(model, batch)[0], dense, None)
-                    site.act.selection = everything
-                bar.update()
-    finally:
-        model.train(training)
+    positions = 0
+    with evaluating(model), torch.no_grad(), all_experts(check_moefied(model)), bar:
+        for batch in batches:
+            with recorded([block for block in blocks if block is not None]) as outputs:
+                dense, _ = predictions(model, batch)
+            positions += len(dense)
+            for site, block, read, ks, layer in zip(sites, blocks, read_at(sites), grids, quality, strict=True):
+                everything = site.act.selection
+                known = before(outputs, block)  # layers before this one do what they did
+                known = {each: known[each] for each in known if each is not blocks[read]}  # its router's must run
+                with replayed(known):
+                    for k, found in zip(ks[:-1], layer, strict=False):
+                        site.act.selection = replace(everything, k=k - site.act.shared)
+                        found.update_(predictions(model, batch)[0], dense, None)
+                site.act.selection = everything
+            bar.update()
     if positions == 0:
         raise ValueError("sensitivity cannot be measured: no batch, or none with a position that counts, was given")
     losses = [[found.divergence / found.count for found in layer[:-1]] + [0.0] for layer in quality]
     return {"k": grids, "loss": losses}
 
 
-def _grid(num_experts: int, shared: int) -> list[int]:
+def _grid(num_experts: int, shared: int) -> list[float]:
     least = max(1, shared)
     return sorted({max(least, round(share * num_experts)) for share in GRID} | {least, num_experts})
 

@@ -5,8 +5,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..loading import check_moefied
-from ..measure.profile import CHUNK, ModelProfile, SiteProfile, check_sample
-from ..measure.router_inputs import check_same_tokens, kept, read_at
+from ..measure.profile import ModelProfile, check_sample
+from ..measure.router_inputs import check_same_tokens, read_at, select_experts
+from ..measure.sample import FfnSample
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.section import Section
 
@@ -33,21 +34,19 @@ def compensate_(model: PreTrainedModel, profile: ModelProfile, *, progress: bool
     check_same_tokens(sites, profile, readers)
     bar = tqdm(sites, desc="means", unit="layer", disable=not progress)
     for site, stats, read in zip(bar, profile.sites, readers, strict=True):
-        means = means_of_dropped(site, stats, profile.sites[read])
+        means = means_of_dropped(site, stats.sample, profile.sites[read].sample)
         site.act.compensate_(means.to(site.down.weight.device, site.down.weight.dtype))
     Section(model.config).compensation = True
 
 
-def means_of_dropped(site: FfnSite, stats: SiteProfile, read: SiteProfile | None = None) -> torch.Tensor:
+def means_of_dropped(site: FfnSite, sample: FfnSample, read: FfnSample | None = None) -> torch.Tensor:
     """(f,): the mean activation of each neuron over the tokens for which its expert does not run; 0 where it always
     runs. `read` is of the FFN whose input the router reads, if that is another."""
     routed, weights = site.act, site.weights()
     sums = torch.zeros(weights.down.shape[1], dtype=torch.float64)
     counts = torch.zeros(routed.num_experts, dtype=torch.float64)
-    inputs = (read or stats).inputs
-    assert inputs is not None, "check_sample comes first"
-    for x, (_, neurons) in zip(inputs.split(CHUNK), stats.activations(weights), strict=True):
-        keep = kept(routed, x.to(neurons.device))
+    for x, (_, neurons) in zip((sample if read is None else read).chunks(), sample.activations(weights), strict=True):
+        keep = select_experts(routed, x.to(neurons.device))
         if keep is None:
             break
         experts = neurons.float().unflatten(-1, (routed.num_experts, routed.expert_size))

@@ -1,22 +1,22 @@
 """Give experts of all layers of a stack corresponding numbers, for one router that chooses for all of them."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
-from ..measure.profile import CHUNK, ModelProfile, SiteProfile, TensorFile
+from ..measure.profile import ModelProfile
 from ..measure.router_inputs import check_same_tokens
+from ..measure.sample import CHUNK, FfnSample
 from ..modeling.ffn_sites import FfnSite, FfnWeights, by_stack
 from ..modeling.router_base import output_norm
 
 
 def expert_targets(
-    weights: FfnWeights, stats: SiteProfile, experts: int, shared: int, targets=output_norm
+    weights: FfnWeights, sample: FfnSample, experts: int, shared: int, targets=output_norm
 ) -> Iterator[torch.Tensor]:
     """Chunks (t, E - S) of the sample: what each routed expert does, in float32."""
     down = weights.down.detach().unflatten(-1, (experts, -1))[:, shared:]
-    for _, neurons in stats.activations(weights):
+    for _, neurons in sample.activations(weights):
         yield targets(neurons.unflatten(-1, (experts, -1))[:, shared:], down).float()
 
 
@@ -46,13 +46,11 @@ def aligned_orders(
         ValueError: the samples of a stack are of different tokens.
     """
     orders, place = list(split), {site.name: position for position, site in enumerate(sites)}
-    assert found.directory is not None, "profiles that keep a sample have one"
-    directory = Path(found.directory.name)
 
     def shares(position: int, name: str) -> torch.Tensor:
-        file = TensorFile(directory / name)
+        file = found.file(name)
         weights = sites[position].weights().of_neurons(orders[position])
-        for targets in expert_targets(weights, found.sites[position], num_experts[position], shared):
+        for targets in expert_targets(weights, found.sites[position].sample, num_experts[position], shared):
             file.append(shares_of(targets))
         return file.mapped()
 

@@ -8,14 +8,14 @@ mean of what it should be for each of them.
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..measure.profile import CHUNK, ModelProfile, TensorFile, check_sample
+from ..measure.profile import ModelProfile, check_sample
 from ..measure.router_inputs import check_same_tokens, read_at, scorer
+from ..measure.sample import CHUNK
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.router_base import Router
 from ..modeling.section import Section
@@ -87,8 +87,7 @@ def fit_routers(
     fits: list[RouterFit] = []
     for position, site in enumerate(tqdm(sites, desc="routers", unit="layer", disable=not progress)):
         read = readers[position]
-        inputs = profile.sites[read].inputs
-        assert inputs is not None, "check_sample comes first"
+        inputs = profile.sites[read].sample.inputs
         with (
             torch.enable_grad(),
             torch.autocast(site.down.weight.device.type, enabled=False),
@@ -148,13 +147,14 @@ def _fit(
 
 def _chunks_of_targets(sites: Sequence[FfnSite], profile: ModelProfile, position: int) -> Iterator[torch.Tensor]:
     site, act = sites[position], sites[position].act
-    return expert_targets(site.weights(), profile.sites[position], act.num_experts, act.shared, act.router.targets)
+    return expert_targets(
+        site.weights(), profile.sites[position].sample, act.num_experts, act.shared, act.router.targets
+    )
 
 
 def _targets(sites: Sequence[FfnSite], profile: ModelProfile, position: int) -> torch.Tensor:
     """(T, E - S) in a file: what each routed expert of an FFN does on each sampled token."""
-    assert profile.directory is not None, "check_sample comes first"
-    file = TensorFile(Path(profile.directory.name, "targets.bin"))
+    file = profile.file("targets.bin")
     for targets in _chunks_of_targets(sites, profile, position):
         file.append(targets)
     return file.mapped()
@@ -163,8 +163,7 @@ def _targets(sites: Sequence[FfnSite], profile: ModelProfile, position: int) -> 
 def _mean_shares(sites: Sequence[FfnSite], profile: ModelProfile, positions: Sequence[int]) -> torch.Tensor:
     """(T, E - S) in a file: the mean over FFNs of the share that the experts with a number have of all targets. Their
     cross-entropy with a router is the mean of that of each FFN."""
-    assert profile.directory is not None, "check_sample comes first"
-    file = TensorFile(Path(profile.directory.name, "shares.bin"))
+    file = profile.file("shares.bin")
     first, *others = positions
     for targets in _chunks_of_targets(sites, profile, first):
         file.append(shares_of(targets) / len(positions))

@@ -9,8 +9,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..measure.contexts import all_experts
-from ..measure.profile import observed, real_tokens
+from ..loading import check_moefied
+from ..measure.contexts import all_experts, hooked
+from ..measure.hooks import run_with_hooks
+from ..measure.padding import without_padding
 from ..modeling.ffn_sites import FfnSite
 from .replay import block_of
 
@@ -35,9 +37,7 @@ def measure_angles(
 
     def seen(position: int, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         x, y = args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output
-        angles = angular_distance(x, y).flatten()  # (T,)
-        real = real_tokens(model, sites[position], batch, len(angles))
-        angles = angles if real is None else angles[real.to(angles.device)]
+        angles = without_padding(model, sites[position], batch, angular_distance(x, y).unsqueeze(-1))  # (T, 1)
         sums[position] += torch.tensor([float(angles.sum()), len(angles)])
 
     handles = [
@@ -46,14 +46,9 @@ def measure_angles(
         )
         for position, layer in enumerate(layers)
     ]
-    everything = all_experts(model)
-    try:
-        with everything, observed(model, [], lambda *_: None) as run:
-            for batch in tqdm(batches, desc="importance", unit="batch", disable=not progress):
-                run(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), all_experts(check_moefied(model)), run_with_hooks(model, [], lambda *_: None) as run:
+        for batch in tqdm(batches, desc="importance", unit="batch", disable=not progress):
+            run(batch)
     if not sums[:, 1].all():
         raise ValueError(
             "importance cannot be measured: no batch, or none with a token that is not padding, was given"

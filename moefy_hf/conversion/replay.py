@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..measure.contexts import hooked
 from ..modeling.ffn_sites import FfnSite
 
 
@@ -29,12 +30,8 @@ def recorded(blocks: list[nn.Module]) -> Iterator[dict[nn.Module, Any]]:
         runs[block] += 1
         outputs[block] = output
 
-    handles = [block.register_forward_hook(keep) for block in runs]
-    try:
+    with hooked(block.register_forward_hook(keep) for block in runs):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
     if any(count > 1 for count in runs.values()):
         outputs.clear()
 

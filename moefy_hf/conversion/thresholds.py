@@ -8,8 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..loading import check_moefied
-from ..measure.profile import ModelProfile, SiteProfile, check_sample, profile, real_tokens
+from ..measure.contexts import hooked
+from ..measure.padding import without_padding
+from ..measure.profile import ModelProfile, check_sample, profile
 from ..measure.router_inputs import read_at, scorer
+from ..measure.sample import FfnSample
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.section import Section
 from ..modeling.selection import SELECTIONS, Dynamic
@@ -55,7 +58,7 @@ def measure_reach(
     sites = model.moe_sites()
     check_sample(sites, data)
     for site, read in zip(sites, read_at(sites), strict=True):
-        strengths = sampled_strengths(site, data.sites[read])
+        strengths = sampled_strengths(site, data.sites[read].sample)
         for kind in kinds:
             needs = dynamic[kind].needs(strengths).flatten().sort().values
             places = [round(share * (len(needs) - 1)) for share in shares]
@@ -65,11 +68,10 @@ def measure_reach(
 
 
 @torch.no_grad()
-def sampled_strengths(site: FfnSite, stats: SiteProfile) -> torch.Tensor:
+def sampled_strengths(site: FfnSite, sample: FfnSample) -> torch.Tensor:
     """(T, E - S): what the router of a FFN gives the experts on the first tokens of a sample of what it reads."""
-    assert stats.inputs is not None, "check_sample comes first"
     router = scorer(site.act.router)
-    return router.strengths(router(stats.inputs[:TOKENS].to(site.down.weight.device))).float().cpu()
+    return router.strengths(router(sample.inputs[:TOKENS].to(site.down.weight.device))).float().cpu()
 
 
 @contextmanager
@@ -80,9 +82,7 @@ def counted_experts(
     is left out."""
 
     def count(site: FfnSite, scores: torch.Tensor) -> None:
-        keep = site.act.chosen(scores).flatten(0, -2)  # (T, E)
-        real = real_tokens(model, site, batch, len(keep))
-        keep = keep if real is None else keep[real.to(keep.device)]
+        keep = without_padding(model, site, batch, site.act.chosen(scores))  # (T, E)
         both = counts.setdefault(site.name, [0.0, 0.0])
         both[0] += float(keep.sum())
         both[1] += len(keep)
@@ -91,8 +91,5 @@ def counted_experts(
         site.act.router.register_forward_hook(lambda _, args, scores, site=site: count(site, scores))
         for site in model.moe_sites()
     ]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..measure.contexts import all_experts
+from ..measure.contexts import all_experts, hooked
 from ..measure.flops import ModelFlops, ffn_flops
 from ..measure.metrics import Quality, predictions
-from ..measure.profile import real_tokens
+from ..measure.padding import without_padding
 from ..modeling.allocation import count_experts
 from ..modeling.ffn_sites import FfnSite, find_sites
+from ..modeling.protocol import MoefiedModel, routed
 
 logger = logging.get_logger("moefy_hf")
 
 CALIBRATION_TOKENS = 4096
-DRAWN = 2**14  # scores kept of each tensor of each calibration batch
+DRAWN = 2**14  # scores drawn of each tensor of each calibration batch
 
 
 @dataclass
@@ -37,10 +37,12 @@ class Place:
     """A tensor (..., n) of an FFN whose small entries are left out: the output of `module`, or else its input.
 
     Attributes:
+        output: whether it is the output.
         weight: (n,) factor of an entry's magnitude; None for 1.
         flops: per token, of what multiplies the tensor.
+        threshold: entries whose score is not above it are left out.
         drawn: scores of entries on calibration data.
-        kept, seen: entries of real tokens above the threshold, and all of them.
+        computed, seen: entries of real tokens above the threshold, and all of them.
     """
 
     site: FfnSite
@@ -50,29 +52,30 @@ class Place:
     flops: int
     threshold: float = 0.0
     drawn: list[torch.Tensor] = field(default_factory=list, repr=False)
-    kept: int = 0
+    computed: int = 0
     seen: int = 0
 
     def score(self, tensor: torch.Tensor) -> torch.Tensor:
-        found = tensor.detach().float().abs()
-        return found if self.weight is None else found * self.weight
+        """Return how much each entry of a tensor (..., n) counts."""
+        magnitude = tensor.detach().float().abs()
+        return magnitude if self.weight is None else magnitude * self.weight
 
     def at(self, share: float) -> "Place":
-        """With the threshold that `share` of the calibration entries exceed."""
+        """Return this place with the threshold that `share` of the calibration entries exceed."""
         threshold = 0.0
         if share < 1:
             entries = torch.cat(self.drawn).sort().values  # more of them, maybe, than torch.quantile takes
             threshold = float(entries[round((1 - share) * (len(entries) - 1))])
-        return replace(self, threshold=threshold, kept=0, seen=0)
+        return replace(self, threshold=threshold, computed=0, seen=0)
 
 
 def column_norms(*rows: torch.Tensor) -> torch.Tensor:
-    """(f, n), ... -> (n,) of one Linear, whose rows may come in parts."""
+    """Return the norms (n,) of the columns of one Linear, whose rows (f, n) may come in parts."""
     return torch.stack([part.detach().float().square().sum(0) for part in rows]).sum(0).sqrt()
 
 
 def places_of(site: FfnSite, baseline: str) -> list[Place]:
-    """Where a baseline looks in one FFN."""
+    """Return where a baseline leaves entries out in one FFN."""
     weights, (d, f) = site.weights(), site.sizes
     up = (weights.up,) if weights.gate is None else (weights.gate, weights.up)
     if baseline == "cats":  # `down` depends on it, and `up` in a gated FFN
@@ -86,35 +89,27 @@ def places_of(site: FfnSite, baseline: str) -> list[Place]:
 
 
 @contextlib.contextmanager
-def shown(places: Sequence[Place], handle: Callable[[Place, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
-    """Show each place's tensor to `handle`, which may return another one to go on with."""
+def places_shown_to(
+    places: Sequence[Place], handle: Callable[[Place, torch.Tensor], torch.Tensor | None]
+) -> Iterator[None]:
+    """Show each place's tensor to `handle` for a while, which may return another one to go on with."""
 
     def on_input(place: Place, args: tuple) -> tuple | None:
         changed = handle(place, args[0])
         return None if changed is None else (changed, *args[1:])
 
-    handles = []
+    hooks = []
     for place in places:
         if place.output:
             hook = place.module.register_forward_hook(lambda _, args, out, place=place: handle(place, out))
         else:
             hook = place.module.register_forward_pre_hook(lambda _, args, place=place: on_input(place, args))
-        handles.append(hook)
-    try:
+        hooks.append(hook)
+    with hooked(hooks):
         yield
-    finally:
-        for each in handles:
-            each.remove()
 
 
-def real_rows(model: PreTrainedModel, place: Place, batch: Mapping[str, Any], rows: torch.Tensor) -> torch.Tensor:
-    """(..., n) -> (T, n), without padding."""
-    rows = rows.reshape(-1, rows.shape[-1])
-    mask = real_tokens(model, place.site, batch, len(rows))
-    return rows if mask is None else rows[mask]
-
-
-def calibrate_(model: PreTrainedModel, places: Sequence[Place], batches: Iterable[Mapping[str, Any]]) -> None:
+def calibrate_(model: MoefiedModel, places: Sequence[Place], batches: Iterable[Mapping[str, Any]]) -> None:
     """Draw scores of every place while the dense model reads some thousand tokens.
 
     Raises:
@@ -125,13 +120,13 @@ def calibrate_(model: PreTrainedModel, places: Sequence[Place], batches: Iterabl
 
     def draw(place: Place, tensor: torch.Tensor) -> None:
         nonlocal tokens
-        rows = real_rows(model, place, current, place.score(tensor))
+        rows = without_padding(model, place.site, current, place.score(tensor))
         tokens += len(rows) if place is places[0] else 0
         if rows.numel():
             index = torch.randint(rows.numel(), (min(DRAWN, rows.numel()),), generator=generator)
             place.drawn.append(rows.flatten()[index.to(rows.device)].cpu())
 
-    with shown(places, draw):
+    with places_shown_to(places, draw):
         for current in batches:
             predictions(model, current)
             if tokens >= CALIBRATION_TOKENS:
@@ -141,41 +136,48 @@ def calibrate_(model: PreTrainedModel, places: Sequence[Place], batches: Iterabl
 
 
 @contextlib.contextmanager
-def left_out(model: PreTrainedModel, places: Sequence[Place], batch: Mapping[str, Any]) -> Iterator[None]:
-    """Zero what lies below the places' thresholds, and count what does not."""
+def left_out(model: MoefiedModel, places: Sequence[Place], batch: Mapping[str, Any]) -> Iterator[None]:
+    """Zero what lies below the places' thresholds for a while, and count what does not."""
 
     def zero(place: Place, tensor: torch.Tensor) -> torch.Tensor:
         keep = place.score(tensor) > place.threshold  # exact zeros cost nothing either
-        counted = real_rows(model, place, batch, keep)
-        place.kept, place.seen = place.kept + int(counted.sum()), place.seen + counted.numel()
+        counted = without_padding(model, place.site, batch, keep)
+        place.computed, place.seen = place.computed + int(counted.sum()), place.seen + counted.numel()
         return tensor.masked_fill(~keep, 0)
 
-    with shown(places, zero):
+    with places_shown_to(places, zero):
         yield
 
 
 def places_at(calibrated: Mapping[str, Sequence[Place]], name: str, k: int | float) -> list[Place] | None:
-    """A baseline's places, with thresholds by which each FFN computes as much of its weights as k experts are; None,
-    which is logged, where what it always computes is more than that."""
-    found = []
+    """Return a baseline's places, with thresholds by which each FFN computes as much of its weights as k experts are;
+    None, which is logged, where what it always computes is more than that.
+
+    Args:
+        calibrated: a baseline's name -> its places in all FFNs, with drawn scores.
+        k: as `set_selection` takes it.
+    """
+    places = []
     for place in calibrated[name]:
-        experts = place.site.act.num_experts
-        left_out = 1 - count_experts(k, experts, place.site.act.shared) / experts
-        sparse = sum(each.flops for each in calibrated[name] if each.site is place.site) / ffn_flops(place.site)
-        if left_out >= sparse:
+        act = routed(place.site)
+        unused = 1 - count_experts(k, act.num_experts, act.shared) / act.num_experts
+        sparse = sum(other.flops for other in calibrated[name] if other.site is place.site) / ffn_flops(place.site)
+        if unused >= sparse:
             logger.warning(f"{name} computes {1 - sparse:.0%} of {place.site.name} in any case: no row for k={k}")
             return None
-        found.append(place.at(1 - left_out / sparse))
-    return found
+        places.append(place.at(1 - unused / sparse))
+    return places
 
 
 def computed_flops(flops: ModelFlops, sites: Sequence[FfnSite], places: Sequence[Place]) -> float:
-    """What all FFNs cost per token with what was left out. Comparing with thresholds, some d + f of 2 d f, is not
-    counted."""
+    """Return the FLOPs per token of all FFNs without what was left out.
+
+    Comparing with thresholds, some d + f of 2 d f, is not counted.
+    """
     saved: dict[int, float] = {}
     for place in places:
         saved[id(place.site.owner)] = saved.get(id(place.site.owner), 0.0) + place.flops * (
-            1 - place.kept / max(place.seen, 1)
+            1 - place.computed / max(place.seen, 1)
         )
     costs = (ffn_flops(site) - saved.get(id(site.owner), 0.0) for site in sites)
     return sum(tokens * cost for tokens, cost in zip(flops.tokens, costs, strict=True))
@@ -183,7 +185,7 @@ def computed_flops(flops: ModelFlops, sites: Sequence[FfnSite], places: Sequence
 
 @torch.no_grad()
 def baseline_rows(
-    model: PreTrainedModel,
+    model: MoefiedModel,
     batches: Iterable[Mapping[str, Any]],
     calibration: Iterable[Mapping[str, Any]],
     baselines: Sequence[str],
@@ -191,9 +193,14 @@ def baseline_rows(
     flops: ModelFlops,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Rows of a sweep as `evaluate` has them, of the dense self of a MoEfied model in evaluation mode.
+    """Return rows of a sweep as `evaluate` has them, of the dense self of a MoEfied model in evaluation mode.
 
-    `ffn_flops` are those of the entries that were kept on `batches`, not those that the thresholds aimed at.
+    `ffn_flops` are those of the entries that were computed on `batches`, not those that the thresholds aimed at.
+
+    Args:
+        baselines: names, see the head of this file.
+        shares: k as `set_selection` takes it: as much of the weights is computed as k experts are.
+        flops: of the dense model.
 
     Raises:
         ValueError: `calibration` or `batches` hold no token.
@@ -201,19 +208,19 @@ def baseline_rows(
     with all_experts(model):
         sites = model.moe_sites()
         calibrated = {name: [place for site in sites for place in places_of(site, name)] for name in baselines}
-        calibrate_(model, [place for each in calibrated.values() for place in each], calibration)
-        wanted = {(name, k): places_at(calibrated, name, k) for name in baselines for k in shares}
-        settings = {key: (places, Quality()) for key, places in wanted.items() if places is not None}
+        calibrate_(model, [place for places in calibrated.values() for place in places], calibration)
+        possible = {(name, k): places_at(calibrated, name, k) for name in baselines for k in shares}
+        points = {key: (places, Quality()) for key, places in possible.items() if places is not None}
         reference = Quality()
         for batch in tqdm(batches, desc="neuron-level baselines", unit="batch", disable=not progress):
             dense, labels = predictions(model, batch)
             reference.update_(dense, dense, labels)
-            for places, quality in settings.values():
+            for places, quality in points.values():
                 with left_out(model, places, batch):
                     quality.update_(predictions(model, batch)[0], dense, labels)
     rows = []
-    for (name, k), (places, quality) in settings.items():
+    for (name, k), (places, quality) in points.items():
         ffn, whole = flops.ratio(computed_flops(flops, find_sites(model), places))
-        row = {"router": name, "type": "neurons", "k": k, "allocation": "uniform"}
+        row: dict[str, Any] = {"router": name, "type": "neurons", "k": k, "allocation": "uniform"}
         rows.append(row | {"ffn_flops": ffn, "model_flops": whole} | quality.figures())
     return rows

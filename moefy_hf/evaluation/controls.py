@@ -1,16 +1,16 @@
-"""Stand-ins for a model's routers and selection while something is measured."""
+"""Controls: what stands in for a model's routers while something is measured."""
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
 from ..modeling.ffn_sites import FfnSite, FfnWeights
+from ..modeling.protocol import MoefiedModel, routed
 from ..modeling.router_base import Router, activation_mass, output_norm
 
-CONTROLS = ("oracle", "oracle_mass", "random")  # in place of a router
-BASELINES = ("cats", "teal", "wina")  # in place of experts, see neuron_baselines.py
+Targets = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # neurons (T, E, m), down (d, E, m) -> (T, E)
 
 
 class OracleRouter(Router):
@@ -23,7 +23,7 @@ class OracleRouter(Router):
 
     trainable = False
 
-    def __init__(self, weights: FfnWeights, num_experts: int, targets=output_norm, shared: int = 0):
+    def __init__(self, weights: FfnWeights, num_experts: int, targets: Targets = output_norm, shared: int = 0):
         super().__init__(weights.down.shape[0], num_experts - shared)
         self.shared = shared
         self.ffn, self.compute = [weights], targets  # in a list: nothing here is a parameter of this module
@@ -57,31 +57,69 @@ class ChanceRouter(Router):
         return 0
 
 
+def _oracle(targets: Targets) -> Callable[[FfnSite, int], Router]:
+    def router(site: FfnSite, seed: int) -> Router:
+        return OracleRouter(site.weights(), routed(site).num_experts, targets, routed(site).shared)
+
+    return router
+
+
+def _chance(site: FfnSite, seed: int) -> Router:
+    return ChanceRouter(site.sizes[0], routed(site).router.num_experts, seed)
+
+
+@dataclass(frozen=True)
+class Control:
+    """A way to choose experts that is no method.
+
+    Attributes:
+        router: (a routed FFN, seed of its random numbers) -> the router that stands in for its own.
+        color: of its line in figures.
+    """
+
+    router: Callable[[FfnSite, int], Router]
+    color: str
+
+
+CONTROLS = {  # in place of a router
+    "oracle": Control(_oracle(output_norm), "#2da44e"),
+    "oracle_mass": Control(_oracle(activation_mass), "#8250df"),
+    "random": Control(_chance, "#bf3989"),
+}
+BASELINES = {"cats": "#9a6700", "teal": "#1b7c83", "wina": "#bc4c00"}  # in place of experts, see baselines.py: colors
+
+
 def check_control(name: str, known: Collection[str] = (*CONTROLS, *BASELINES)) -> None:
+    """Check the name of a control.
+
+    Raises:
+        ValueError: it is unknown; those that are known are listed.
+    """
     if name not in known:
         raise ValueError(f"unknown control {name!r}; choose from {', '.join(known)}")
 
 
 def control_router(name: str, site: FfnSite, seed: int = 0) -> Router:
-    """One of `CONTROLS` for a routed FFN; `seed` is of its random numbers."""
-    routed = site.act
-    if name == "random":
-        return ChanceRouter(site.sizes[0], routed.router.num_experts, seed)
-    targets = {"oracle": output_norm, "oracle_mass": activation_mass}[name]
-    return OracleRouter(site.weights(), routed.num_experts, targets, routed.shared)
+    """Return the router of one of `CONTROLS` for a routed FFN; `seed` is of its random numbers."""
+    return CONTROLS[name].router(site, seed)
 
 
 @contextlib.contextmanager
-def routed_by(model: PreTrainedModel, control: str | None) -> Iterator[None]:
-    """Use a control in place of every router; None keeps the model's own."""
+def routed_by(model: MoefiedModel, control: str | None) -> Iterator[None]:
+    """Use a control in place of every router for a while; None keeps the model's own.
+
+    Raises:
+        ValueError: the control is unknown.
+    """
     if control is not None:
         check_control(control, CONTROLS)
-    own = [(site.act, site.act.router) for site in model.moe_sites()]
+    sites = model.moe_sites()
+    routers = [(routed(site), routed(site).router) for site in sites]
     if control is not None:
-        for position, site in enumerate(model.moe_sites()):
-            site.act.router = control_router(control, site, seed=position)
+        for position, site in enumerate(sites):
+            routed(site).router = control_router(control, site, seed=position)
     try:
         yield
     finally:
-        for routed, router in own:
-            routed.router = router
+        for act, router in routers:
+            act.router = router

@@ -4,42 +4,50 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..modeling.allocation import setting_name
-from .controls import CONTROLS
+from .controls import BASELINES, CONTROLS
 
 if TYPE_CHECKING:
     from .sweep import Sweep
 
-COLOURS = {"own": "#1f6feb", "oracle": "#2da44e", "oracle_mass": "#8250df", "random": "#bf3989"}
-COLOURS |= {"cats": "#9a6700", "teal": "#1b7c83", "wina": "#bc4c00"}
+OWN = "#1f6feb"  # the model's own routers
+COLORS = {"own": OWN, **{name: control.color for name, control in CONTROLS.items()}, **BASELINES}
 DYNAMIC = {"threshold": "^", "top_p": "v", "level": "D"}  # selections of as many experts as a token needs
 STYLES = {"sensitivity": ("-", "o"), "angular": ("-.", "P")}  # of budgets that differ between layers
-VIEWS = ("#1f6feb", "#2da44e", "#8c959f")  # routed, split, random
+VIEWS = (OWN, "#2da44e", "#8c959f")  # routed, split, random
 
 
 def plot_sweep(sweep: "Sweep", path: str | Path) -> None:
-    """Quality against the share of dense FFN FLOPs: a line per router, selection and allocation, the dense model as a
-    rule."""
+    """Draw quality against the share of dense FFN FLOPs.
+
+    There is a line per router, selection and allocation, and a dotted one for the dense model.
+
+    Args:
+        path: of the picture; its suffix is the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     quality = sweep.facts["quality"]
     figure, axes = new_figure()
     dense, *rows = sweep.rows
     axes.axhline(dense[quality], color="#57606a", linestyle=":", label=f"dense: {dense[quality]:.4g}")
     lines: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        lines.setdefault((row["router"], row.get("type", "top_k"), spread_of(row)), []).append(row)
-    for (router, kind, spread), line in lines.items():
+        lines.setdefault((row["router"], row.get("type", "top_k"), allocation_words(row)), []).append(row)
+    for (router, kind, words), line in lines.items():
         line.sort(key=lambda row: row["ffn_flops"])
         name = sweep.facts.get("router", "router") if router == "own" else router
         name += " (control)" if router in CONTROLS else ""
         name += f", {kind}" if kind in DYNAMIC else ""
-        style, marker = STYLES.get(spread.removesuffix(" budgets"), ("--", "s"))
+        style, marker = STYLES.get(words.removesuffix(" budgets"), ("--", "s"))
         axes.plot(
             [row["ffn_flops"] for row in line],
             [row[quality] for row in line],
             style,
             marker=DYNAMIC.get(kind, marker),
-            color=COLOURS[router],
+            color=COLORS[router],
             markersize=4,
-            label=f"{name}, {spread}",
+            label=f"{name}, {words}",
         )
     if quality == "perplexity":
         axes.set_yscale("log")
@@ -51,28 +59,35 @@ def plot_sweep(sweep: "Sweep", path: str | Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-def spread_of(row: dict[str, Any]) -> str:
-    """How a row of a sweep says what each layer computes: by budgets, or by a setting."""
+def allocation_words(row: dict[str, Any]) -> str:
+    """Return in words what decides how much each layer computes in a row of a sweep: budgets, or a threshold."""
     if "allocation" in row:
         return f"{row['allocation']} budgets"
     name = str(setting_name(row["type"]))
     value = row[name]
-    values = ", ".join(f"{each:.3g}" for each in (value if isinstance(value, list) else [value]))
+    values = ", ".join(f"{number:.3g}" for number in (value if isinstance(value, list) else [value]))
     return f"{name} {values}"
 
 
-def plot_bench(found: dict[str, Any], path: str | Path) -> None:
-    """Speed-up over dense against tokens per call: a line per implementation, a band over the middle half of it."""
+def plot_bench(figures: dict[str, Any], path: str | Path) -> None:
+    """Draw the speed-up over dense against tokens per call: a line per implementation, a band over its middle half.
+
+    Args:
+        figures: what `bench_ffns` returned.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     figure, axes = new_figure()
     axes.axhline(1, color="#57606a", linestyle=":", label="dense")
-    rows = [row for row in found["rows"] if row["implementation"] != "dense"]
+    rows = [row for row in figures["rows"] if row["implementation"] != "dense"]
     for name in dict.fromkeys(row["implementation"] for row in rows):
         line = sorted((row for row in rows if row["implementation"] == name), key=lambda row: row["tokens"])
         tokens = [row["tokens"] for row in line]
         (drawn,) = axes.plot(tokens, [row["ratio"] for row in line], "-o", markersize=4, label=name)
         spreads = zip(*(row["spread"] for row in line), strict=True)
         axes.fill_between(tokens, *spreads, color=drawn.get_color(), alpha=0.15, linewidth=0)
-    settings = found["settings"]
+    settings = figures["settings"]
     threads = "1 thread" if settings["threads"] == 1 else f"{settings['threads']} threads"
     axes.set_title(f"{settings['preset'] or settings['checkpoint']}, {settings['dtype']}, {threads}", fontsize=10)
     axes.set_xscale("log", base=2)
@@ -84,10 +99,17 @@ def plot_bench(found: dict[str, Any], path: str | Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-def plot_experts(found: dict[str, Any], path: str | Path) -> None:
-    """A checkpoint's `analysis` facts: how specialised experts are, beside a random split of the same neurons; and
-    which experts of one layer respond to which class."""
-    rows, strongest = found["specialisation"], found.get("strongest")
+def plot_experts(analysis: dict[str, Any], path: str | Path) -> None:
+    """Draw how specialised experts are, beside a random split of the same neurons; and which experts of one layer
+    respond to which class.
+
+    Args:
+        analysis: of a checkpoint's facts, what `Analysis.summary` returned.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    rows, strongest = analysis["specialisation"], analysis.get("strongest")
     columns = [name for name in rows[0] if name.startswith(("experts with", "variance"))]
     figure, panels = new_figure(11, 2) if strongest is not None else new_figure()
     panels = panels if strongest is not None else [panels]
@@ -108,7 +130,11 @@ def plot_experts(found: dict[str, Any], path: str | Path) -> None:
 
 
 def new_figure(width: float = 6.4, panels: int = 1) -> tuple[Any, Any]:
-    """A figure, and its axes: one, or a sequence of several side by side."""
+    """Return a figure, and its axes: one, or a sequence of several side by side.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

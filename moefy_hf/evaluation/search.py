@@ -1,7 +1,7 @@
-"""The budget for a target: the most experts within some FLOPs, or the fewest that keep a quality."""
+"""The budget for a goal: the most experts within some FLOPs, or the fewest that keep a quality."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -10,23 +10,65 @@ from ..measure.contexts import selecting
 from ..measure.flops import ffn_flops, routed_costs
 from ..measure.metrics import is_causal
 from ..modeling.allocation import setting_name
+from ..modeling.protocol import MoefiedModel, routed
+from ..modeling.selection import Dynamic
 from .sweep import Sweep, evaluate
 
 STEPS = 64  # a quality is met to this part of the experts
 
 
+def find_budget(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    quality: float | None = None,
+    flops: float | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Find the fewest experts that keep a quality, or the most that stay within some FLOPs.
+
+    The model comes back as it was; the type of its selection and its allocation are those that are searched.
+
+    Args:
+        batches: for a quality, as `evaluate` takes them; FLOPs need none.
+        quality: relative to the dense model: accuracy (without labels: agreement) of at least this, in (0, 1];
+            perplexity of at most this, 1 or more.
+        flops: of the routed FFNs relative to dense, in (0, 1], routers included.
+
+    Returns:
+        what `model.set_selection(**...)` takes.
+
+    Raises:
+        ValueError: as `search` and `share_within`; or not exactly one goal, or a quality without batches.
+
+    Example:
+        model.set_selection(**find_budget(model, batches, quality=0.98))
+        model.set_selection(**find_budget(model, flops=0.3))
+    """
+    if (quality is None) == (flops is None):
+        raise ValueError("find_budget takes one goal: a quality, or FLOPs")
+    if flops is not None:
+        return {"k": share_within(model, flops)}
+    if batches is None or quality is None:
+        raise ValueError("a quality is measured on batches: give some, as evaluate takes them")
+    selection, _ = search(model, batches, quality, progress=progress)
+    return selection
+
+
 def share_within(model: PreTrainedModel, flops: float) -> float:
-    """The largest share of experts, as `set_selection(k=...)` takes it, whose FFNs cost at most `flops` of the dense
-    ones, routers included; type and allocation are those that the model has.
+    """Return the largest share of experts, as `set_selection(k=...)` takes it, whose FFNs cost at most `flops`.
+
+    Args:
+        flops: relative to the dense FFNs, routers included; type and allocation are those that the model has.
 
     Raises:
         ValueError: the model is not MoEfied, `flops` is not in (0, 1], or the routers and one expert of every layer
             (the shared ones, where there are any) cost more; says how much.
     """
-    check_moefied(model)
+    model = check_moefied(model)
     if not 0 < flops <= 1:
         raise ValueError(f"flops={flops} is no share of the dense FFNs' FLOPs: it must lie in (0, 1]")
-    experts = max(site.act.num_experts for site in model.moe_sites())
+    experts = max(routed(site).num_experts for site in model.moe_sites())
     low, high = 0, experts  # low is within the FLOPs
     if cost_of(model, 1.0) <= flops:
         return 1.0
@@ -39,11 +81,12 @@ def share_within(model: PreTrainedModel, flops: float) -> float:
     return low / experts
 
 
-def cost_of(model: PreTrainedModel, share: float) -> float:
-    """FLOPs of the routed FFNs at a share of the experts, relative to dense."""
+def cost_of(model: MoefiedModel, share: float) -> float:
+    """Return the FLOPs of the routed FFNs at a share of the experts, relative to dense."""
     with selecting(model, k=share):
         sites = model.moe_sites()
-        return sum(routed_costs(sites, {site.name: site.act.k for site in sites})) / sum(map(ffn_flops, sites))
+        computed = {site.name: k for site in sites if (k := routed(site).k) is not None}
+        return sum(routed_costs(sites, computed)) / sum(map(ffn_flops, sites))
 
 
 def search(
@@ -57,61 +100,69 @@ def search(
     """Find the fewest experts that keep a quality, by bisection; the model comes back as it was.
 
     Args:
-        batches: as `evaluate` takes them.
-        quality: relative to the dense model: accuracy (without labels: agreement) of at least this, in (0, 1];
-            perplexity of at most this, 1 or more.
+        batches, quality: as in `find_budget`.
         selection: what is searched: a type and an allocation, those of the model by default. Types that depend on the
             token need `measure_reach` before.
 
     Returns:
-        what `model.set_selection(**found)` takes: the setting itself where one serves all layers ("tau", ...), else k;
+        what `model.set_selection(**...)` takes: the threshold itself where one serves all layers ("tau", ...), else k;
         and everything that was measured, in order of the budget.
 
     Raises:
         ValueError: as `evaluate`, or a quality out of range.
     """
-    check_moefied(model)
-    less = checked(model, batches, quality)
-    asked = {name: value for name, value in (selection or {}).items() if name in ("type", "allocation")}
-    with selecting(model, k=1.0, **asked):
-        kind, allocation = (model.config.moefication["selection"].get(name) for name in ("type", "allocation"))
-        experts = max(site.act.num_experts for site in model.moe_sites())
-        settings: dict[str, Any] = {
-            "selections": [kind],
-            "allocations": [allocation or "uniform"],
-            "controls": [],
-            "local_tokens": 0,
-        }
-        found: dict[int, Sweep] = {}
+    model = check_moefied(model)
+    less = less_is_better(model, batches, quality)
+    given = {name: value for name, value in (selection or {}).items() if name in ("type", "allocation")}
+    with selecting(model, k=1.0, **given):
+        current = model.config.moefication["selection"]
+        kind, allocation = current["type"], current.get("allocation") or "uniform"
+        experts = max(routed(site).num_experts for site in model.moe_sites())
+        sweeps: dict[int, Sweep] = {}
 
         def enough(count: int) -> bool:
-            found[count] = evaluate(model, batches, [count / experts], progress=progress, **settings)
-            relative = found[count].rows[1]["relative_quality"]
+            sweeps[count] = evaluate(
+                model,
+                batches,
+                [count / experts],
+                selections=[kind],
+                allocations=[allocation],
+                controls=[],
+                local_tokens=0,
+                progress=progress,
+            )
+            relative = sweeps[count].rows[1]["relative_quality"]
             return relative <= quality if less else relative >= quality
 
-        low, high = 0, experts  # high is enough
-        step = max(1, experts // STEPS)
-        while high - low > step:
-            middle = (low + high) // 2
-            low, high = (low, middle) if enough(middle) else (middle, high)
-        found_selection = {"type": kind, "k": high / experts, "allocation": allocation or "uniform"}
-        model.set_selection(**found_selection)
-        name, chosen = setting_name(kind), [site.act.selection for site in model.moe_sites()]
-        if name and high < experts and len({each.setting for each in chosen}) == 1:
-            found_selection = {"type": kind, name: chosen[0].setting}
+        count = fewest(enough, experts, max(1, experts // STEPS))
+        best = {"type": kind, "k": count / experts, "allocation": allocation}
+        model.set_selection(**best)
+        if (threshold := setting_name(kind)) and count < experts:
+            values = {cast(Dynamic, routed(site).selection).setting for site in model.moe_sites()}
+            if len(values) == 1:
+                best = {"type": kind, threshold: values.pop()}
     sweep = Sweep([], {})
-    for count in sorted(found):
-        sweep.facts = found[count].facts
-        sweep.rows += found[count].rows[bool(sweep.rows) :]
-    sweep.facts = sweep.facts | {"target": {"quality": quality, "selection": found_selection}}
-    return found_selection, sweep
+    for count in sorted(sweeps):
+        sweep.facts = sweeps[count].facts
+        sweep.rows += sweeps[count].rows[bool(sweep.rows) :]  # the dense row once
+    sweep.facts = sweep.facts | {"target": {"quality": quality, "selection": best}}
+    return best, sweep
 
 
-def checked(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], quality: float) -> bool:
-    """Whether less of what is going to be measured is better.
+def fewest(enough: Callable[[int], bool], experts: int, step: int) -> int:
+    """Return by bisection how many of the experts are enough, up to `step` more than the fewest; all of them are."""
+    low, high = 0, experts  # high is enough
+    while high - low > step:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def less_is_better(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], quality: float) -> bool:
+    """Return whether less of what is going to be measured is better: perplexity, and neither accuracy nor agreement.
 
     Raises:
-        ValueError: the target is out of range for that.
+        ValueError: the quality is out of range for that.
     """
     perplexity = is_causal(model) and next(iter(batches), {}).get("labels") is not None
     if perplexity and not quality >= 1:

@@ -1,169 +1,76 @@
 """Quality against compute: sweep the budget of one converted model, with dense, oracle and random controls."""
 
-import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..conversion.thresholds import counted_experts
 from ..io import write_whole
 from ..loading import check_code, check_moefied
-from ..measure.contexts import all_experts, selecting
-from ..measure.flops import model_flops
+from ..measure.contexts import evaluating
+from ..measure.flops import ModelFlops, model_flops
 from ..measure.metrics import Quality, is_causal, predictions
-from ..measure.profile import observed
-from ..measure.router_inputs import ReadInputs, scorer
-from ..modeling.allocation import check_selection
 from ..modeling.ffn_sites import find_sites
-from ..modeling.routed_activation import chosen as kept
-from ..modeling.selection import SELECTIONS
+from ..modeling.protocol import MoefiedModel, routed
 from .baselines import baseline_rows
-from .controls import BASELINES, check_control, routed_by
+from .controls import BASELINES, check_control
+from .local_figures import local_figures
+from .sweep_points import DENSE, SweepPoint, sweep_points
 
-
-@dataclass(frozen=True)
-class Setting:
-    """One point of a sweep: who routes (None: the model's own routers), and what is selected."""
-
-    control: str | None
-    selection: tuple[tuple[str, Any], ...]
-
-    @property
-    def router(self) -> str:
-        return self.control or "own"
-
-    def counting(self, model: PreTrainedModel, batch: Mapping[str, Any], counts: dict[str, list[float]]):
-        """Count the experts that are computed, where that depends on the token."""
-        dynamic = SELECTIONS[dict(self.selection)["type"]].dynamic
-        return counted_experts(model, batch, counts) if dynamic else contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def on(self, model: PreTrainedModel) -> Iterator[None]:
-        with routed_by(model, self.control), selecting(model, **dict(self.selection)):
-            yield
-
-
-def settings_of(
-    kinds: Sequence[str | Mapping[str, Any]],
-    controls: Sequence[str],
-    allocations: Sequence[str],
-    shares: Sequence[int | float],
-) -> list[Setting]:
-    """The points of a sweep; controls always select "top_k". Whole selections come last."""
-    whole = [{"allocation": "uniform", **kind} if "k" in kind else kind for kind in kinds if isinstance(kind, Mapping)]
-    for selection in whole:
-        check_selection(selection)
-    routings = [(None, kind) for kind in kinds if isinstance(kind, str)]
-    routings += [(control, "top_k") for control in controls]
-    swept = [
-        Setting(control, (("type", kind), ("k", share), ("allocation", spread)))
-        for allocation in allocations
-        for control, kind in routings
-        for spread in ["uniform" if (kind, allocation) == ("top_k", "global") else allocation]  # no setting
-        if spread == allocation or spread not in allocations
-        for share in shares
-    ]
-    return [*swept, *(Setting(None, tuple(selection.items())) for selection in whole)]
-
-
-def local_figures(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], settings: list[Setting], max_tokens: int
-) -> list[list[dict[str, float]]]:
-    """What each setting keeps of each FFN, given the dense model's inputs: one list of layers per setting.
-
-    `captured_mass`: share of the summed positive activations (MoEfication's measure). `output_error`: squared norm
-    of what the dropped experts would have added, relative to the FFN's output without bias. `chunk_share`: share of
-    experts that at least one of 8 consecutive tokens of a text needs (BlockFFN), which decides batched and speculative
-    speed; absent where no text has 8 tokens.
-    """
-    sites = model.moe_sites()
-    reading = ReadInputs(sites)
-    chosen = []
-    for setting in settings:
-        with setting.on(model):
-            chosen.append([(site.act.router, site.act.selection) for site in sites])
-    sums = torch.zeros(len(settings), len(sites), 3, dtype=torch.float64)
-    totals = torch.zeros(len(sites), 3, dtype=torch.float64)
-    tokens = 0
-
-    def seen(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
-        nonlocal tokens
-        tokens += len(x) * (position == 0)
-        site = sites[position]
-        experts = neurons.unflatten(-1, (site.act.num_experts, -1))  # (T, E, m)
-        mass, down = experts.clamp_min(0).sum(-1, dtype=torch.float32), site.weights().down
-        chunks = chunks_of(text, 8)  # (C, 8)
-        output = F.linear(neurons, down).float().square().sum()
-        totals[position] += torch.tensor([float(mass.sum()), float(output), len(chunks) * site.act.num_experts])
-        read = reading.of(position, x)
-        for each, routing in enumerate(chosen):
-            router, selection = routing[position]
-            scores = scorer(router)(read if router is site.act.router else x)  # a control reads its own FFN's input
-            keep = kept(scores, router, selection, site.act.shared)
-            dropped = F.linear(experts.masked_fill(keep.unsqueeze(-1), 0).flatten(-2), down).float().square().sum()
-            union = keep[chunks].any(1).sum()
-            sums[each, position] += torch.tensor([float((mass * keep).sum()), float(dropped), int(union)])
-
-    with all_experts(model), observed(model, sites, seen) as run:
-        for batch in batches:
-            run(batch)
-            if tokens >= max_tokens:
-                break
-    figures = sums / totals.clamp_min(1e-30)
-    names = ("captured_mass", "output_error", "chunk_share")[: None if totals[:, 2].all() else 2]
-    return [[dict(zip(names, layer, strict=False)) for layer in setting] for setting in figures.tolist()]
-
-
-def chunks_of(text: torch.Tensor, size: int) -> torch.Tensor:
-    """text (T,), the number of the text each token is of, not decreasing -> (C, size): positions of consecutive tokens
-    of one text; what is left over at a text's end is left out."""
-    _, lengths = text.unique_consecutive(return_counts=True)
-    starts = lengths.cumsum(0) - lengths
-    place = torch.arange(len(text), device=text.device) - starts.repeat_interleave(lengths)  # within its text
-    whole = (lengths - lengths % size).repeat_interleave(lengths)
-    return (place < whole).nonzero()[:, 0].view(-1, size)
+COLUMNS = {  # of the table: figure -> title and format; the quality stands after the FLOPs
+    "router": ("router", "{}"),
+    "type": ("selection", "{}"),
+    "allocation": ("allocation", "{}"),
+    "experts": ("experts", "{:.1%}"),
+    "ffn_flops": ("FFN FLOPs", "{:.1%}"),
+    "model_flops": ("model FLOPs", "{:.1%}"),
+    "quality": ("quality", "{:.4g}"),
+    "relative_quality": ("of dense", "{:.1%}"),
+    "agreement": ("agreement", "{:.1%}"),
+    "output_error": ("output error", "{:.3f}"),
+    "captured_mass": ("captured mass", "{:.1%}"),
+    "chunk_share": ("chunk of 8", "{:.1%}"),
+}
 
 
 @dataclass
 class Sweep:
-    """What `evaluate` found: one row per setting, the dense model first."""
+    """What `evaluate` measured.
+
+    Attributes:
+        rows: one per point, the dense model first; see `evaluate`.
+        facts: "quality", the name of the figure in `rows` that is compared; "positions" it was measured on; "router",
+            "dtype", and "flops_per_token" of the dense model.
+    """
 
     rows: list[dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return what `save` writes."""
         return {"facts": self.facts, "rows": self.rows}
 
     def save(self, path: str | Path) -> None:
+        """Write a JSON file, over an old one."""
         write_whole(Path(path), json.dumps(self.to_dict(), indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> "Sweep":
-        found = json.loads(Path(path).read_text())
-        return cls(found["rows"], found["facts"])
+        """Read a file that `save` wrote."""
+        saved = json.loads(Path(path).read_text())
+        return cls(saved["rows"], saved["facts"])
 
     def table(self) -> str:
-        """A Markdown table of the figures people compare."""
+        """Return a Markdown table of the figures people compare."""
+        quality = self.facts["quality"]
         columns = {
-            "router": ("router", "{}"),
-            "type": ("selection", "{}"),
-            "allocation": ("allocation", "{}"),
-            "experts": ("experts", "{:.1%}"),
-            "ffn_flops": ("FFN FLOPs", "{:.1%}"),
-            "model_flops": ("model FLOPs", "{:.1%}"),
-            self.facts["quality"]: (self.facts["quality"], "{:.4g}"),
-            "relative_quality": ("of dense", "{:.1%}"),
-            "agreement": ("agreement", "{:.1%}"),
-            "output_error": ("output error", "{:.3f}"),
-            "captured_mass": ("captured mass", "{:.1%}"),
-            "chunk_share": ("chunk of 8", "{:.1%}"),
+            (quality if key == "quality" else key): ((quality if key == "quality" else title), form)
+            for key, (title, form) in COLUMNS.items()
         }
         columns = {key: column for key, column in columns.items() if any(key in row for row in self.rows)}
         lines = ["| " + " | ".join(title for title, _ in columns.values()) + " |", "|---" * len(columns) + "|"]
@@ -173,10 +80,31 @@ class Sweep:
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """Quality against FFN FLOPs, as a picture (needs the `plots` extra)."""
+        """Draw quality against FFN FLOPs.
+
+        Raises:
+            ImportError: matplotlib, the extra `plots`, is not installed.
+        """
         from .plots import plot_sweep
 
         plot_sweep(self, path)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one pass over the batches measured.
+
+    Attributes:
+        flops: of the dense model.
+        dense: its quality.
+        qualities: of each point.
+        counts: for each point, the name of an FFN -> [experts computed, tokens], where that depends on the token.
+    """
+
+    flops: ModelFlops
+    dense: Quality
+    qualities: list[Quality]
+    counts: list[dict[str, list[float]]]
 
 
 def evaluate(
@@ -205,7 +133,7 @@ def evaluate(
             whole selection, `{"type": "level", "level": 0.7}`, is one more row, which has no k.
         allocations: of "uniform", "sensitivity", "angular" and "global"; by default that of the model. "top_k" is
             uniform where others are "global".
-        calibration: batches, some thousand tokens, that thresholds of these are set on.
+        calibration: batches, some thousand tokens, that thresholds of "cats", "teal" and "wina" are set on.
         local_tokens: tokens on which each layer's captured mass, output error and chunk share are measured; 0 for
             none.
 
@@ -217,77 +145,142 @@ def evaluate(
     Raises:
         ValueError: the model is not MoEfied, `batches` is empty or can be read only once, an unknown name, or no
             `calibration` for what needs it.
+
+    Example:
+        print(evaluate(model, batches, [0.1, 0.2], controls=["random"]).table())
     """
-    check_moefied(model)
+    model = check_moefied(model)
     check_code(model)
     if iter(batches) is batches:
         raise ValueError("evaluate reads the batches more than once: give a list or a DataLoader, not an iterator")
-    current = model.config.moefication["selection"]
-    allocations = [current.get("allocation", "uniform")] if allocations is None else list(allocations)
-    kinds = [current["type"]] if selections is None else list(selections)
-    shares, controls = list(shares), list(controls)
-    for name in controls:
+    shares, (controls, baselines) = list(shares), sorted_controls(controls, calibration)
+    points = points_of(model, selections, controls, allocations, shares)
+    with evaluating(model), torch.no_grad():
+        measured = measure_points(model, batches, points, progress)
+        rows = []
+        if baselines and calibration is not None:
+            rows = baseline_rows(model, batches, calibration, baselines, shares, measured.flops, progress)
+    local = local_figures(model, batches, points, local_tokens) if local_tokens else None
+    return sweep_of(model, points, measured, local, rows)
+
+
+def sorted_controls(
+    controls: Iterable[str], calibration: Iterable[Mapping[str, Any]] | None
+) -> tuple[list[str], list[str]]:
+    """Return those of the names that stand in for routers, and those that leave out single neurons.
+
+    Raises:
+        ValueError: an unknown name, or no calibration data for what needs it.
+    """
+    names = list(controls)
+    for name in names:
         check_control(name)
-    baselines = [name for name in controls if name in BASELINES]
+    baselines = [name for name in names if name in BASELINES]
     if baselines and calibration is None:
         raise ValueError(f"{', '.join(baselines)} set thresholds on calibration data: give `calibration`")
-    settings = settings_of(kinds, [name for name in controls if name not in BASELINES], allocations, shares)
-    for setting in settings:  # every bad value is found before work begins
-        with setting.on(model):
+    return [name for name in names if name not in BASELINES], baselines
+
+
+def points_of(
+    model: MoefiedModel,
+    selections: Iterable[str | Mapping[str, Any]] | None,
+    controls: Sequence[str],
+    allocations: Iterable[str] | None,
+    shares: Sequence[int | float],
+) -> list[SweepPoint]:
+    """Return the points that `evaluate` measures, with the model's own selection and allocation where none is given.
+
+    Raises:
+        ValueError: a point that the model cannot run at: every bad value is named before work begins.
+    """
+    current = model.config.moefication["selection"]
+    kinds = [current["type"]] if selections is None else list(selections)
+    spreads = [current.get("allocation", "uniform")] if allocations is None else list(allocations)
+    points = sweep_points(kinds, controls, spreads, shares)
+    for point in points:
+        with point.on(model):
             pass
-    dense = Setting(None, (("type", "top_k"), ("k", 1.0), ("allocation", "uniform")))
-    reference = Quality()
-    results = [Quality() for _ in settings]
-    counts: list[dict[str, list[float]]] = [{} for _ in settings]
-    flops, training = None, model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
-                with dense.on(model):
-                    expected, labels = predictions(model, batch)
-                    flops = flops or model_flops(model, batch)
-                reference.update_(expected, expected, labels)
-                for setting, quality, count in zip(settings, results, counts, strict=True):
-                    with setting.on(model), setting.counting(model, batch, count):
-                        quality.update_(predictions(model, batch)[0], expected, labels)
-        neurons = []
-        if baselines and calibration is not None and flops is not None and reference.count:
-            neurons = baseline_rows(model, batches, calibration, baselines, shares, flops, progress)
-    finally:
-        model.train(training)
-    if flops is None or reference.count == 0:
+    return points
+
+
+def measure_points(
+    model: MoefiedModel, batches: Iterable[Mapping[str, Any]], points: Sequence[SweepPoint], progress: bool
+) -> Measured:
+    """Compare a model at each point with its dense self, batch by batch.
+
+    Raises:
+        ValueError: no position counts in any batch.
+    """
+    dense, qualities = Quality(), [Quality() for _ in points]
+    counts: list[dict[str, list[float]]] = [{} for _ in points]
+    flops = None
+    for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
+        with DENSE.on(model):
+            expected, labels = predictions(model, batch)
+            flops = flops or model_flops(model, batch)
+        dense.update_(expected, expected, labels)
+        for point, quality, count in zip(points, qualities, counts, strict=True):
+            with point.on(model), point.counting(model, batch, count):
+                quality.update_(predictions(model, batch)[0], expected, labels)
+    if flops is None or dense.count == 0:
         raise ValueError("there is nothing to evaluate on: `batches` is empty, or all its labels are -100")
-    local = local_figures(model, batches, settings, local_tokens) if local_tokens else None
-    return _sweep(model, flops, settings, reference, results, counts, local, neurons)
+    return Measured(flops, dense, qualities, counts)
 
 
-def _sweep(model, flops, settings, reference, results, counts, local, neurons) -> Sweep:
-    dense = reference.figures()
-    quality = ("perplexity" if is_causal(model) else "accuracy") if reference.labelled else "agreement"
+def sweep_of(
+    model: MoefiedModel,
+    points: Sequence[SweepPoint],
+    measured: Measured,
+    local: list[list[dict[str, float]]] | None,
+    baselines: list[dict[str, Any]],
+) -> Sweep:
+    """Return the sweep that was measured.
+
+    Args:
+        local: what `local_figures` returned for the same points.
+        baselines: rows of `baseline_rows`.
+    """
+    dense = measured.dense.figures()
+    quality = ("perplexity" if is_causal(model) else "accuracy") if measured.dense.labelled else "agreement"
     rows = [
         {"router": "dense", "experts": 1.0, "ffn_flops": 1.0, "model_flops": 1.0, "relative_quality": 1.0, **dense}
     ]
-    for position, (setting, result) in enumerate(zip(settings, results, strict=True)):
-        with setting.on(model):
-            sites = model.moe_sites()
-            computed = {site.name: site.act.k for site in sites}
-            computed |= {name: experts / tokens for name, (experts, tokens) in counts[position].items()}
-            ffn, whole = flops.ratio(flops.routed(find_sites(model), computed))
-        figures = result.figures()
-        row = {"router": setting.router, **dict(setting.selection), "k_per_layer": list(computed.values())}
-        row |= {
-            "experts": sum(computed.values()) / sum(site.act.num_experts for site in sites),
-            "ffn_flops": ffn,
-            "model_flops": whole,
-        }
-        row |= figures
+    for position, point in enumerate(points):
+        figures = measured.qualities[position].figures()
+        row = {"router": point.router, **dict(point.selection)}
+        row |= cost_of(model, point, measured.counts[position], measured.flops) | figures
         if dense[quality]:  # nothing is relative to an accuracy of zero
             row["relative_quality"] = figures[quality] / dense[quality]
         if local is not None:
-            row |= {name: sum(layer[name] for layer in local[position]) / len(sites) for name in local[position][0]}
-            row["layers"] = local[position]
+            layers = local[position]
+            row |= {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0]}
+            row["layers"] = layers
         rows.append(row)
-    rows += [row | ({"relative_quality": row[quality] / dense[quality]} if dense[quality] else {}) for row in neurons]
-    facts = {"quality": quality, "positions": reference.count, "router": model.config.moefication["router"]}
-    return Sweep(rows, facts | {"dtype": str(model.dtype).removeprefix("torch."), "flops_per_token": flops.total})
+    for row in baselines:
+        rows.append(row | ({"relative_quality": row[quality] / dense[quality]} if dense[quality] else {}))
+    facts = {"quality": quality, "positions": measured.dense.count, "router": model.config.moefication["router"]}
+    facts |= {"dtype": str(model.dtype).removeprefix("torch."), "flops_per_token": measured.flops.total}
+    return Sweep(rows, facts)
+
+
+def cost_of(
+    model: MoefiedModel, point: SweepPoint, counts: Mapping[str, Sequence[float]], flops: ModelFlops
+) -> dict[str, Any]:
+    """Return `k_per_layer`, the mean share of `experts`, `ffn_flops` and `model_flops` of one point of a sweep.
+
+    Args:
+        counts: the name of an FFN -> (experts computed, tokens), where that depends on the token.
+        flops: of the dense model.
+    """
+    with point.on(model):
+        sites = model.moe_sites()
+        computed = {site.name: routed(site).k for site in sites}
+        computed |= {name: experts / tokens for name, (experts, tokens) in counts.items()}
+        known = {name: experts for name, experts in computed.items() if experts is not None}
+        ffn, whole = flops.ratio(flops.routed(find_sites(model), known))
+    return {
+        "k_per_layer": list(known.values()),
+        "experts": sum(known.values()) / sum(routed(site).num_experts for site in sites),
+        "ffn_flops": ffn,
+        "model_flops": whole,
+    }

@@ -11,8 +11,8 @@ from transformers.utils import logging
 
 from ..conversion.convert import ConversionReport
 from ..conversion.fit_routers import RouterFit
-from ..evaluation.plots import plot_experts, spread_of
-from ..evaluation.quality_check import Prediction
+from ..evaluation.plots import allocation_words, plot_experts
+from ..evaluation.quality_check import QualityCheck
 from ..evaluation.sweep import Sweep
 from ..io import is_hub_id, markdown, write_whole
 from ..modeling.allocation import setting_name
@@ -193,7 +193,7 @@ def eval_results(evaluation: dict[str, Any], task: str, sweep: Sweep) -> list[Ev
             dataset_name=data,
             dataset_split=evaluation.get("split"),
             metric_type=quality,
-            metric_name=f"{quality}, {row['experts']:.0%} of experts ({spread_of(row)})",
+            metric_name=f"{quality}, {row['experts']:.0%} of experts ({allocation_words(row)})",
             metric_value=row[quality],
         )
         for row in sweep.rows
@@ -205,8 +205,8 @@ def conversion_report(found: dict[str, Any]) -> ConversionReport:
     return ConversionReport(**found | {"fits": [RouterFit(**fit) for fit in found["fits"]]})
 
 
-def prediction_of(found: dict[str, Any]) -> Prediction:
-    return Prediction(**{each.name: found[each.name] for each in fields(Prediction) if each.name in found})
+def prediction_of(found: dict[str, Any]) -> QualityCheck:
+    return QualityCheck(**{each.name: found[each.name] for each in fields(QualityCheck) if each.name in found})
 
 
 def router_settings_of(section: Section) -> str:

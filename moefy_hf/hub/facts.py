@@ -15,7 +15,7 @@ PARTS = {
     "license": "of the base model, which the checkpoint inherits",
     "calibration": "{'data': name}: what splits and routers were fitted on",
     "conversion": "a ConversionReport",
-    "prediction": "a Prediction: quality right after conversion, on held-out calibration data",
+    "prediction": "a QualityCheck: quality right after conversion, on held-out calibration data",
     "training": "{setting: value} of training after conversion",
     "evaluation": "{'data': name, 'split': name}: what the sweep was measured on",
     "sweep": "a Sweep: quality against compute",

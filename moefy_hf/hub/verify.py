@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..loading import load_checkpoint
+from ..measure.contexts import evaluating
 from .card import auto_class, moefied_config
 
 # norm of the difference over norm of the outputs: another dense, split or router gives some tenths
@@ -87,12 +88,8 @@ def verify(
 @torch.no_grad()
 def outputs_of(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Every tensor a model returns, as it evaluates."""
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         output = model(**{name: value.to(model.device) for name, value in inputs.items()})
-    finally:
-        model.train(training)
     return {name: value.cpu() for name, value in output.items() if torch.is_tensor(value)}
 
 

@@ -1,4 +1,4 @@
-"""What is found wrong with a batch of data before a model runs on it."""
+"""Find what is wrong with a batch of data before a model runs on it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 
 def check_batch(model: PreTrainedModel, batch: Any) -> None:
-    """
+    """Check that a model can run on a batch.
+
     Raises:
         ValueError: no mapping of tensors, a single row, no values, or token ids that the model has no embeddings for.
     """
@@ -37,7 +38,7 @@ def check_batch(model: PreTrainedModel, batch: Any) -> None:
 
 
 def embeddings_of(model: PreTrainedModel) -> int | None:
-    """How many tokens a model knows; None where that is not to be asked."""
+    """Return how many tokens a model has embeddings of; None where it cannot say."""
     try:
         return getattr(model.get_input_embeddings(), "num_embeddings", None)
     except NotImplementedError:  # some models of two modalities

@@ -2,15 +2,49 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..modeling.protocol import MoefiedModel
 
 
 @contextlib.contextmanager
-def selecting(model: PreTrainedModel, **selection: Any) -> Iterator[None]:
-    """`model.set_selection(**selection)` for a while."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextlib.contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove these hooks when the block ends, however it ends.
+
+    Example:
+        with hooked(site.down.register_forward_pre_hook(record) for site in sites):
+            model(**batch)
+    """
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def selecting(model: MoefiedModel, **selection: Any) -> Iterator[None]:
+    """Call `model.set_selection(**selection)` for a while.
+
+    Raises:
+        ValueError: as `set_selection`; the selection is as it was then.
+    """
     section = model.config.moefication
     before = copy.deepcopy(section["selection"])
     model.set_selection(**selection)
@@ -21,6 +55,6 @@ def selecting(model: PreTrainedModel, **selection: Any) -> Iterator[None]:
         model.set_selection()
 
 
-def all_experts(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
-    """The dense function, for a while."""
+def all_experts(model: MoefiedModel) -> contextlib.AbstractContextManager[None]:
+    """Let every FFN compute all its experts, which is the dense function, for a while."""
     return selecting(model, type="top_k", k=1.0, allocation="uniform")

@@ -9,55 +9,64 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from ..loading import check_moefied
 from ..modeling.ffn_sites import FfnSite, find_sites
 from ..modeling.moefied import is_moefied
+from ..modeling.protocol import routed
 from ..modeling.routed_activation import is_routed
-from .contexts import all_experts
+from .contexts import all_experts, evaluating, hooked
 from .router_inputs import read_at
 
 
 def ffn_flops(site: FfnSite) -> int:
-    """What one token costs in this FFN when all neurons are computed."""
+    """Return the FLOPs of one token in an FFN whose neurons are all computed."""
     d, f = site.sizes
     return 2 * d * f * (2 if site.weights().gate is None else 3)
 
 
 def routed_flops(site: FfnSite, experts: float) -> float:
-    """What one token costs in this FFN with `experts` experts computed, the router included.
+    """Return the FLOPs of one token in an FFN that computes `experts` of its experts, the router included.
 
     All experts cost what the dense FFN does: nothing is routed then.
+
+    Args:
+        experts: a mean over tokens, so not always a whole number.
     """
-    routed = site.act
-    if not is_routed(routed) or experts >= routed.num_experts:
+    if not is_routed(site.act) or experts >= site.act.num_experts:
         return float(ffn_flops(site))
-    router = routed.router.flops()
-    if routed.router.begins_experts:  # paid twice by none that runs
-        router *= 1 - (experts - routed.shared) / routed.router.num_experts
-    return ffn_flops(site) * experts / routed.num_experts + router
+    act = routed(site)
+    router = float(act.router.flops())
+    if act.router.begins_experts:  # experts that run do not pay it a second time
+        router *= 1 - (experts - act.shared) / act.router.num_experts
+    return ffn_flops(site) * experts / act.num_experts + router
 
 
 def routed_costs(sites: Sequence[FfnSite], computed: Mapping[str, float]) -> list[float]:
-    """What one token costs in each FFN with so many experts computed, by the name of the FFN.
+    """Return the FLOPs of one token in each FFN.
 
     A router that scores for several layers is paid where it reads, also if that FFN alone computes all its experts.
+
+    Args:
+        computed: the name of an FFN -> how many experts it computes.
     """
     experts = [computed.get(site.name, 0) for site in sites]
-    costs = [routed_flops(site, each) for site, each in zip(sites, experts, strict=True)]
-    owed = set()
+    costs = [routed_flops(site, count) for site, count in zip(sites, experts, strict=True)]
+    followed = set()  # FFNs whose router scores for a later one
     for position, read in enumerate(read_at(sites)):
-        if read != position and experts[position] < sites[position].act.num_experts:
-            owed.add(read)
-    for read in owed:
-        if experts[read] >= sites[read].act.num_experts:
-            costs[read] += sites[read].act.router.flops()
+        if read != position and experts[position] < routed(sites[position]).num_experts:
+            followed.add(read)
+    for read in followed:
+        if experts[read] >= routed(sites[read]).num_experts:
+            costs[read] += routed(sites[read]).router.flops()
     return costs
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs per token of a model: all of it, and its FFNs.
+    """FLOPs per token of a dense model.
 
     Attributes:
+        total, ffn: of the whole model, and of its FFNs.
         tokens: how many tokens each FFN sees, relative to the one that sees most: those of a decoder read other texts
             than those of its encoder.
     """
@@ -67,17 +76,17 @@ class ModelFlops:
     tokens: tuple[float, ...]
 
     def routed(self, sites: Sequence[FfnSite], computed: Mapping[str, float]) -> float:
-        """What all FFNs cost with so many experts computed, by the name of the routed FFN."""
+        """Return the FLOPs per token of all FFNs; `computed` as `routed_costs` takes it."""
         costs = routed_costs(sites, computed)
         return sum(seen * cost for seen, cost in zip(self.tokens, costs, strict=True))
 
     def ratio(self, routed_ffn: float) -> tuple[float, float]:
-        """(FFN, whole model) FLOPs relative to dense when the FFNs cost `routed_ffn`."""
+        """Return FLOPs relative to dense, of the FFNs and of the whole model, when the FFNs cost `routed_ffn`."""
         return routed_ffn / self.ffn, (self.total - self.ffn + routed_ffn) / self.total
 
 
 def _cpu_attention(query: torch.Size, key: torch.Size, value: torch.Size, *args, **kwargs) -> int:
-    """Shapes (B, heads, T, ...) -> FLOPs of the fused attention on a CPU, which torch's counter does not know."""
+    """Return the FLOPs of fused attention on a CPU, which torch's counter does not know; shapes (B, heads, T, ...)."""
     batch, heads, tokens, width = query
     return 2 * batch * heads * tokens * key[-2] * (width + value[-1])
 
@@ -86,32 +95,26 @@ _UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_a
 
 
 def model_flops(model: PreTrainedModel, batch: Mapping[str, Any]) -> ModelFlops:
-    """Count one forward pass over `batch`, per token of its FFNs (padding counts: it is computed too)."""
+    """Count the FLOPs of one forward pass of the dense model, per token of its FFNs.
+
+    Padding counts: it is computed, too. A MoEfied model is counted with all experts and no router.
+    """
     sites = find_sites(model)
     tokens = [0] * len(sites)
 
     def count(position: int, args: tuple) -> None:
         tokens[position] += args[0].shape[:-1].numel()
 
-    handles = [
+    handles = (
         site.first.register_forward_pre_hook(lambda _, args, i=position: count(i, args))
         for position, site in enumerate(sites)
-    ]
+    )
     device = next(model.parameters()).device
     batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-    training = model.training
-    model.eval()
-    try:
-        with contextlib.ExitStack() as stack:
-            if is_moefied(model):  # what counts is the dense model, without routers
-                stack.enter_context(all_experts(model))
-            stack.enter_context(torch.no_grad())
-            counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=_UNCOUNTED))
-            model(**batch)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+    dense = all_experts(check_moefied(model)) if is_moefied(model) else contextlib.nullcontext()
+    with hooked(handles), evaluating(model), dense, torch.no_grad(), counter:
+        model(**batch)
     most = max(tokens)
     ffn = sum(seen * ffn_flops(site) for seen, site in zip(tokens, sites, strict=True)) / most
     return ModelFlops(counter.get_total_flops() / most, ffn, tuple(seen / most for seen in tokens))

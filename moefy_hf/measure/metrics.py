@@ -8,26 +8,34 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..loading import check_moefied
 from ..modeling.moefied import is_moefied
 from .batches import check_batch
 
 # decoders of encoder-decoder families: as language models of their own they take labels that are shifted already
 SHIFTED_LABELS = ("bart", "mbart", "pegasus", "marian", "whisper")
-
-
 OVERFLOW = "load the model in float32 or bfloat16 (--dtype), or look for the batch that it overflows on"
 
 
 class Quality:
-    """Running sums of what one setting predicts, over the labelled positions of all batches."""
+    """Running sums of how good predictions are, over the positions that count of all batches.
 
-    def __init__(self):
+    Attributes:
+        count, labelled: positions, and those of them that have a label.
+        loss, correct: sums over labelled positions, of the cross-entropy (nats) and of hits.
+        agree, divergence: sums over all, of best guesses that are the dense model's, and of KL(dense || this), nats.
+    """
+
+    def __init__(self) -> None:
         self.count = self.labelled = 0
         self.loss = self.correct = self.agree = self.divergence = 0.0
 
     def update_(self, logits: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor | None) -> None:
-        """logits and the dense model's (N, C), labels (N,) or None. A position where logits overflowed neither agrees
-        nor is correct.
+        """Add the positions of one batch. One where logits overflowed neither agrees nor is correct.
+
+        Args:
+            logits, dense: (N, C), this model's and the dense model's.
+            labels: (N,), if there are any.
 
         Raises:
             ValueError: the dense model's overflowed: there is nothing to compare with.
@@ -46,24 +54,29 @@ class Quality:
             self.correct += float((best == labels).sum())
 
     def figures(self) -> dict[str, float]:
-        found = {"agreement": self.agree / self.count, "kl": self.divergence / self.count}
+        """Return means over the positions: `agreement` and `kl`; and with labels `accuracy`, `loss`, `perplexity`."""
+        means = {"agreement": self.agree / self.count, "kl": self.divergence / self.count}
         if self.labelled:
             loss = self.loss / self.labelled
-            found |= {
+            means |= {
                 "accuracy": self.correct / self.labelled,
                 "loss": loss,
                 "perplexity": float(torch.tensor(loss).exp()),
             }
-        return found
+        return means
 
 
 def usable(logits: torch.Tensor) -> torch.Tensor:
-    """(N, C) -> (N,) bool: no nan and no inf; -inf is how models rule a class out."""
+    """Return (N,) bool, true where logits (N, C) have no nan and no inf; -inf is how models rule a class out."""
     return ~(logits.isnan() | logits.isposinf()).any(-1)
 
 
 def predictions(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run one batch: logits (N, C) at the positions that count, and their labels (N,) or None."""
+    """Run one batch, and return what `counted` does of its output.
+
+    Raises:
+        ValueError: as `check_batch` and `counted`.
+    """
     check_batch(model, batch)
     device = next(model.parameters()).device
     batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
@@ -72,7 +85,13 @@ def predictions(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch
 
 
 def counted(model: PreTrainedModel, output: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A model's output on a batch: logits (N, C) at the positions that count, and their labels (N,) or None."""
+    """Return the logits (N, C) of a model's output at the positions that count, and their labels (N,) or None.
+
+    Positions count that have a label; without labels, those that are no padding.
+
+    Raises:
+        ValueError: the model returns no logits, or predicts anything but one of several classes.
+    """
     if hasattr(output, "start_logits"):  # question answering: two choices among the tokens
         labels = None
         if batch.get("start_positions") is not None:
@@ -88,9 +107,9 @@ def counted(model: PreTrainedModel, output: Any, batch: Mapping[str, Any]) -> tu
         return logits, labels
     if labels is None:
         mask = batch.get("attention_mask")
-        return logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:2] else logits.flatten(
-            0, 1
-        ), None
+        if mask is not None and mask.shape == logits.shape[:2]:
+            return logits[mask.bool()], None
+        return logits.flatten(0, 1), None
     if is_causal(model) and model.config.model_type not in SHIFTED_LABELS:
         logits, labels = logits[:, :-1], labels[:, 1:]
     counts = labels != -100
@@ -98,7 +117,7 @@ def counted(model: PreTrainedModel, output: Any, batch: Mapping[str, Any]) -> tu
 
 
 def _check_classes(model: PreTrainedModel, logits: torch.Tensor, labels: torch.Tensor | None) -> None:
-    """One class per row is what can be compared: neither numbers (regression) nor several labels at once."""
+    """Raise a ValueError where there is no one class per row: for numbers (regression), or several labels at once."""
     problem = getattr(model.config, "problem_type", None)
     several = problem in ("regression", "multi_label_classification") or logits.shape[-1] == 1
     if several or (labels is not None and (labels.is_floating_point() or labels.shape != logits.shape[:1])):
@@ -111,17 +130,17 @@ def _check_classes(model: PreTrainedModel, logits: torch.Tensor, labels: torch.T
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model below an adapter."""
+    """Return the transformers model below an adapter; a model without one is returned as it is."""
     return model.get_base_model() if is_adapted(model) else model
 
 
 def is_adapted(model: Any) -> bool:
-    """Whether peft has put adapters around it; by name, for importing peft takes seconds."""
+    """Return whether peft has put adapters around a model; by name, for importing peft takes seconds."""
     return any(base.__name__ == "PeftModel" for base in type(model).__mro__)
 
 
 def is_causal(model: PreTrainedModel) -> bool:
-    """Is this a language model, that predicts each token from those before it?"""
+    """Return whether this is a language model, which predicts each token from those before it."""
     model = unwrapped(model)
-    stock = model.stock_class() if is_moefied(model) else type(model)
+    stock = check_moefied(model).stock_class() if is_moefied(model) else type(model)
     return stock.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

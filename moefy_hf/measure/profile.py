@@ -5,22 +5,21 @@ all that is kept; activations are recomputed from it, one layer and one chunk of
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..modeling.ffn_sites import FfnSite, FfnWeights, find_sites
 from ..modeling.moefied import selected_sites
-from .batches import check_batch
-from .metrics import OVERFLOW, is_causal
+from .hooks import run_with_hooks
+from .metrics import OVERFLOW
+from .progress import token_bar
+from .sample import FfnSample, TensorFile
 
-CHUNK = 4096  # tokens whose activations are in memory at once
 KEPT_TOKENS = 4096  # of the batches that a profile keeps as they are
 
 
@@ -33,7 +32,8 @@ class SiteProfile:
         mass: (f,) sum of |activation|.
         total: (f,) sum of activations.
         square: (f,) sum of squared activations.
-        inputs: (T, d) sample of FFN inputs, memory-mapped, in the model's dtype; T <= tokens.
+        inputs: (T, d) sample of FFN inputs, memory-mapped, in the model's dtype; T <= tokens. None where none is kept:
+            code that needs one takes `sample`.
     """
 
     def __init__(self, neurons: int):
@@ -42,7 +42,7 @@ class SiteProfile:
         self.inputs: torch.Tensor | None = None
 
     def update_(self, neurons: torch.Tensor) -> None:
-        """neurons (T, f): add these tokens to the sums."""
+        """Add tokens to the sums: neurons (T, f)."""
         a = neurons.float()
         self.tokens += len(a)
         self.active += (a > 0).sum(0).double().cpu()
@@ -51,31 +51,42 @@ class SiteProfile:
         self.square += a.square().sum(0).double().cpu()
 
     @property
+    def sample(self) -> FfnSample:
+        """Return the sample of inputs.
+
+        Raises:
+            ValueError: this profile kept none, or was closed.
+        """
+        if self.inputs is None:
+            raise ValueError("this profile kept no sample of FFN inputs; profile with sample=True")
+        return FfnSample(self.inputs)
+
+    @property
     def sampled(self) -> int:
-        """Number of tokens whose inputs were kept."""
+        """Return the number of tokens whose inputs are kept."""
         return 0 if self.inputs is None else len(self.inputs)
 
     @property
     def sparsity(self) -> float:
-        """Share of activations that are not positive: exact zeros for ReLU."""
+        """Return the share of activations that are not positive: exact zeros for ReLU."""
         return 1 - float(self.active.sum()) / max(self.tokens * len(self.active), 1)
 
     def activations(self, weights: FfnWeights) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Chunks of the sample: inputs (t, d) and what the FFN's neurons do on them (t, f), on the weights' device."""
-        if self.inputs is None:
-            raise ValueError("this profile kept no sample of FFN inputs; profile with sample=True")
-        for x in self.inputs.split(CHUNK):
-            x = x.to(weights.down.device)
-            with torch.no_grad():  # left before each yield: readers keep their own gradient mode
-                neurons = weights.neurons(x)
-            yield x, neurons
+        """Return chunks of the sample, as `FfnSample.activations` does.
+
+        Raises:
+            ValueError: this profile kept no sample, or was closed.
+        """
+        return self.sample.activations(weights)
 
 
 @dataclass
 class ModelProfile:
     """One `SiteProfile` per FFN, in forward order. Use as a context manager: leaving it deletes the sample on disk.
 
-    `batches` are the first batches that were read, some thousand tokens, for what needs whole sequences.
+    Attributes:
+        batches: the first batches that were read, some thousand tokens, for what needs whole sequences.
+        directory: where the sample lies.
     """
 
     sites: list[SiteProfile]
@@ -84,9 +95,21 @@ class ModelProfile:
 
     @property
     def tokens(self) -> int:
+        """Return how many tokens the FFN saw that saw most."""
         return max((site.tokens for site in self.sites), default=0)
 
+    def file(self, name: str) -> TensorFile:
+        """Return a new file beside the sample, for what is computed from it; it goes when the profile is closed.
+
+        Raises:
+            ValueError: this profile keeps no sample.
+        """
+        if self.directory is None:
+            raise ValueError("this profile kept no sample of FFN inputs; profile with sample=True")
+        return TensorFile(Path(self.directory.name, name))
+
     def close(self) -> None:
+        """Delete the sample."""
         for site in self.sites:
             site.inputs = None
         if self.directory is not None:
@@ -95,108 +118,20 @@ class ModelProfile:
     def __enter__(self) -> "ModelProfile":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
-def check_sample(sites: Sequence[FfnSite], found: ModelProfile) -> None:
-    """
+def check_sample(sites: Sequence[FfnSite], profile: ModelProfile) -> None:
+    """Check that a profile has a sample of these FFNs.
+
     Raises:
         ValueError: a profile of another number of FFNs, or without a sample.
     """
-    if len(sites) != len(found.sites):
-        raise ValueError(f"the profile has {len(found.sites)} layers, the model {len(sites)} routed FFNs")
-    if any(stats.inputs is None for stats in found.sites):
+    if len(sites) != len(profile.sites):
+        raise ValueError(f"the profile has {len(profile.sites)} layers, the model {len(sites)} routed FFNs")
+    if any(stats.inputs is None for stats in profile.sites):
         raise ValueError("this profile kept no sample of FFN inputs, or was closed")
-
-
-class TensorFile:
-    """Rows on their way into a file. They are written, not mapped: a full disk raises an OSError then, where a write
-    into mapped memory would kill the process."""
-
-    def __init__(self, path: Path):
-        self.path, self.rows = path, 0
-        self.file = open(path, "wb")
-
-    def append(self, rows: torch.Tensor) -> None:
-        """rows (t, d), of the same d and dtype in every call."""
-        rows = rows.detach().cpu().contiguous()
-        self.width, self.dtype, self.rows = rows.shape[1], rows.dtype, self.rows + len(rows)
-        try:
-            self.file.write(rows.view(torch.uint8).numpy().tobytes())
-            self.file.flush()
-        except OSError as error:
-            what = f"{error.strerror} for the sample of FFN inputs; use fewer tokens, or set TMPDIR"
-            raise OSError(error.errno, what, str(self.path)) from error
-
-    def mapped(self) -> torch.Tensor:
-        """(T, d): all rows, memory-mapped; nothing can be appended any more."""
-        self.file.close()
-        size = self.rows * self.width
-        return torch.from_file(str(self.path), shared=True, size=size, dtype=self.dtype).view(self.rows, self.width)
-
-
-def real_tokens(model: PreTrainedModel, site: FfnSite, batch: Mapping[str, Any], tokens: int) -> torch.Tensor | None:
-    """(tokens,) bool: which of the tokens this FFN sees are no padding; None where nothing is padded.
-
-    A mask of another length belongs to another sequence (CLIP's image tower beside its text) and is ignored.
-    """
-    mask = batch.get("attention_mask")
-    if model.config.is_encoder_decoder and "decoder" in site.name.split("."):
-        mask = batch.get("decoder_attention_mask")
-        if mask is None and batch.get("labels") is not None:
-            mask = batch["labels"] != -100
-    if mask is None or mask.numel() != tokens:
-        return None
-    return mask.reshape(-1).bool().to(site.down.weight.device)  # models may lie on several devices
-
-
-@contextmanager
-def observed(
-    model: PreTrainedModel, sites: list[FfnSite], seen: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
-) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Run batches through the model in evaluation mode and show each FFN to
-    `seen(position, x (T, d), neurons (T, f), text (T,))`; `text` numbers the rows of the batch that tokens are of.
-
-    Yields a function that runs one batch; tokens that are padding are left out. Hooks and the training mode are
-    restored when the context ends.
-    """
-    handles, training = [], model.training
-    current: Mapping[str, Any] = {}
-    inputs: dict[int, torch.Tensor] = {}
-    device = next(model.parameters()).device
-
-    def on_input(position: int, args: tuple) -> None:
-        inputs[position] = args[0]
-
-    def on_neurons(position: int, args: tuple) -> None:
-        x, a = inputs.pop(position), args[0]
-        length = x.shape[-2]
-        x, a = x.reshape(-1, x.shape[-1]), a.reshape(-1, a.shape[-1])
-        text = torch.arange(len(x), device=x.device) // length
-        real = real_tokens(model, sites[position], current, len(x))
-        seen(position, *((x, a, text) if real is None else (x[real], a[real], text[real])))
-
-    def run(batch: Mapping[str, Any]) -> None:
-        nonlocal current
-        check_batch(model, batch)
-        current = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-        if is_causal(model):  # nothing here needs what the head predicts, a fifth of a small model's work
-            model.base_model(**{key: value for key, value in current.items() if key != "labels"})
-        else:
-            model(**current)
-
-    for position, site in enumerate(sites):
-        handles.append(site.first.register_forward_pre_hook(lambda _, args, i=position: on_input(i, args)))
-        handles.append(site.down.register_forward_pre_hook(lambda _, args, i=position: on_neurons(i, args)))
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield run
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(training)
 
 
 class NotFiniteError(ValueError):
@@ -204,9 +139,14 @@ class NotFiniteError(ValueError):
 
 
 def check_finite(name: str, x: torch.Tensor, neurons: torch.Tensor) -> None:
-    """
+    """Check what an FFN read and computed.
+
+    Args:
+        name: of the FFN.
+        x, neurons: (T, d), (T, f).
+
     Raises:
-        NotFiniteError: the FFN read or computed inf or nan, from which nothing can be learned.
+        NotFiniteError: inf or nan, from which nothing can be learned.
     """
     for what, values in (("input", x), ("neurons", neurons)):
         if not values.isfinite().all():
@@ -235,16 +175,20 @@ def profile(
     Raises:
         ValueError: unsupported model type, no token in `batches`, or hidden states that are not finite.
         OSError: the disk is full.
+
+    Example:
+        with profile(model, batches, max_tokens=10_000) as calibration:
+            print([site.sparsity for site in calibration.sites])
     """
     sites = selected_sites(find_sites(model), layers)
     result = ModelProfile([SiteProfile(site.sizes[1]) for site in sites])
-    files = []
+    files: list[TensorFile] = []
     if sample:
         result.directory = tempfile.TemporaryDirectory(prefix="moefy_profile_")
-        files = [TensorFile(Path(result.directory.name, f"{position}.bin")) for position in range(len(sites))]
-    bar = tqdm(total=max_tokens, unit="token", unit_scale=True, desc="profile", disable=not progress)
+        files = [result.file(f"{position}.bin") for position in range(len(sites))]
+    bar = token_bar(max_tokens, "profile", progress)
 
-    def seen(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
+    def see(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
         stats = result.sites[position]
         check_finite(sites[position].name, x, neurons)
         x, neurons = x[: max_tokens - stats.tokens], neurons[: max_tokens - stats.tokens]
@@ -254,11 +198,11 @@ def profile(
         bar.update(len(x) / len(sites))
 
     batch = None
-    with bar, observed(model, sites, seen) as run:
+    with bar, run_with_hooks(model, sites, see) as run:
         for batch in batches:
-            before = result.tokens
+            tokens = result.tokens
             run(batch)
-            if before < KEPT_TOKENS:
+            if tokens < KEPT_TOKENS:
                 result.batches.append(batch)
             if result.tokens >= max_tokens:
                 break

@@ -4,7 +4,7 @@ import torch
 
 from ..measure.profile import SiteProfile
 from ..modeling.ffn_sites import FfnWeights
-from .graph import coactivation_matrix, partition_graph
+from .graph import coactivation_matrix, partition_graph, sample_of
 from .shared_experts import MARKED
 from .sizes import order_from_labels
 
@@ -16,20 +16,21 @@ def activation_markers(
     generator: torch.Generator,
     warm: bool = False,
 ) -> torch.Tensor:
-    """(f,): balanced clusters of the neurons' binary columns that mark the tokens at which a neuron is among the ten
-    largest by |activation| (CMoE, its construction of routed experts; shared experts are taken out before).
+    """Return the neurons (f,), expert by expert: balanced clusters of the binary columns that mark the tokens at which
+    a neuron is among the ten largest by |activation| (CMoE, its construction of routed experts).
 
-    The columns' Gram matrix counts the tokens that mark two neurons both, and k-means in equal parts keeps the most
-    of it inside them (see `equal_parts`): no (f, T) matrix is needed.
+    Shared experts are taken out before. The columns' Gram matrix counts the tokens that mark two neurons both, and
+    k-means in equal parts keeps the most of it inside them (see `equal_parts`): no (f, T) matrix is needed.
+
+    Raises:
+        ValueError: there is no profile with a sample.
     """
-    if profile is None:
-        raise ValueError('the splitter "activation_markers" needs calibration data')
-    chunks = (marked(neurons) for _, neurons in profile.activations(weights))
+    chunks = (marked(neurons) for _, neurons in sample_of(profile, "activation_markers").activations(weights))
     graph = coactivation_matrix(chunks, weights.down.shape[1])
     return order_from_labels(partition_graph(graph, num_experts, generator, warm=warm), num_experts)
 
 
 def marked(neurons: torch.Tensor) -> torch.Tensor:
-    """(T, f) -> (T, f): one where a neuron is among the token's `MARKED` largest by |activation|, else zero."""
+    """Return (T, f): one where a neuron of (T, f) is among the token's `MARKED` largest by |activation|, else zero."""
     largest = neurons.abs().topk(min(MARKED, neurons.shape[-1]), dim=-1).indices
     return torch.zeros_like(neurons).scatter(-1, largest, 1)

@@ -6,7 +6,7 @@ from .equal_parts import blocks, grow_parts, labels_of, multilevel_parts, swap_r
 
 
 def inertia(points: torch.Tensor, labels: torch.Tensor) -> float:
-    """points (n, d), labels (n,) -> the sum of squared distances of all points to the mean of their cluster."""
+    """Return the sum of squared distances of points (n, d) to the mean of their cluster, which labels (n,) name."""
     points = points.to(torch.promote_types(points.dtype, torch.float32))
     sizes = torch.bincount(labels).clamp_min(1)
     means = points.new_zeros(len(sizes), points.shape[1]).index_add_(0, labels, points) / sizes[:, None]  # (k, d)
@@ -21,14 +21,14 @@ def balanced_kmeans(
     max_iterations: int = 5,
     warm: bool = False,
 ) -> torch.Tensor:
-    """points (n, d) -> labels (n,): `num_clusters` clusters of exactly n / num_clusters points, with little inertia.
+    """Return labels (n,) of `num_clusters` clusters of exactly n / num_clusters points, with little inertia.
 
     The parameter clustering of MoEfication (section 3.2). Clusters are grown around random points and improved by
     swaps of two points that lower the inertia, instead of by assignment to centres that stand still meanwhile (see
     `equal_parts`). Needs n^2 floats of memory; d enters only in the one product that makes them.
 
     Args:
-        points: of any floating-point type and scale, on any device.
+        points: (n, d), of any floating-point type and scale, on any device.
         generator: on any device; the same seed gives the same labels.
         starts: searches to keep the lowest inertia of. The first, third, ... grow clusters of points; the others solve
             the problem for couples of points before, which takes twice as long and pays where points are unevenly
@@ -57,7 +57,7 @@ def balanced_kmeans(
             return multilevel_parts(gram, num_clusters, generator, max_iterations)
         return swap_rows(gram, grow_parts(gram, num_clusters, generator), generator, max_iterations)
 
-    found = list(map(search, range(starts)))
+    searched = list(map(search, range(starts)))
     if warm:
-        found.append(swap_rows(gram, blocks(n, num_clusters, gram.device), generator, max_iterations))
-    return labels_of(max(found, key=lambda members: weight_inside(gram, members)))
+        searched.append(swap_rows(gram, blocks(n, num_clusters, gram.device), generator, max_iterations))
+    return labels_of(max(searched, key=lambda members: weight_inside(gram, members)))

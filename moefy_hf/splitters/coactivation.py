@@ -4,7 +4,7 @@ import torch
 
 from ..measure.profile import SiteProfile
 from ..modeling.ffn_sites import FfnWeights
-from .graph import coactivation_matrix, partition_graph
+from .graph import coactivation_matrix, partition_graph, sample_of
 from .sizes import order_from_labels
 
 
@@ -15,10 +15,12 @@ def coactivation(
     generator: torch.Generator,
     warm: bool = False,
 ) -> torch.Tensor:
-    """(f,): balanced partition of the graph of neurons whose edges weigh how strongly two fire together on calibration
-    tokens (MoEfication, section 3.2)."""
-    if profile is None:
-        raise ValueError('the splitter "coactivation" needs calibration data')
-    chunks = (neurons for _, neurons in profile.activations(weights))
+    """Return the neurons (f,), expert by expert: a balanced partition of the graph whose edges weigh how strongly two
+    neurons fire together on calibration tokens (MoEfication, section 3.2).
+
+    Raises:
+        ValueError: there is no profile with a sample.
+    """
+    chunks = (neurons for _, neurons in sample_of(profile, "coactivation").activations(weights))
     graph = coactivation_matrix(chunks, weights.down.shape[1])
     return order_from_labels(partition_graph(graph, num_experts, generator, warm=warm), num_experts)

@@ -18,7 +18,7 @@ _ROUNDING = 2e-6
 
 
 def labels_of(members: torch.Tensor) -> torch.Tensor:
-    """members (k, m) -> (n,): the part of each row."""
+    """Return the part (n,) of each row; members (k, m)."""
     k, m = members.shape
     labels = torch.empty(k * m, dtype=torch.long, device=members.device)
     labels[members.flatten()] = torch.arange(k, device=members.device).repeat_interleave(m)
@@ -26,23 +26,23 @@ def labels_of(members: torch.Tensor) -> torch.Tensor:
 
 
 def blocks(n: int, num_parts: int, device: torch.device) -> torch.Tensor:
-    """(k, m): rows that follow each other."""
+    """Return parts (k, m) of rows that follow each other."""
     return torch.arange(n, device=device).view(num_parts, -1)
 
 
 def part_sums(weights: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-    """weights (n, n), members (p, q) -> (p, n): the sum of each part's rows, without a copy of `weights`."""
+    """Return (p, n), the sum of each part's rows of weights (n, n), without a copy of them; members (p, q)."""
     return F.embedding_bag(members, weights, mode="sum")
 
 
 def weight_inside(weights: torch.Tensor, members: torch.Tensor) -> float:
-    """The sum of `weights` (n, n) over ordered pairs, each row with itself included, that share a part of `members`
-    (k, m)."""
+    """Return the sum of `weights` (n, n) over ordered pairs, each row with itself included, that share a part of
+    `members` (k, m)."""
     return part_sums(weights, members).gather(1, members).double().sum().item()
 
 
 def grow_parts(weights: torch.Tensor, num_parts: int, generator: torch.Generator) -> torch.Tensor:
-    """weights (n, n) symmetric -> (k, m): parts grown one after the other.
+    """Return parts (k, m) that are grown one after the other; weights (n, n), symmetric.
 
     Each starts at a random free row and takes, again and again, the free row nearest to it. Nearest means smallest
     w_jj - 2 * mean_{i in part} w_ij: for a Gram matrix the distance to the part's mean, for a graph without loops the
@@ -66,7 +66,8 @@ def grow_parts(weights: torch.Tensor, num_parts: int, generator: torch.Generator
 
 
 def _rounds(k: int, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """All pairs of k parts once, in rounds (p,), (p,) of disjoint pairs, in random order: a round-robin tournament."""
+    """Yield all pairs of k parts once, in rounds (p,), (p,) of disjoint pairs, in random order: a round-robin
+    tournament."""
     players = torch.randperm(k, generator=generator, device=generator.device).cpu()
     teams = k + k % 2  # an odd one out pauses
     players = F.pad(players, (0, teams - k), value=-1)
@@ -86,7 +87,7 @@ def swap_rows(
     swaps_per_pair: int = 8,
     candidates: int = 4,
 ) -> torch.Tensor:
-    """Local search: swap pairs of rows between parts for as long as that raises the weight inside.
+    """Swap pairs of rows between parts for as long as that raises the weight inside: a local search.
 
     A sweep meets all pairs of parts once, k/2 disjoint pairs at a time: their swaps do not touch each other's gains,
     so every gain is exact. Within a pair the `candidates` rows of either side that gain most from leaving are tried
@@ -98,7 +99,7 @@ def swap_rows(
         swaps_per_pair: most swaps between two parts when they meet.
 
     Returns:
-        (k, m), with at least as much weight inside.
+        parts (k, m) with at least as much weight inside.
     """
     members = members.clone()
     k, m = members.shape
@@ -139,7 +140,7 @@ def swap_rows(
 
 
 def coarsen(weights: torch.Tensor, groups: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
-    """weights (n, n), groups (g, s) of rows -> (g, g): weight between groups; on its diagonal that inside them."""
+    """Return the weight (g, g) between groups (g, s) of rows, on its diagonal that inside them; weights (n, n)."""
     coarse = weights.new_empty(len(groups), len(groups))
     for start in range(0, len(groups), chunk):
         rows = part_sums(weights, groups[start : start + chunk])  # (chunk, n)
@@ -150,12 +151,13 @@ def coarsen(weights: torch.Tensor, groups: torch.Tensor, chunk: int = 1024) -> t
 def multilevel_parts(
     weights: torch.Tensor, num_parts: int, generator: torch.Generator, max_sweeps: int = 10, levels: int = 2
 ) -> torch.Tensor:
-    """weights (n, n) symmetric -> (k, m): the problem solved for tied couples of rows first, then for single rows.
+    """Return parts (k, m): solve the problem for tied couples of rows first, then for single rows.
 
     Moving couples escapes optima where two strong neighbours hold each other in the wrong part, which heavy-tailed
     graphs have many of. This is METIS's scheme (Karypis and Kumar, 1998) with sizes kept equal throughout.
 
     Args:
+        weights: (n, n), symmetric.
         levels: how often rows are coupled; fewer if m is not divisible by two as often.
     """
     n = len(weights)

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from transformers.utils import logging
 
+from ..measure.profile import SiteProfile
+from ..measure.sample import FfnSample
 from .equal_parts import blocks, labels_of, multilevel_parts, swap_rows, weight_inside
 
 logger = logging.get_logger("moefy_hf")
@@ -16,15 +18,27 @@ KINDS = ("product", "count")
 _METIS_TOTAL = 2**30
 
 
+def sample_of(profile: SiteProfile | None, splitter: str) -> FfnSample:
+    """Return the sample of FFN inputs that a splitter learns from.
+
+    Raises:
+        ValueError: there is no profile, or it kept no sample.
+    """
+    if profile is None:
+        raise ValueError(f'the splitter "{splitter}" needs calibration data')
+    return profile.sample
+
+
 def coactivation_matrix(
     neuron_chunks: Iterable[torch.Tensor], num_neurons: int, kind: str = "product"
 ) -> torch.Tensor:
-    """Chunks (T, f) of neuron activations -> (f, f): how strongly two neurons fire together; zero diagonal.
+    """Return (f, f), how strongly two neurons fire together, with a zero diagonal.
 
     The edge weights of MoEfication (section 3.2): sum over tokens of relu(h_n) * relu(h_m), so only tokens at which
     both are positive count. Accumulated in float32 on the device of the chunks.
 
     Args:
+        neuron_chunks: activations (T, f).
         kind: "product" as above; "count" for the number of those tokens, which the reference code approximates.
 
     Raises:
@@ -54,13 +68,14 @@ def partition_graph(
     max_sweeps: int = 10,
     warm: bool = False,
 ) -> torch.Tensor:
-    """weights (f, f) symmetric, non-negative -> labels (f,): `num_parts` parts of exactly equal size with much weight
-    inside them (MoEfication, section 3.2).
+    """Return labels (f,) of `num_parts` parts of exactly equal size with much weight inside them (MoEfication, section
+    3.2).
 
     Either method ends in swaps of two neurons that raise the weight inside (`equal_parts.swap_rows`), which decide the
     quality: on co-activations of MiniLM METIS and repair alone are 1 to 10 % below.
 
     Args:
+        weights: (f, f), symmetric and non-negative.
         generator: on any device; the same seed gives the same labels.
         method: "multilevel", the default, needs nothing but torch; "metis" is the paper's, through pymetis, its parts
             then repaired to equal sizes. Without pymetis, "metis" warns and becomes "multilevel".
@@ -79,12 +94,12 @@ def partition_graph(
     if method == "metis" and _metis_available():
         labels = metis_partition(weights, num_parts, generator, edges_per_neuron)
         members = repair_sizes(weights, labels, num_parts).argsort(stable=True).view(num_parts, -1)
-        found = [swap_rows(weights, members, generator, max_sweeps)]
+        searched = [swap_rows(weights, members, generator, max_sweeps)]
     else:
-        found = [multilevel_parts(weights, num_parts, generator, max_sweeps)]
+        searched = [multilevel_parts(weights, num_parts, generator, max_sweeps)]
     if warm:
-        found.append(swap_rows(weights, blocks(len(weights), num_parts, weights.device), generator, max_sweeps))
-    return labels_of(max(found, key=lambda members: weight_inside(weights, members)))
+        searched.append(swap_rows(weights, blocks(len(weights), num_parts, weights.device), generator, max_sweeps))
+    return labels_of(max(searched, key=lambda members: weight_inside(weights, members)))
 
 
 def _check_graph(weights: torch.Tensor, num_parts: int) -> None:
@@ -115,8 +130,8 @@ def _metis_available() -> bool:
 
 
 def strongest_edges(weights: torch.Tensor, edges_per_neuron: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """weights (f, f) -> rows (nnz,), columns (nnz,), values (nnz,) in CSR order: the positive edges that are among the
-    strongest of either end, both ways."""
+    """Return the positive edges of weights (f, f) that are among the strongest of either end, both ways: rows (nnz,),
+    columns (nnz,) and values (nnz,) in CSR order."""
     f = len(weights)
     keep = min(edges_per_neuron, f)
     keys = []
@@ -124,8 +139,8 @@ def strongest_edges(weights: torch.Tensor, edges_per_neuron: int) -> tuple[torch
         block = weights[start : start + 1024]
         value, column = block.topk(keep, dim=1)
         row = torch.arange(start, start + len(block), device=weights.device)[:, None].expand_as(column)
-        wanted = (value > 0) & (row != column)
-        row, column = row[wanted], column[wanted]
+        edge = (value > 0) & (row != column)
+        row, column = row[edge], column[edge]
         keys += [row * f + column, column * f + row]
     edges = torch.cat(keys).unique()
     rows, columns = edges // f, edges % f
@@ -135,8 +150,8 @@ def strongest_edges(weights: torch.Tensor, edges_per_neuron: int) -> tuple[torch
 def metis_partition(
     weights: torch.Tensor, num_parts: int, generator: torch.Generator, edges_per_neuron: int = 128
 ) -> torch.Tensor:
-    """weights (f, f) symmetric -> labels (f,): METIS's recursive bisection of the strongest edges, in parts of nearly
-    equal size.
+    """Return labels (f,) of parts of nearly equal size: METIS's recursive bisection of the strongest edges of weights
+    (f, f), symmetric.
 
     As in the reference code, weights become integers by division by their first percentile, and those below 1 go.
 
@@ -165,8 +180,13 @@ def metis_partition(
 
 
 def repair_sizes(weights: torch.Tensor, labels: torch.Tensor, num_parts: int) -> torch.Tensor:
-    """weights (f, f) symmetric, labels (f,) -> labels (f,) of equally large parts: moves surplus neurons one by one,
-    always the one whose move to a part with room loses the least edge weight (or wins the most)."""
+    """Return labels (f,) of equally large parts: move surplus neurons one by one, always the one whose move to a part
+    with room loses the least edge weight (or wins the most).
+
+    Args:
+        weights: (f, f), symmetric.
+        labels: (f,) of parts of any sizes, not modified.
+    """
     labels = labels.clone()
     target = len(labels) // num_parts
     sizes = torch.bincount(labels, minlength=num_parts)

@@ -4,7 +4,7 @@ import torch
 
 from ..measure.profile import SiteProfile
 from ..modeling.ffn_sites import FfnWeights
-from .graph import coactivation_matrix, partition_graph
+from .graph import coactivation_matrix, partition_graph, sample_of
 from .sizes import order_from_labels
 
 
@@ -15,15 +15,16 @@ def output_aware(
     generator: torch.Generator,
     warm: bool = False,
 ) -> torch.Tensor:
-    """(f,): balanced partition of the graph of neurons whose edges weigh sum over tokens of c_i * c_j, where
-    c_i = |activation of i| * |column i of `down`| is what neuron i puts into the output.
+    """Return the neurons (f,), expert by expert: a balanced partition of a graph whose edges weigh sum over tokens of
+    c_i * c_j, where c_i = |activation of i| * |column i of `down`| is what neuron i puts into the output.
 
-    Ours. What a selection loses is the output of the experts left out, which signs of activations say nothing about
-    outside ReLU, and lengths of `down` columns do.
+    This one is ours. What a selection loses is the output of the experts left out, which signs of activations say
+    nothing about outside ReLU, and lengths of `down` columns do.
+
+    Raises:
+        ValueError: there is no profile with a sample.
     """
-    if profile is None:
-        raise ValueError('the splitter "output_aware" needs calibration data')
     lengths = weights.down.detach().float().norm(dim=0)  # (f,)
-    chunks = (neurons.abs() * lengths for _, neurons in profile.activations(weights))
+    chunks = (neurons.abs() * lengths for _, neurons in sample_of(profile, "output_aware").activations(weights))
     graph = coactivation_matrix(chunks, weights.down.shape[1])
     return order_from_labels(partition_graph(graph, num_experts, generator, warm=warm), num_experts)

@@ -16,7 +16,7 @@ def parameter_clustering(
     generator: torch.Generator,
     warm: bool = False,
 ) -> torch.Tensor:
-    """(f,): balanced k-means on the L2-normalised rows of `up`, of `gate` in a gated FFN (MoEfication, section
-    3.2)."""
+    """Return the neurons (f,), expert by expert: balanced k-means on the L2-normalised rows of `up`, of `gate` in a
+    gated FFN (MoEfication, section 3.2)."""
     rows = F.normalize(weights.keys.detach().float().cpu(), dim=-1)  # (f, d)
     return order_from_labels(balanced_kmeans(rows, num_experts, generator, warm=warm), num_experts)

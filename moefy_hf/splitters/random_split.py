@@ -13,5 +13,5 @@ def random(
     generator: torch.Generator,
     warm: bool = False,
 ) -> torch.Tensor:
-    """(f,): a seeded random permutation of the neurons (MoEfication, section 3.2)."""
+    """Return a seeded random permutation (f,) of the neurons (MoEfication, section 3.2)."""
     return torch.randperm(weights.down.shape[1], generator=generator)

@@ -9,16 +9,21 @@ MARKED = 10  # neurons of the largest |activation| that a token marks (CMoE, sec
 
 
 def activation_rates(weights: FfnWeights, profile: SiteProfile) -> torch.Tensor:
-    """(f,): the share of the sampled tokens for which a neuron is among the `MARKED` of the largest |activation|."""
+    """Return (f,): the share of sampled tokens for which a neuron is among the `MARKED` of the largest |activation|
+    (CMoE, section 3.2).
+
+    Raises:
+        ValueError: the profile kept no sample.
+    """
     counts = torch.zeros(weights.down.shape[1], device=weights.down.device)
-    for _, neurons in profile.activations(weights):
+    for _, neurons in profile.sample.activations(weights):
         marked = neurons.abs().topk(min(MARKED, neurons.shape[1]), dim=-1).indices.flatten()
         counts += torch.bincount(marked, minlength=len(counts))
     return (counts / max(profile.sampled, 1)).cpu()
 
 
 def apart(weights: FfnWeights, profile: SiteProfile, neurons: torch.Tensor) -> tuple[FfnWeights, SiteProfile]:
-    """An FFN of some of the neurons (n,), and what is known of them."""
+    """Return an FFN of some of the neurons (n,), and what the profile says of them."""
     stats = SiteProfile(len(neurons))
     stats.tokens, stats.inputs = profile.tokens, profile.inputs
     for name in ("active", "mass", "total", "square"):

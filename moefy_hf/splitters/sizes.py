@@ -4,7 +4,10 @@ import torch
 
 
 def order_from_labels(labels: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """labels (f,) in [0, num_experts) -> (f,): the neurons of part 0, then of part 1, ..., each in their old order.
+    """Return the neurons (f,) of part 0, then of part 1, ..., each in their old order.
+
+    Args:
+        labels: (f,) in [0, num_experts), the part of each neuron.
 
     Raises:
         ValueError: the parts are not equally large.

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..measure.metrics import unwrapped
-from ..measure.profile import real_tokens
+from ..measure.padding import real_tokens
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.moefied import is_moefied
 from ..modeling.section import MEASURED_WITH_ROUTERS, Section

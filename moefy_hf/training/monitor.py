@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..measure.profile import real_tokens
+from ..measure.padding import real_tokens
 from ..modeling.ffn_sites import FfnSite
 
 

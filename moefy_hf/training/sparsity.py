@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from ..measure.profile import real_tokens
+from ..measure.padding import real_tokens
 from ..modeling.ffn_sites import FfnSite, find_sites
 from ..modeling.routed_activation import is_routed
 from .losses import ExtraLossCallback

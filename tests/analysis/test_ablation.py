@@ -7,7 +7,7 @@ from planted import planted_model
 from tiny import convert, distance, run, tiny_inputs, tiny_model
 
 from moefy_hf.analysis import ablate, remove_together
-from moefy_hf.analysis.ablation import by_layer, estimated_effects, ranked, task
+from moefy_hf.analysis.ablation import by_layer, estimated_effects, measure_task, ranked, split_by_class
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def test_estimates_are_derivatives():
         losses = []
         for factor in (1 - step, 1 + step):
             with model.boost_experts({layer: {expert: factor}}):
-                losses.append(task(model, batches).loss)
+                losses.append(measure_task(model, batches).loss)
         moved = (losses[0] - losses[1]) / (2 * step)
         assert moved == pytest.approx(float(estimated[layer, expert]), rel=1e-2, abs=2e-5)
     assert estimated.abs().max() > 1e-3
@@ -37,7 +37,7 @@ def test_rises_are_differences_of_losses(model):
     for row in found["rows"]:
         with model.disable_experts({row["layer"]: [row["expert"]]}):
             for name, batches in (("task", one), ("other", other)):
-                rise = task(model, batches).loss - found["whole"][name]["loss"]
+                rise = measure_task(model, batches).loss - found["whole"][name]["loss"]
                 assert row[f"{name}: rise of the loss"] == pytest.approx(rise, abs=1e-6)
                 assert row[f"{name}: standard error"] > 0
     scores = [row["task: rise of the loss"] - row["other: rise of the loss"] for row in found["rows"]]
@@ -62,9 +62,9 @@ def test_experts_are_removed_together(model):
     ranking = [(0, 1), (1, 2), (0, 3)]
     rows = remove_together(model, ranking, {"a": one, "b": other}, [2, 3])
     assert [row["experts off"] for row in rows] == [0, 2, 3]
-    assert rows[0]["a"] == rows[0]["random: a"] == task(model, one).accuracy
+    assert rows[0]["a"] == rows[0]["random: a"] == measure_task(model, one).accuracy
     with model.disable_experts({0: [1, 3], 1: [2]}):
-        assert rows[2]["b"] == task(model, other).accuracy
+        assert rows[2]["b"] == measure_task(model, other).accuracy
 
 
 def test_a_language_model_counts_positions():
@@ -86,3 +86,15 @@ def test_bad_input(model):
         ablate(model, iter(text_batches(1, labels="class")))
     with pytest.raises(ValueError, match="batches with labels"):
         ablate(model, text_batches(1), progress=False)
+    with pytest.raises(ValueError, match="4 experts to remove together are more than the 3"):
+        remove_together(model, [(0, 1), (1, 2), (0, 3)], {"a": text_batches(1, labels="class")}, [1, 4])
+
+
+def test_a_class_and_the_others(model):
+    names = list(model.config.id2label.values())
+    parts = split_by_class(["a", "b", "c"], [1, 0, 1], model.config, names[1])
+    assert parts == {"task": (["a", "c"], [1, 1]), "other": (["b"], [0])}
+    with pytest.raises(ValueError, match=f"unknown class 'x'; choose from {names[0]}"):
+        split_by_class(["a"], [0], model.config, "x")
+    with pytest.raises(ValueError, match="and of others"):
+        split_by_class(["a"], [0], model.config, names[0])

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification
 
 from moefy_hf import MoEficationConfig, moefy_
 from moefy_hf.analysis import prune
-from moefy_hf.analysis.pruning import least_used
+from moefy_hf.analysis.pruning import check_count, least_needed, least_used
 from moefy_hf.modeling.ffn_sites import find_sites
 
 GONE = {0: [1, 4], 1: [0, 5], 2: [2, 3], 3: [0, 1]}
@@ -141,3 +141,17 @@ def test_what_cannot_be_pruned():
 def test_least_used():
     assert least_used([[3.0, 1, 2, 0], [5, 5, 0, 9]], 2) == {0: [1, 3], 1: [0, 2]}
     assert least_used([[0.0, 1, 2, 3]], 1, spared=1) == {0: [1]}
+
+
+def test_least_needed():
+    model = tiny_model("bert")
+    convert(model, num_experts=3)
+    ranking = [(1, 0), (0, 2), (0, 0), (1, 2), (1, 1), (0, 1)]
+    assert least_needed(model, ranking, 1) == {0: [1], 1: [1]}
+    assert least_needed(model, ranking, 2) == {0: [0, 1], 1: [1, 2]}
+    with pytest.raises(ValueError, match="other experts than those 6"):
+        least_needed(model, ranking[1:], 1)
+    check_count(model, 2)
+    for count in (0, 3):
+        with pytest.raises(ValueError, match="choose 1 to 2 experts"):
+            check_count(model, count)

@@ -282,7 +282,7 @@ def test_the_order_of_neurons_does_not_matter(name):
 def test_coactivation_does_not_depend_on_chunks(monkeypatch):
     weights, stats, _ = firing_together(8, 8, gated=False)
     whole = groups(split("coactivation", weights, 8, stats), 8)
-    monkeypatch.setattr("moefy_hf.measure.profile.CHUNK", 7)
+    monkeypatch.setattr("moefy_hf.measure.sample.CHUNK", 7)
     assert groups(split("coactivation", weights, 8, stats), 8) == whole
 
 

@@ -5,7 +5,8 @@ import torch
 from batches import text_batches
 from tiny import convert, tiny_model
 
-from moefy_hf import allocate_budgets, evaluate, measure_reach, search, share_within
+from moefy_hf import allocate_budgets, evaluate, find_budget, measure_reach
+from moefy_hf.evaluation.search import search, share_within
 from moefy_hf.modeling.selection import SELECTIONS
 
 DYNAMIC = [name for name, cls in SELECTIONS.items() if cls.dynamic]
@@ -115,6 +116,17 @@ def test_qualities_that_cannot_be(labels, quality, message):
     data = batches() if labels else text_batches(2)
     with pytest.raises(ValueError, match=message):
         search(language_model(k=0.5), data, quality, progress=False)
+
+
+def test_one_verb_for_both_goals():
+    model, data = language_model(k=0.5), batches()
+    assert find_budget(model, flops=0.5) == {"k": share_within(model, 0.5)}
+    assert find_budget(model, data, quality=1.2, progress=False) == search(model, data, 1.2, progress=False)[0]
+    for wrong in ({}, {"quality": 1.2, "flops": 0.5}):
+        with pytest.raises(ValueError, match="one goal"):
+            find_budget(model, data, **wrong)
+    with pytest.raises(ValueError, match="batches"):
+        find_budget(model, quality=1.2)
 
 
 def test_a_type_that_was_not_measured():

@@ -3,6 +3,7 @@
 A neuron is dropped on a token where the norm of what it adds to the output, |a_n| |down[:, n]|, does not exceed a
 threshold of its layer. A layer's CETT (cumulative errors of tail truncation) is the mean over tokens of |what the
 dropped neurons would have added| / |FFN(x)|, biases left out; its activation ratio is the share of neurons kept.
+`moefy profile` prints the table that is at the end of this file.
 """
 
 import contextlib
@@ -10,20 +11,25 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import mean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm, trange
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..modeling.ffn_sites import FfnSite, find_sites
+from .contexts import evaluating, hooked
+from .hooks import run_with_hooks
 from .metrics import Quality, is_causal, predictions
-from .profile import observed, real_tokens
+from .padding import without_padding
+from .profile import SiteProfile
+from .progress import token_bar
 
 LEVELS = (0.01, 0.05, 0.1, 0.2)  # of CETT, at which activation ratios are shown
 GRID = 24  # thresholds per layer that are measured; others are interpolated
-FIRST = 512  # tokens of the first batch that decide where they lie
+AT_ONCE = 512  # tokens that are measured at once; the first of them decide where thresholds lie
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class CettCurve:
     active: tuple[float, ...]
 
     def at(self, cett: float) -> tuple[float, float]:
-        """(threshold, share of neurons kept) at a CETT; between measured points by interpolation.
+        """Return (threshold, share of neurons kept) at a CETT; between measured points by interpolation.
 
         Raises:
             ValueError: it is not between 0 and 1.
@@ -58,7 +64,7 @@ class CettCurve:
         return points[-1][1:] if cett >= self.cett[-1] else points[0][1:]
 
 
-class _Measured:
+class _Sums:
     """Running sums of one FFN."""
 
     def __init__(self, site: FfnSite):
@@ -71,10 +77,10 @@ class _Measured:
         self.cett, self.active = (torch.zeros(GRID + 1, dtype=torch.float64) for _ in range(2))
 
     def update_(self, neurons: torch.Tensor) -> None:
-        """neurons (T, f)"""
+        """Add tokens: neurons (T, f)."""
         scores = neurons.float().abs() * self.norms
         if not len(self.thresholds):
-            self.thresholds = grid_of(scores[:FIRST])
+            self.thresholds = grid_of(scores)
         bucket = torch.bucketize(scores, self.thresholds)  # how many thresholds lie below a neuron's score
         whole = F.linear(neurons, self.down).float()
         norm = whole.norm(dim=-1).clamp_min(1e-12)
@@ -97,68 +103,93 @@ class _Measured:
 
 
 def grid_of(scores: torch.Tensor) -> torch.Tensor:
-    """(T, f) -> (G,): 0 and rising quantiles of what is not zero, closest together among the large."""
-    drawn = scores[scores > 0].sort().values
-    if not len(drawn):
+    """Return thresholds (G,) for scores (T, f): 0 and rising quantiles of what is not zero, closest together among the
+    large."""
+    positive = scores[scores > 0].sort().values
+    if not len(positive):
         return scores.new_zeros(1)
     ranks = 1 - (1 - torch.linspace(0, 1, GRID + 1, device=scores.device)[1:-1]).square()
-    return torch.cat([scores.new_zeros(1), drawn[(ranks * (len(drawn) - 1)).long()].unique()])
+    return torch.cat([scores.new_zeros(1), positive[(ranks * (len(positive) - 1)).long()].unique()])
 
 
 @torch.no_grad()
 def cett_curves(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, max_tokens: int = 4096, progress: bool = True
 ) -> list[CettCurve]:
-    """Measure every FFN of a model in one pass over some thousand tokens, one curve each, in forward order. Memory
-    does not grow with their number.
+    """Measure every FFN of a model in one pass over some thousand tokens.
+
+    Memory does not grow with their number.
+
+    Returns:
+        one curve per FFN, in forward order.
 
     Raises:
         ValueError: unsupported model type, or no token in `batches`.
     """
     sites = find_sites(model)
-    found = [_Measured(site) for site in sites]
+    sums = [_Sums(site) for site in sites]
 
-    def seen(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
-        neurons = neurons[: max_tokens - found[position].tokens]
-        if len(neurons):
-            found[position].update_(neurons)
+    def see(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
+        for rows in neurons[: max_tokens - sums[position].tokens].split(AT_ONCE):
+            if len(rows):
+                sums[position].update_(rows)
+                bar.update(len(rows) / len(sites))
 
-    bar = tqdm(total=max_tokens, unit="token", unit_scale=True, desc="CETT", disable=not progress)
-    with bar, observed(model, sites, seen) as run:
+    with token_bar(max_tokens, "CETT", progress) as bar, run_with_hooks(model, sites, see) as run:
         for batch in batches:
             run(batch)
-            tokens = max(each.tokens for each in found)
-            bar.update(tokens - bar.n)
-            if tokens >= max_tokens:
+            if max(ffn.tokens for ffn in sums) >= max_tokens:
                 break
-    if not all(each.tokens for each in found):
+    if not all(ffn.tokens for ffn in sums):
         raise ValueError("there is nothing to measure: no batch held a token that is not padding")
-    return [each.curve() for each in found]
+    return [ffn.curve() for ffn in sums]
 
 
 @contextlib.contextmanager
 def dropping(
     model: PreTrainedModel, thresholds: Sequence[float], batch: Mapping[str, Any], counts: torch.Tensor
 ) -> Iterator[None]:
-    """Drop neurons below each FFN's threshold; counts (FFNs, 2) gains how many were kept, of how many."""
+    """Drop the neurons below each FFN's threshold while a batch runs.
+
+    Args:
+        thresholds: one per FFN.
+        counts: (FFNs, 2), which gains how many neurons were kept, and of how many, padding left out.
+    """
 
     def drop(position: int, site: FfnSite, args: tuple) -> tuple:
         keep = args[0].float().abs() * site.weights().down.float().norm(dim=0) > thresholds[position]
-        rows = keep.reshape(-1, keep.shape[-1])
-        real = real_tokens(model, site, batch, len(rows))
-        rows = rows if real is None else rows[real]
+        rows = without_padding(model, site, batch, keep)
         counts[position] += torch.tensor([int(rows.sum()), rows.numel()])
         return args[0].masked_fill(~keep, 0), *args[1:]
 
-    handles = [
+    with hooked(
         site.down.register_forward_pre_hook(lambda _, args, i=position, site=site: drop(i, site, args))
         for position, site in enumerate(find_sites(model))
-    ]
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def loss_when_dropping(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], thresholds: Sequence[float], bar: tqdm
+) -> tuple[float, torch.Tensor]:
+    """Return the mean loss of a model whose neurons are dropped below each FFN's threshold, and counts (FFNs, 2) of
+    the neurons that were kept, and of all.
+
+    Args:
+        bar: moves with each batch.
+
+    Raises:
+        ValueError: `batches` have no labels.
+    """
+    counts, quality = torch.zeros(len(thresholds), 2, dtype=torch.float64), Quality()
+    for batch in batches:
+        with dropping(model, thresholds, batch, counts):
+            logits, labels = predictions(model, batch)
+        quality.update_(logits, logits, labels)
+        bar.update()
+    if not quality.labelled:
+        raise ValueError("perplexity or loss needs labels: `batches` is empty or has none")
+    return quality.loss / quality.labelled, counts
 
 
 @dataclass(frozen=True)
@@ -186,7 +217,8 @@ def ppl_activation(
     tolerance: float = 1e-3,
     progress: bool = True,
 ) -> PplActivation:
-    """PPL-p%: bisect one CETT for all FFNs until perplexity (or another task's loss) has grown by `growth`.
+    """Bisect one CETT for all FFNs until perplexity (or another task's loss) has grown by `growth`: PPL-p% (Sparsing
+    Law, 2024).
 
     Args:
         batches: with labels; read once for each of some ten steps.
@@ -200,33 +232,62 @@ def ppl_activation(
         raise ValueError(f"growth must be positive and tolerance between 0 and 1, got {growth} and {tolerance}")
     if len(curves) != len(find_sites(model)):
         raise ValueError(f"there are {len(curves)} curves for {len(find_sites(model))} FFNs")
-    quality, training = "perplexity" if is_causal(model) else "loss", model.training
+    quality, steps = "perplexity" if is_causal(model) else "loss", math.ceil(-math.log2(tolerance))
+    total = (steps + 1) * len(batches) if isinstance(batches, Sequence) else None
+    with evaluating(model), tqdm(total=total, desc="PPL", unit="batch", disable=not progress) as bar:
 
-    def measured(cett: float) -> tuple[float, torch.Tensor]:
-        """The loss at a CETT, and how many neurons of each FFN were kept, of how many."""
-        thresholds = [curve.at(cett)[0] for curve in curves]
-        counts, sums = torch.zeros(len(curves), 2, dtype=torch.float64), Quality()
-        for batch in batches:
-            with dropping(model, thresholds, batch, counts):
-                logits, labels = predictions(model, batch)
-            sums.update_(logits, logits, labels)
-        if not sums.labelled:
-            raise ValueError("perplexity or loss needs labels: `batches` is empty or has none")
-        return sums.loss / sums.labelled, counts
+        def measure(cett: float) -> tuple[float, torch.Tensor]:
+            return loss_when_dropping(model, batches, [curve.at(cett)[0] for curve in curves], bar)
 
-    low, high = 0.0, 1.0
-    model.eval()
-    try:
-        dense, counts = measured(low)  # without exact zeros alone: what the dense model does
-        found = (low, 0.0, counts)
-        for _ in trange(math.ceil(-math.log2(tolerance)), desc="PPL", unit="pass", disable=not progress):
+        low, high = 0.0, 1.0
+        dense, counts = measure(low)  # without exact zeros alone: what the dense model does
+        grown_at_low, counts_at_low = 0.0, counts
+        for _ in range(steps):
             cett = (low + high) / 2
-            loss, counts = measured(cett)
+            loss, counts = measure(cett)
             grown = math.expm1(min(loss - dense, 50)) if quality == "perplexity" else loss / dense - 1
             if grown <= growth:
-                low, found = cett, (cett, grown, counts)
+                low, grown_at_low, counts_at_low = cett, grown, counts
             else:
                 high = cett
-    finally:
-        model.train(training)
-    return PplActivation(found[0], found[1], tuple((found[2][:, 0] / found[2][:, 1]).tolist()), quality)
+    return PplActivation(low, grown_at_low, tuple((counts_at_low[:, 0] / counts_at_low[:, 1]).tolist()), quality)
+
+
+def describe_ffn(stats: SiteProfile, curve: CettCurve) -> dict[str, Any]:
+    """Return the figures of one FFN that `profile_table` shows.
+
+    `zero` and `not_active` are the shares of activations that are exactly zero, and not positive. `half_of_the_mass`
+    is the smallest share of neurons that has half of the summed |activation|. `active_at_X` is what is kept at CETT X.
+    """
+    mass = stats.mass.sort(descending=True).values
+    half = int((mass.cumsum(0) < mass.sum() / 2).sum()) + 1
+    return {
+        "neurons": len(mass),
+        "zero": curve.zeros,
+        "not_active": stats.sparsity,
+        "never_active": int((stats.active == 0).sum()),
+        "half_of_the_mass": half / len(mass),
+        **{f"active_at_{level}": curve.at(level)[1] for level in LEVELS},
+    }
+
+
+def profile_table(figures: Mapping[str, Any]) -> str:
+    """Return a Markdown table with a line per FFN; `active at` a CETT is the share of neurons that is kept there.
+
+    Args:
+        figures: `rows` of `describe_ffn` with the FFN's name as `ffn`; and, where perplexity was measured, `ppl`, a
+            `PplActivation` as a dictionary, and `active_at_ppl` in each row.
+    """
+    rows, ppl = figures["rows"], figures.get("ppl")
+    levels = [f"active at CETT {level}" for level in LEVELS] + (["at that growth"] if ppl else [])
+    titles = ["FFN", "neurons", "zero", "not active", "never active", "half of the mass", *levels]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for row in rows:
+        shares = [row[f"active_at_{level}"] for level in (*LEVELS, *(["ppl"] if ppl else []))]
+        cells = [row["ffn"], row["neurons"], f"{row['zero']:.1%}", f"{row['not_active']:.1%}", row["never_active"]]
+        cells += [f"{share:.1%}" for share in (row["half_of_the_mass"], *shares)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if ppl:
+        lines += ["", f"perplexity grows by {ppl['growth']:.2%} at CETT {ppl['cett']:.3f}, "]
+        lines[-1] += f"where {mean(ppl['active']):.1%} of the neurons are kept"
+    return "\n".join(lines)

@@ -12,10 +12,10 @@ from tiny import tiny_model
 from moefy_hf import MoEficationConfig, evaluate, moefy_
 from moefy_hf.cli.main import main
 from moefy_hf.data import split_off
-from moefy_hf.evaluation.quality_check import Prediction, predict_quality
+from moefy_hf.evaluation.quality_check import QualityCheck, check_quality
 from moefy_hf.hub.facts import read_facts
 
-GOOD = Prediction(100, kl=0.01, random_kl=0.5, uniform_kl=2.0, agreement=0.95, loss=3.0, dense_loss=2.9)
+GOOD = QualityCheck(100, kl=0.01, random_kl=0.5, uniform_kl=2.0, agreement=0.95, loss=3.0, dense_loss=2.9)
 
 
 def learned(model, seed: int = 0, labels: bool = True) -> list[dict]:
@@ -50,7 +50,7 @@ def test_figures_are_those_of_a_sweep():
     model = sharp()
     batches = learned(model)
     converted(model, k=2)
-    found = predict_quality(model, batches, progress=False)
+    found = check_quality(model, batches, progress=False)
     sweep = evaluate(model, batches, [2, 0.9], controls=["random"], local_tokens=0, progress=False)
     dense, own, _, chance, _ = sweep.rows
     assert found.positions == sweep.facts["positions"]
@@ -70,7 +70,7 @@ def test_figures_are_those_of_a_sweep():
 def test_bad_models_are_told_what_would_be_better():
     model = sharp()
     batches = learned(model)
-    found = predict_quality(converted(model), batches, progress=False)
+    found = check_quality(converted(model), batches, progress=False)
     assert found.bad and found.degenerate and "more than 100%" in found.degenerate
     assert model.moe_sites()[0].act.selection.k == 1 and not model.training
     options = "\n".join(found.options)
@@ -86,7 +86,7 @@ def test_a_larger_budget_that_is_enough_is_named():
         model,
         MoEficationConfig(num_experts=48, splitter="random", router="random", selection={"type": "top_k", "k": 1}),
     )
-    found = predict_quality(model, batches, progress=False)
+    found = check_quality(model, batches, progress=False)
     sweep = evaluate(model, batches, [0.3, 0.5, 0.7, 0.9], controls=[], local_tokens=0, progress=False)
     good = [row["k"] for row in sweep.rows[1:] if row["loss"] <= 1.1 * sweep.rows[0]["loss"]]
     assert found.enough == (good[0] if good else None)
@@ -116,11 +116,11 @@ def test_thresholds(changes, bad, degenerate):
 def test_what_cannot_be_predicted():
     model = tiny_model("llama", "AutoModelForCausalLM")
     with pytest.raises(ValueError, match="is not MoEfied"):
-        predict_quality(model, [])
-    with pytest.raises(ValueError, match="cannot be predicted"):
-        predict_quality(converted(model), [], progress=False)
+        check_quality(model, [])
+    with pytest.raises(ValueError, match="cannot be checked"):
+        check_quality(converted(model), [], progress=False)
     with pytest.raises(ValueError, match="no logits"):
-        predict_quality(converted(tiny_model("llama")), text_batches(1), progress=False)
+        check_quality(converted(tiny_model("llama")), text_batches(1), progress=False)
 
 
 def test_texts_are_split():

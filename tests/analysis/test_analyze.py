@@ -11,7 +11,7 @@ from tiny import convert, distance, run, tiny_inputs, tiny_model
 
 from moefy_hf import MoEficationConfig
 from moefy_hf.analysis import Analysis, TextStream, analyze
-from moefy_hf.analysis.measuring import measure, measure_load, survey
+from moefy_hf.analysis.measuring import measure, measure_load, survey_texts
 from moefy_hf.conversion.pipeline import install_routers_
 
 
@@ -94,7 +94,7 @@ def test_sums_do_not_grow_with_the_texts(model, tmp_path):
     sizes = []
     for rows in (40, 400):
         texts = stream(write_texts(tmp_path / f"{rows}.csv", rows), model)
-        found = survey(texts, 99, 3)
+        found = survey_texts(texts, 99, 3)
         layers = measure(model, number_tokenizer(), texts, found, torch.arange(50), progress=False)
         state = [{name: value for name, value in vars(each).items() if name != "site"} for each in layers]
         sizes.append(len(pickle.dumps(state)))
@@ -126,7 +126,7 @@ def test_an_extreme_expert_is_flagged(model, found, tmp_path):
 
 def test_a_limit_ends_reading(model, tmp_path):
     texts = stream(write_texts(tmp_path / "texts.csv", 900), model, batch_size=2, limit=100)
-    assert survey(texts, 99, 3).texts == 64  # one window
+    assert survey_texts(texts, 99, 3).texts == 64  # one window
 
 
 def test_bad_input(model, tmp_path):
@@ -168,6 +168,6 @@ def test_one_router_for_all_layers_is_asked_what_the_first_reads(tmp_path):
     loads = measure_load(model, stream(path, model))
     assert loads[0] == loads[1] and sum(loads[0]) == 2 * tokens
     found = measure(
-        model, number_tokenizer(), stream(path, model), survey(stream(path, model), 99, 3), torch.tensor([TOKEN])
+        model, number_tokenizer(), stream(path, model), survey_texts(stream(path, model), 99, 3), torch.tensor([TOKEN])
     )
     assert [layer.views["routed"].load.tolist() for layer in found] == loads
