@@ -163,7 +163,7 @@ def test_selections_shared_experts_and_compensation(
     assert distance(run(model, inputs), after) < 1e-5 < distance(masked, after)
 
 
-@pytest.mark.parametrize("router", [name for name in ROUTERS if not ROUTERS[name].begins_experts])
+@pytest.mark.parametrize("router", [name for name in ROUTERS if not ROUTERS[name].reuses_expert_compute])
 @pytest.mark.parametrize("selection", [name for name in SELECTIONS if name != "top_k"])
 def test_every_router_and_dynamic_selection(selection, router, monkeypatch):
     """In the kernel's call where the router is one or two matrices, by torch otherwise; each token scored once."""
@@ -241,7 +241,7 @@ def test_why_calls_are_masked_is_said_once(caplog):
     assert [each.message for each in caplog.records] == ["FFNs run masked: autocast wants another dtype"]
 
 
-def test_a_router_that_begins_experts_stays_masked(monkeypatch):
+def test_a_router_that_reuses_expert_compute_stays_masked(monkeypatch):
     model, inputs = tiny_model("llama"), tiny_inputs("llama")
     convert(model, 2, router="partial_input", splitter="random")
     masked, found = run(model, inputs), calls(monkeypatch)

@@ -165,7 +165,7 @@ def neuron_orders(
         stats = found.sites[position] if found else None
         with torch.autocast(site.down.weight.device.type, enabled=False):  # half-precision sums scramble a split
             orders.append(neuron_order(site.weights(), stats, experts, config, generator, warm))
-    if ROUTERS[config.router].per_stack and found is not None:
+    if ROUTERS[config.router].serves_stack and found is not None:
         with torch.autocast(sites[0].down.weight.device.type, enabled=False):
             orders = aligned_orders(sites, orders, num_experts, found, config.shared_experts)
     return orders

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ..modeling.routed_activation import RoutedActivation
+from ..modeling.routers import facts_of
 from .limits import largest_share
 
 if TYPE_CHECKING:
@@ -87,8 +88,7 @@ def run_torch(ffn: "SparseFfn", x: torch.Tensor) -> torch.Tensor:
 def experts_of(act: RoutedActivation, x: torch.Tensor) -> torch.Tensor:
     """x (..., d) -> (..., K) int32: the experts that run, the shared ones first, -1 in unused slots."""
     scores = act.router(x.detach())
-    if type(act.router).__name__ == "PreGatedRouter":  # others may be of a checkpoint's older code
-        act.router.hand_on(scores)
+    facts_of(act.router).hand_on(act.router, scores)  # older code that came with a checkpoint has no such method
     index, used = act.selection(act.router.strengths(scores) if act.selection.dynamic else scores)
     shared = torch.arange(act.shared, device=x.device).expand(*index.shape[:-1], -1)
     return torch.cat([shared, (index + act.shared).where(used, -1)], -1).int()

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..loading import check_code
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.moefied import base_layer
+from ..modeling.routers import facts_of
 from .backends import ACTIVATIONS, IMPLEMENTATIONS, KERNEL_ROUTERS, KERNEL_SELECTIONS
 from .limits import INNER_DROPOUT, LIMITS, device_of, largest_share
 
@@ -314,7 +315,7 @@ def misfit(site: FfnSite, name: str) -> str | None:
                 return f"{path} is {parameter.dtype}: only {limits.names} can"
             if parameter.dtype != dtype:
                 return f"{path} is {parameter.dtype}, {site.spec.down} {dtype}: only one dtype can"
-    if site.act.router.begins_experts:
+    if facts_of(site.act.router).reuses_expert_compute:
         return f"its {type(site.act.router).__name__} computes part of each neuron, which no kernel goes on from"
     act = site.act.inner
     if type(act).__name__ not in ACTIVATIONS:
