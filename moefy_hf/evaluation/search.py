@@ -10,6 +10,7 @@ from ..measure.contexts import selecting
 from ..measure.flops import ffn_flops, routed_costs
 from ..measure.metrics import is_causal
 from ..modeling.allocation import setting_name
+from ..modeling.selection import threshold_of
 from .sweep import Sweep, evaluate
 
 STEPS = 64  # a quality is met to this part of the experts
@@ -97,8 +98,8 @@ def search(
         found_selection = {"type": kind, "k": high / experts, "allocation": allocation or "uniform"}
         model.set_selection(**found_selection)
         name, chosen = setting_name(kind), [site.act.selection for site in model.moe_sites()]
-        if name and high < experts and len({each.setting for each in chosen}) == 1:
-            found_selection = {"type": kind, name: chosen[0].setting}
+        if name and high < experts and len({threshold_of(each) for each in chosen}) == 1:
+            found_selection = {"type": kind, name: threshold_of(chosen[0])}
     sweep = Sweep([], {})
     for count in sorted(found):
         sweep.facts = found[count].facts

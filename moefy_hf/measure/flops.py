@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..modeling.ffn_sites import FfnSite, find_sites
 from ..modeling.moefied import is_moefied
 from ..modeling.routed_activation import is_routed
-from ..modeling.routers import facts_of
+from ..modeling.routers import router_facts
 from .contexts import all_experts
 from .router_inputs import read_at
 
@@ -32,7 +32,7 @@ def routed_flops(site: FfnSite, experts: float) -> float:
     if not is_routed(routed) or experts >= routed.num_experts:
         return float(ffn_flops(site))
     router = routed.router.flops()
-    if facts_of(routed.router).reuses_expert_compute:  # paid twice by none that runs
+    if router_facts(routed.router).reuses_expert_compute:  # paid twice by none that runs
         router *= 1 - (experts - routed.shared) / routed.router.num_experts
     return ffn_flops(site) * experts / routed.num_experts + router
 

@@ -7,7 +7,6 @@ and with as many tokens: whatever does not fit raises.
 """
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .ffn_weights import FfnWeights
-from .routed_activation import RoutedActivation
+from .routed_activation import PerThread, RoutedActivation
 from .router_base import Router, expert_centres
 
 
@@ -29,17 +28,11 @@ class Pass:
         self.scores: torch.Tensor | None = None
 
 
-class Handed(threading.local):
-    """The pass under way, and the position of the FFN that runs; one per thread, so that threads may share a model."""
+class Handed(PerThread):
+    """The pass under way, and the position of the FFN that runs."""
 
     now: Pass | None = None
     running: int = -1
-
-    def __deepcopy__(self, memo):
-        return Handed()
-
-    def __reduce__(self):
-        return Handed, ()
 
 
 class PreGatedRouter(Router):

@@ -50,7 +50,7 @@ def router_class(name: Any, settings: Mapping[str, Any] | None = None) -> type[R
     return ROUTERS[name]
 
 
-def facts_of(router: nn.Module) -> type[Router]:
+def router_facts(router: nn.Module) -> type[Router]:
     """Return the class that says what is known of a router's method.
 
     A model may run code that came with its checkpoint, whose classes lack newer attributes: they stand for the class
