@@ -18,10 +18,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from moefy_hf import MoEficationConfig, evaluate, moefy_, profile
 from moefy_hf.modeling.router_base import Router
 from moefy_hf.modeling.routers import ROUTERS
-from moefy_hf.runtime import execution
-from moefy_hf.runtime.backends import KERNEL_ROUTERS
-from moefy_hf.runtime.execution import IMPLEMENTATIONS, SparseFfn
-from moefy_hf.runtime.limits import largest_share
+from moefy_hf.runtime import backends, cpu_kernel, sparse_ffn
+from moefy_hf.runtime.backends import BACKENDS
+from moefy_hf.runtime.sparse_ffn import SparseFfn
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 SIGMOID = "bert-sigmoid"  # an activation that no kernel has
@@ -36,15 +35,14 @@ def moefied(name: str, k: int = 2, **settings):
 def calls(monkeypatch) -> list[tuple]:
     """The shapes of what kernels compute from here on."""
     found = []
-    for name in IMPLEMENTATIONS:
-        original = IMPLEMENTATIONS[name]
+    for backend in BACKENDS.values():
 
-        def counted(ffn, x, original=original):
-            if (y := original(ffn, x)) is not None:
+        def counted(self, x, most, compute=backend.compute):
+            if (y := compute(self, x, most)) is not None:
                 found.append(tuple(x.shape))
             return y
 
-        monkeypatch.setitem(execution.IMPLEMENTATIONS, name, counted)
+        monkeypatch.setattr(backend, "compute", counted)
     return found
 
 
@@ -163,7 +161,7 @@ def test_selections_shared_experts_and_compensation(
     assert distance(run(model, inputs), after) < 1e-5 < distance(masked, after)
 
 
-@pytest.mark.parametrize("router", [name for name in ROUTERS if not ROUTERS[name].begins_experts])
+@pytest.mark.parametrize("router", [name for name in ROUTERS if not ROUTERS[name].reuses_expert_compute])
 @pytest.mark.parametrize("selection", [name for name in SELECTIONS if name != "top_k"])
 def test_every_router_and_dynamic_selection(selection, router, monkeypatch):
     """In the kernel's call where the router is one or two matrices, by torch otherwise; each token scored once."""
@@ -173,14 +171,13 @@ def test_every_router_and_dynamic_selection(selection, router, monkeypatch):
     masked, found, scored = run(model, inputs), calls(monkeypatch), scorings(monkeypatch)
     model.set_moe_implementation("cpu")
     assert distance(run(model, inputs), masked) < 1e-5 and len(found) == 2
-    assert len(scored) in ([0] if ROUTERS[router].__name__ in KERNEL_ROUTERS else [1, 2])  # a pre-gated layer waits
+    assert len(scored) in ([0] if ROUTERS[router].kernel_weights else [1, 2])  # a pre-gated layer waits
 
 
-@pytest.mark.parametrize("name", KERNEL_ROUTERS)
-def test_the_strengths_of_scores_are_as_listed(name):
-    (router,) = [each(8, 6) for each in ROUTERS.values() if each.__name__ == name]
-    known = KERNEL_ROUTERS[name]
-    matrices = [getattr(router, each) for each in (known.before, known.weight) if each is not None]
+@pytest.mark.parametrize("name", [name for name, router in ROUTERS.items() if router.kernel_weights])
+def test_the_kernel_scores_as_these_routers_do(name):
+    router = ROUTERS[name](8, 6)
+    matrices = [router.get_parameter(each) for each in router.kernel_weights]
     assert {id(each) for each in router.parameters()} == {id(each) for each in matrices}
     x = scores = torch.randn(5, 8)
     for matrix in matrices:
@@ -189,7 +186,7 @@ def test_the_strengths_of_scores_are_as_listed(name):
     assert scores.shape == (5, 6)
     torch.testing.assert_close(router(x), scores)
     expected = {"softmax": scores.softmax(-1), "sigmoid": scores.sigmoid()}
-    assert torch.equal(router.strengths(scores), expected[known.strengths])
+    assert torch.equal(router.strengths(scores), expected[router.kernel_strengths])
     assert router.strengths(scores.bfloat16()).dtype == torch.float32  # rounded, they would tie
 
 
@@ -235,13 +232,13 @@ def test_a_router_that_lies_otherwise_is_run_by_torch():
 def test_why_calls_are_masked_is_said_once(caplog):
     model, inputs = moefied("llama"), tiny_inputs("llama")
     model.set_moe_implementation("cpu")
-    execution.logger.warning_once.cache_clear()
+    sparse_ffn.logger.warning_once.cache_clear()
     for _ in range(2):
         in_autocast(model, inputs)
     assert [each.message for each in caplog.records] == ["FFNs run masked: autocast wants another dtype"]
 
 
-def test_a_router_that_begins_experts_stays_masked(monkeypatch):
+def test_a_router_that_reuses_expert_compute_stays_masked(monkeypatch):
     model, inputs = tiny_model("llama"), tiny_inputs("llama")
     convert(model, 2, router="partial_input", splitter="random")
     masked, found = run(model, inputs), calls(monkeypatch)
@@ -323,7 +320,7 @@ def test_auto_leaves_many_tokens_of_fine_experts_to_dense(dtype, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
     def limits(tokens: int, name: str = "cpu") -> list[float]:
-        return [largest_share(name, torch.zeros(tokens, 3, dtype=dtype), size) for size in (1, 2, 32)]
+        return [BACKENDS[name].largest_share(torch.zeros(tokens, 3, dtype=dtype), size) for size in (1, 2, 32)]
 
     assert limits(1) == [1, 1, 1] and limits(2) == limits(16) and limits(1, "torch") == [0.8] * 3
     for n, most in ((16, 0.8), (17, 0.5)):
@@ -372,9 +369,9 @@ def test_auto_takes_what_there_is(monkeypatch):
     def fails():
         raise BuildError("no compiler")
 
-    monkeypatch.setattr(execution, "library", fails)
+    monkeypatch.setattr(cpu_kernel, "library", fails)
     model.set_moe_implementation("auto")
-    assert {site.first.forward.__self__.name for site in model.moe_sites()} == {"torch"}
+    assert {site.first.forward.__self__.backend.name for site in model.moe_sites()} == {"torch"}
     with pytest.raises(BuildError, match="no compiler"):
         model.set_moe_implementation("cpu")
 
@@ -387,7 +384,7 @@ def test_auto_does_without_a_kernel_that_cannot_be_made(broken, monkeypatch, tmp
         monkeypatch.setenv("CXX", str(tmp_path / "none"))
     build.library.cache_clear()
     try:
-        assert execution.best_for("cpu") == "torch"
+        assert backends.best_for("cpu") == "torch"
         with pytest.raises(BuildError, match="cannot be compiled or loaded here.*(none|file)"):
             moefied("llama").set_moe_implementation("cpu")
     finally:
@@ -494,9 +491,9 @@ def test_without_triton_a_clear_error_and_auto_masks(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs Triton: pip install 'moefy-hf\[triton\]'"):
         model.set_moe_implementation("triton")
-    assert execution.best_for("cuda") == "masked"
+    assert backends.best_for("cuda") == "masked"
     monkeypatch.undo()
-    assert execution.best_for("cpu") == "cpu"
+    assert backends.best_for("cpu") == "cpu"
 
 
 @pytest.mark.parametrize(

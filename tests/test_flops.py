@@ -104,7 +104,7 @@ def test_fused_attention_is_counted_too():
     assert fused == pytest.approx(eager)
 
 
-def test_a_router_that_begins_experts_beside_shared_ones():
+def test_a_router_that_reuses_expert_compute_beside_shared_ones():
     """A neuron that is not computed has read 6 of 16 entries of x."""
     model = tiny_model("llama")
     selection = {"type": "top_k", "k": 4, "allocation": "uniform"}

@@ -1,5 +1,6 @@
 """`moefy kernels`: what can run here, and the compiled file."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -7,8 +8,7 @@ import pytest
 from moefy_ffn import build
 
 from moefy_hf.cli.main import main
-from moefy_hf.runtime.execution import IMPLEMENTATIONS
-from moefy_hf.runtime.status import REASONS
+from moefy_hf.runtime.backends import BACKENDS
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def info(capsys) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_every_implementation_is_reported():
-    assert set(REASONS) == {"masked", *IMPLEMENTATIONS}
+def test_every_implementation_is_reported(capsys):
+    assert set(info(capsys)["implementations"]) == {"masked", *BACKENDS}
 
 
 def test_info_compiles_nothing_and_build_does(cache, capsys, monkeypatch):
@@ -56,12 +56,12 @@ def test_build_leaves_a_kernel_that_loads(cache, capsys):
 
 
 def test_triton_wants_itself_and_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr("moefy_hf.runtime.status.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("moefy_hf.runtime.triton_kernel.torch.cuda.is_available", lambda: False)
     for installed, reason in (
         (None, "there is no Triton: pip install 'moefy-hf[triton]'"),
         ("here", "there is no GPU"),
     ):
-        monkeypatch.setattr("moefy_hf.runtime.status.find_spec", lambda name, installed=installed: installed)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, installed=installed: installed)
         assert info(capsys)["implementations"]["triton"] == {"runs": False, "reason": reason}
 
 

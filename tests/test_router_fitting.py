@@ -247,6 +247,6 @@ def test_what_selections_spend_is_measured_anew(batches):
         fitted = copy.deepcopy(model.config.moefication["reach"])
         measure_reach(model, found, ["threshold", "level"], progress=False)
     assert model.config.moefication["reach"] == fitted != stale and fitted.keys() == stale.keys()
-    before = [site.act.selection.setting for site in model.moe_sites()]
+    before = [site.act.selection.threshold for site in model.moe_sites()]
     model.set_selection()
-    assert [site.act.selection.setting for site in model.moe_sites()] == before
+    assert [site.act.selection.threshold for site in model.moe_sites()] == before

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..modeling.routed_activation import RoutedActivation
-from ..runtime.execution import FEW_TOKENS
+from ..runtime.torch_rows import FEW_TOKENS
 from .layers import Layer, checkpoint_layers, compiled, copy_of, dense, indexed, masked, prepacked, preset_layers
 from .settings import CHECKED, DTYPES, TOLERANCE, Settings
 from .timing import against, hardware, machine_limits, quartiles, take_turns, threads_set

@@ -18,7 +18,10 @@ from ..measure.router_inputs import scorer
 from ..modeling.ffn_sites import FfnSite, FfnWeights
 from ..modeling.moefied import is_moefied
 from ..modeling.routed_activation import follow_replacements
-from ..runtime.execution import ACTIVATIONS, SparseFfn, misfit
+from ..runtime.backend_base import ACTIVATIONS
+from ..runtime.cpu_kernel import CpuKernel
+from ..runtime.sparse_ffn import SparseFfn, misfit
+from ..runtime.torch_rows import TorchRows
 from .presets import preset_config, shape_of
 from .settings import DTYPES, Settings
 from .timing import can_prepack
@@ -105,27 +108,22 @@ def layer_of(site: FfnSite) -> Layer:
     Raises:
         ValueError: the sparse implementations cannot run it.
     """
-    reason = misfit(site, "cpu")
+    reason = misfit(site, CpuKernel)
     if reason is not None:
         raise ValueError(f"no sparse implementation can run {site.name}: {reason}")
-    changed = {id(linear.weight) for linear in sparse(site, "cpu").transposed()}
+    changed = {id(linear.weight) for linear in SparseFfn(CpuKernel(site)).transposed()}
     shared = [param for param in site.owner.parameters() if id(param) not in changed]
     compiled = copy_of(site, shared)
     indexed = copy_of(compiled, compiled.owner.parameters())
-    sparse(indexed, "torch").install_()
-    ffn = sparse(compiled, "cpu")
-    ffn.install_()
+    SparseFfn(TorchRows(indexed)).install_()
+    backend = CpuKernel(compiled)
+    SparseFfn(backend).install_()
     weights, packed = site.weights(), list[tuple[torch.Tensor, torch.Tensor | None]]()
     if can_prepack(weights.up.dtype):
         matrices = [(weights.gate, weights.gate_bias), (weights.up, weights.up_bias), (weights.down, site.down.bias)]
         pack = torch.ops.mkldnn._reorder_linear_weight
         packed = [(pack(matrix.contiguous()), bias) for matrix, bias in matrices if matrix is not None]
-    return Layer(site, weights, indexed, compiled, ffn.kernel(), packed)
-
-
-def sparse(site: FfnSite, name: str) -> SparseFfn:
-    """Not installed yet; without dropout, which only training has."""
-    return SparseFfn(site, name, auto=False, dropout=None)
+    return Layer(site, weights, indexed, compiled, backend.prepared(), packed)
 
 
 def copy_of(site: FfnSite, shared: Iterable[torch.Tensor] = ()) -> FfnSite:

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from ..conversion.convert import moefy_
 from ..loading import checkpoint_class
-from ..runtime.execution import FEW_TOKENS
-from .layers import load_moefied, sparse, through_modules
+from ..runtime.cpu_kernel import CpuKernel
+from ..runtime.sparse_ffn import SparseFfn
+from ..runtime.torch_rows import FEW_TOKENS
+from .layers import load_moefied, through_modules
 from .presets import preset_config, shape_of
 from .settings import CHECKED, DTYPES, TOLERANCE, Settings
 from .timing import against, hardware, quartiles, take_turns, threads_set
@@ -104,7 +106,7 @@ def variants(model: PreTrainedModel, names: Iterable[str]) -> dict[str, PreTrain
     """The model in each implementation, on the same weights but for those that the sparse ones keep transposed."""
     own: dict[int, Any] = {id(param): param for param in model.parameters()}
     for site in model.moe_sites():
-        for linear in sparse(site, "cpu").transposed():
+        for linear in SparseFfn(CpuKernel(site)).transposed():
             own[id(linear.weight)] = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
     found = {}
     for name in names:

@@ -9,7 +9,6 @@ from moefy_ffn.build import library
 
 from ..config import MoEficationConfig
 from ..modeling.routers import ROUTERS
-from ..runtime.backends import KERNEL_ROUTERS
 from .presets import PRESETS
 
 NAMES = ("masked", "torch", "cpu")  # implementations that run on the CPU, which dense is compared with
@@ -18,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # of an output's length, per token
 CHECKED = 32  # tokens of a call, at most
 SHARE, EXPERT_SIZE, ROUTER = 0.2, 32, "random"  # of a preset; a checkpoint has its own
-BENCH_ROUTERS = [name for name, made in ROUTERS.items() if made.__name__ in KERNEL_ROUTERS]
+BENCH_ROUTERS = [name for name, router in ROUTERS.items() if router.kernel_weights]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch
 from ..measure.profile import ModelProfile
 from ..measure.router_inputs import check_same_tokens
 from ..measure.sample import CHUNK, FfnSample
-from ..modeling.ffn_sites import FfnSite, FfnWeights, by_stack
+from ..modeling.ffn_sites import FfnSite, by_stack
+from ..modeling.ffn_weights import FfnWeights
 from ..modeling.router_base import output_norm
 
 

@@ -16,7 +16,8 @@ from ..loading import moefied_class
 from ..measure.profile import ModelProfile, SiteProfile
 from ..modeling.adapters import IN_MEMORY
 from ..modeling.allocation import setting_name
-from ..modeling.ffn_sites import FfnSite, FfnWeights, check_permutation, find_sites, permute_neurons_
+from ..modeling.ffn_sites import FfnSite, check_permutation, find_sites, permute_neurons_
+from ..modeling.ffn_weights import FfnWeights
 from ..modeling.moefied import install_, is_moefied, selected_sites, split_sizes
 from ..modeling.routers import ROUTERS
 from ..modeling.section import ALL_EXPERTS, Section
@@ -115,7 +116,7 @@ def neuron_orders(
         with torch.autocast(site.down.weight.device.type, enabled=False):  # half-precision sums scramble a split
             orders.append(neuron_order(site.weights(), stats, experts, config, generator, warm))
         check_permutation(site, orders[-1])
-    if ROUTERS[config.router].per_stack and profile is not None:
+    if ROUTERS[config.router].serves_stack and profile is not None:
         with torch.autocast(sites[0].down.weight.device.type, enabled=False):
             orders = aligned_orders(sites, orders, num_experts, profile, config.shared_experts)
     return orders

@@ -53,7 +53,7 @@ def reroute_(
     """
     check_reroutable(model, router, profile, settings)
     section, sites = Section(model.config), model.moe_sites()
-    orders = corresponding(sites, profile) if profile is not None and ROUTERS[router].per_stack else []
+    orders = corresponding(sites, profile) if profile is not None and ROUTERS[router].serves_stack else []
     before, moved = [site.act.router for site in sites], list[tuple[FfnSite, torch.Tensor]]()
     try:
         for site, order in zip(sites, orders, strict=False):  # no orders: experts stay where they are
@@ -99,7 +99,7 @@ def check_reroutable(
         raise ValueError(f"router {router!r} is fitted to data: give a profile, or choose from {free}")
     if profile is not None:
         check_sample(sites, profile)
-    if ROUTERS[router].per_stack and not all(isinstance(site.act, RoutedActivation) for site in sites):
+    if ROUTERS[router].serves_stack and not all(isinstance(site.act, RoutedActivation) for site in sites):
         raise ValueError(
             f"router {router!r} needs this package's own code, not that of a checkpoint: load the model with "
             "moefy_hf.load_checkpoint(name)"

@@ -1,7 +1,7 @@
 """The budget for a goal: the most experts within some FLOPs, or the fewest that keep a quality."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -11,7 +11,7 @@ from ..measure.flops import ffn_flops, routed_costs
 from ..measure.metrics import is_causal
 from ..modeling.allocation import setting_name
 from ..modeling.protocol import MoefiedModel, routed
-from ..modeling.selection import Dynamic
+from ..modeling.selection import threshold_of
 from .sweep import Sweep, evaluate
 
 STEPS = 64  # a quality is met to this part of the experts
@@ -137,10 +137,10 @@ def search(
         count = fewest(enough, experts, max(1, experts // STEPS))
         best = {"type": kind, "k": count / experts, "allocation": allocation}
         model.set_selection(**best)
-        if (threshold := setting_name(kind)) and count < experts:
-            values = {cast(Dynamic, routed(site).selection).setting for site in model.moe_sites()}
+        if (name := setting_name(kind)) and count < experts:
+            values = {threshold_of(routed(site).selection) for site in model.moe_sites()}
             if len(values) == 1:
-                best = {"type": kind, threshold: values.pop()}
+                best = {"type": kind, name: values.pop()}
     sweep = Sweep([], {})
     for count in sorted(sweeps):
         sweep.facts = sweeps[count].facts

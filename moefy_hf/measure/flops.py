@@ -14,6 +14,7 @@ from ..modeling.ffn_sites import FfnSite, find_sites
 from ..modeling.moefied import is_moefied
 from ..modeling.protocol import routed
 from ..modeling.routed_activation import is_routed
+from ..modeling.routers import router_facts
 from .contexts import all_experts, evaluating, hooked
 from .router_inputs import read_at
 
@@ -36,7 +37,7 @@ def routed_flops(site: FfnSite, experts: float) -> float:
         return float(ffn_flops(site))
     act = routed(site)
     router = float(act.router.flops())
-    if act.router.begins_experts:  # experts that run do not pay it a second time
+    if router_facts(act.router).reuses_expert_compute:  # experts that run do not pay it a second time
         router *= 1 - (experts - act.shared) / act.router.num_experts
     return ffn_flops(site) * experts / act.num_experts + router
 

@@ -1,101 +1,19 @@
-"""Where an architecture keeps its FFNs, what they compute, and the in-place permutation that turns blocks into
-experts.
+"""The FFNs of a model, where they lie, and the in-place permutation that turns blocks of neurons into experts.
 
 Symbols: T tokens, d model width, f FFN width (neurons), E experts, m = f / E neurons per expert.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .ffn_layouts import SPECS, FfnSpec
+from .ffn_weights import FfnWeights
 from .routed_activation import is_routed
-
-
-@dataclass(frozen=True)
-class FfnSpec:
-    """Names below the module that holds an FFN; any module that has them all is a site.
-
-    `gate` names the gate projection of a gated FFN (SwiGLU, GEGLU). `parts=2` says that `up` is one fused matrix: gate
-    rows first, then up rows.
-    """
-
-    up: str
-    down: str
-    act: str
-    gate: str | None = None
-    parts: int = 1
-
-
-FC = FfnSpec("fc1", "fc2", "activation_fn")
-BERT = FfnSpec("intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
-C_FC = FfnSpec("c_fc", "c_proj", "act")
-H_TO_4H = FfnSpec("dense_h_to_4h", "dense_4h_to_h", "act")
-GATED = FfnSpec("up_proj", "down_proj", "act_fn", gate="gate_proj")
-T5 = (FfnSpec("wi", "wo", "act"), FfnSpec("wi_1", "wo", "act", gate="wi_0"))
-
-# model_type -> the layouts its FFNs may have
-SPECS: dict[str, tuple[FfnSpec, ...]] = {
-    **dict.fromkeys(["t5", "mt5", "umt5"], T5),
-    **dict.fromkeys(["opt", "bart", "mbart", "pegasus", "marian", "whisper", "vit", "clip"], (FC,)),
-    "phi": (FC,),
-    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2"], (BERT,)),
-    "distilbert": (FfnSpec("lin1", "lin2", "activation"),),
-    **dict.fromkeys(["gpt2", "gpt_neo", "starcoder2"], (C_FC,)),
-    **dict.fromkeys(["gpt_neox", "falcon"], (H_TO_4H,)),
-    "gptj": (FfnSpec("fc_in", "fc_out", "act"),),
-    **dict.fromkeys(
-        ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "granite"], (GATED,)
-    ),
-    "phi3": (FfnSpec("gate_up_proj", "down_proj", "activation_fn", parts=2),),
-    "modernbert": (FfnSpec("Wi", "Wo", "act", parts=2),),
-}
-
-
-@dataclass(frozen=True)
-class FfnWeights:
-    """The tensors of one FFN, neurons first, as views of the model's parameters: FFN(x) = neurons(x) @ down.T + bias.
-
-    `up` and `gate` are (f, d), `down` is (d, f), biases are (f,); `gate` is None in an ungated FFN.
-    """
-
-    up: torch.Tensor
-    down: torch.Tensor
-    act: nn.Module
-    up_bias: torch.Tensor | None = None
-    gate: torch.Tensor | None = None
-    gate_bias: torch.Tensor | None = None
-
-    @property
-    def keys(self) -> torch.Tensor:
-        """(f, d): the rows that decide which neurons fire, that is gate rows in a gated FFN, else up rows."""
-        return self.up if self.gate is None else self.gate
-
-    def of_neurons(self, neurons: torch.Tensor) -> "FfnWeights":
-        """The FFN of some of the neurons (n,), in that order."""
-
-        def taken(rows: torch.Tensor | None) -> torch.Tensor | None:
-            return None if rows is None else rows[neurons.to(rows.device)]
-
-        return replace(
-            self,
-            up=self.up[neurons.to(self.up.device)],
-            down=self.down[:, neurons.to(self.down.device)],
-            up_bias=taken(self.up_bias),
-            gate=taken(self.gate),
-            gate_bias=taken(self.gate_bias),
-        )
-
-    def neurons(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., d) -> (..., f): the activations that `down` multiplies."""
-        x = x.to(self.up.dtype)
-        a = F.linear(x, self.up, self.up_bias)
-        a = self.act(a) if self.gate is None else self.act(F.linear(x, self.gate, self.gate_bias)) * a
-        return a.to(self.down.dtype)  # T5 keeps `wo` in float32 in a half-precision model
 
 
 @dataclass(frozen=True)

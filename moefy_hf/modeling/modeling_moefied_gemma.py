@@ -4,7 +4,9 @@ The files that it needs, named here for transformers 4, which copies no others a
 
 from .adapters import *
 from .allocation import *
+from .ffn_layouts import *
 from .ffn_sites import *
+from .ffn_weights import *
 from .interventions import *
 from .moefied import *
 from .needs import *
@@ -13,6 +15,7 @@ from .router_base import *
 from .router_pre_gated import *
 from .routers import *
 from .routers_from_weights import *
+from .routers_trained import *
 from .section import *
 from .selection import *
 """

@@ -106,12 +106,13 @@ def join_routers_(model: nn.Module, sites: list[FfnSite]) -> None:
         ValueError: the layers of a stack have different numbers of experts, and one router for all.
     """
     for stack, members in by_stack(sites).items():
-        type(members[0].act.router).join_(members, model.get_submodule(stack))
+        routed = [site.act for site in members]
+        type(routed[0].router).connect_stack_(routed, model.get_submodule(stack), members[0].name)
     carry_passes_(model)
     # FSDP wraps these, and nothing within: routers apart, whose type and training differ from the layer's. Not those
     # that hand scores on, which look for each other
     classes = {type(site.act.router) for site in sites if next(site.act.router.parameters(), None) is not None}
-    named = {cls.__name__ for cls in classes if not cls.per_stack}
+    named = {cls.__name__ for cls in classes if not cls.serves_stack}
     others = {each for each in model._no_split_modules or () if each not in {cls.__name__ for cls in ROUTERS.values()}}
     model._no_split_modules = others | named
 

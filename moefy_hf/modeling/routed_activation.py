@@ -15,18 +15,22 @@ from .router_base import Router
 from .selection import Selection
 
 
-class Observed(threading.local):
+class PerThread(threading.local):
+    """What a call under way has to remember; one per thread, so that threads may share a model. Copies are new."""
+
+    def __deepcopy__(self, memo):
+        return type(self)()
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+class Observed(PerThread):
     """The FFN input on its way from the first Linear to the activation, and which experts run, with the means of the
-    others, on theirs to `down`; one per thread, so that threads may share a model."""
+    others, on theirs to `down`."""
 
     x: torch.Tensor | None = None
     kept: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def __deepcopy__(self, memo):
-        return Observed()
-
-    def __reduce__(self):
-        return Observed, ()
 
 
 class RoutedActivation(nn.Module):

@@ -7,19 +7,16 @@ and with as many tokens: whatever does not fit raises.
 """
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .routed_activation import RoutedActivation
+from .ffn_weights import FfnWeights
+from .routed_activation import PerThread, RoutedActivation
 from .router_base import Router, expert_centres
-
-if TYPE_CHECKING:  # ffn_sites needs the other files
-    from .ffn_sites import FfnSite, FfnWeights
 
 
 class Pass:
@@ -31,17 +28,11 @@ class Pass:
         self.scores: torch.Tensor | None = None
 
 
-class Handed(threading.local):
-    """The pass under way, and the position of the FFN that runs; one per thread, so that threads may share a model."""
+class Handed(PerThread):
+    """The pass under way, and the position of the FFN that runs."""
 
     now: Pass | None = None
     running: int = -1
-
-    def __deepcopy__(self, memo):
-        return Handed()
-
-    def __reduce__(self):
-        return Handed, ()
 
 
 class PreGatedRouter(Router):
@@ -58,7 +49,8 @@ class PreGatedRouter(Router):
     tokens.
     """
 
-    per_stack = True
+    paper = "Read-ME"
+    serves_stack = True
 
     def __init__(self, hidden_size: int, num_experts: int):
         super().__init__(hidden_size, num_experts)
@@ -72,14 +64,17 @@ class PreGatedRouter(Router):
         """The router that scores for this one: itself, where it is of a stack's first FFN."""
         return self.leads[0] if self.leads else self
 
+    def scorer(self) -> "PreGatedRouter":
+        return self.leads[0] if self.leads else self
+
     @classmethod
-    def join_(cls, sites: "Sequence[FfnSite]", stack: nn.Module) -> None:
-        cls.check_counts([site.act.router.num_experts for site in sites], sites[0].name)
-        leader = sites[0].act.router
-        for position, site in enumerate(sites[1:], start=1):
-            site.act.router.follow_(leader, position)
-        if not any(isinstance(hook, ends_pass) for hook in stack._forward_pre_hooks.values()):
-            hook = ends_pass(sites[0].act)
+    def connect_stack_(cls, routed: Sequence[RoutedActivation], stack: nn.Module, first: str) -> None:
+        cls.check_counts([act.router.num_experts for act in routed], first)
+        leader = routed[0].router
+        for position, act in enumerate(routed[1:], start=1):
+            act.router.follow_(leader, position)
+        if not any(isinstance(hook, EndsPass) for hook in stack._forward_pre_hooks.values()):
+            hook = EndsPass(routed[0])
             stack.register_forward_pre_hook(hook)
             stack.register_forward_hook(hook)
 
@@ -96,7 +91,7 @@ class PreGatedRouter(Router):
         self.weight, self.leads, self.position = None, (leader,), position
 
     @torch.no_grad()
-    def init_from_experts_(self, ffn: "FfnWeights") -> None:
+    def init_from_experts_(self, ffn: FfnWeights) -> None:
         if self.weight is not None:
             self.weight.copy_(expert_centres(ffn, self.num_experts))
 
@@ -145,7 +140,7 @@ class PreGatedRouter(Router):
         return now.scores.to(x.device)
 
 
-class ends_pass:
+class EndsPass:
     """Forward-pre-hook and forward hook of a stack: what an interrupted call left is forgotten, and nothing outlives a
     call."""
 
@@ -157,7 +152,7 @@ class ends_pass:
             self.first.router.close()
 
 
-class carrying:
+class CarryingCheckpoint:
     """A function that checkpoints a layer (`torch.utils.checkpoint`), so that the layer sees the pass of its first run
     again when it is recomputed, whatever ran between, and in whichever thread."""
 
@@ -203,5 +198,5 @@ def carry_passes_(model: nn.Module) -> None:
         return
     for module in model.modules():
         checkpoint = vars(module).get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, carrying):
-            module._gradient_checkpointing_func = carrying(checkpoint, firsts)
+        if checkpoint is not None and not isinstance(checkpoint, CarryingCheckpoint):
+            module._gradient_checkpointing_func = CarryingCheckpoint(checkpoint, firsts)

@@ -1,21 +1,21 @@
-"""Routers that are made of the experts' own neurons: nothing is trained, and no data are needed."""
+"""Routers that are not fitted, and so need no data: made of the experts' own neurons, or random."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .ffn_weights import FfnWeights
 from .router_base import Router, activation_mass, expert_centres, expert_keys
-
-if TYPE_CHECKING:  # ffn_sites needs this file
-    from .ffn_sites import FfnWeights
 
 
 class SimilarityRouter(Router):
     """Cosine of x with the expert's centre (MoEfication, section 3.3: parameter centre)."""
 
+    paper = "MoEfication, section 3.3"
+    kernel_weights = ("centres",)
     trainable = False
     targets = staticmethod(activation_mass)
 
@@ -24,7 +24,7 @@ class SimilarityRouter(Router):
         self.centres = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     @torch.no_grad()
-    def init_from_experts_(self, ffn: "FfnWeights") -> None:
+    def init_from_experts_(self, ffn: FfnWeights) -> None:
         self.centres.copy_(F.normalize(expert_centres(ffn, self.num_experts), dim=-1))
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
@@ -34,6 +34,9 @@ class SimilarityRouter(Router):
 class MeanGateRouter(Router):
     """scores = x . mean of the expert's gate rows, of its up rows in an ungated FFN (EMoE's avg-k gating)."""
 
+    paper = "EMoE"
+    kernel_weights = ("weight",)
+    export_weight = "weight"
     trainable = False
 
     def __init__(self, hidden_size: int, num_experts: int):
@@ -41,7 +44,7 @@ class MeanGateRouter(Router):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     @torch.no_grad()
-    def init_from_experts_(self, ffn: "FfnWeights") -> None:
+    def init_from_experts_(self, ffn: FfnWeights) -> None:
         self.weight.copy_(expert_keys(ffn, self.num_experts).mean(1))
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
@@ -62,6 +65,7 @@ class AnalyticRouter(Router):
         bias: whether its neurons have biases.
     """
 
+    paper = "CMoE"
     trainable = False
 
     def __init__(
@@ -82,11 +86,11 @@ class AnalyticRouter(Router):
         self.gate, self.gate_bias = rows(hidden_size) if gated else None, rows() if gated and bias else None
 
     @classmethod
-    def of(cls, ffn: "FfnWeights", num_experts: int, **settings: Any) -> "AnalyticRouter":
+    def of(cls, ffn: FfnWeights, num_experts: int, **settings: Any) -> "AnalyticRouter":
         return cls(ffn.down.shape[0], num_experts, ffn.act, ffn.gate is not None, ffn.up_bias is not None)
 
     @torch.no_grad()
-    def init_from_experts_(self, ffn: "FfnWeights") -> None:
+    def init_from_experts_(self, ffn: FfnWeights) -> None:
         keys = F.normalize(expert_keys(ffn, self.num_experts), dim=-1)  # (E, m, d)
         nearest = (keys - keys.mean(1, keepdim=True)).square().sum(-1).argmin(1)  # (E,)
         neurons = nearest + torch.arange(self.num_experts, device=nearest.device) * keys.shape[1]
@@ -119,7 +123,7 @@ class PartialInputRouter(Router):
     """
 
     trainable = False
-    begins_experts = True
+    reuses_expert_compute = True
     settings = {"inputs": 0.4}  # near the best for SwiGLU at half the FLOPs; reading more leaves less for the experts
 
     def __init__(self, hidden_size: int, num_experts: int, inputs: float = settings["inputs"]):
@@ -128,10 +132,10 @@ class PartialInputRouter(Router):
         self.ffn: tuple[Callable[[], FfnWeights], ...] = ()  # in a tuple: no child of this module
         self.shared = 0
 
-    def read_from_(self, ffn: "Callable[[], FfnWeights]", shared: int) -> None:
+    def read_from_(self, ffn: Callable[[], FfnWeights], shared: int) -> None:
         self.ffn, self.shared = (ffn,), shared
 
-    def weights(self) -> "FfnWeights":
+    def weights(self) -> FfnWeights:
         if not self.ffn:
             raise RuntimeError("this router runs part of an FFN and was given none: read_from_ comes first")
         ffn = self.ffn[0]()
@@ -163,3 +167,18 @@ class PartialInputRouter(Router):
         ffn = self.weights()
         neurons = ffn.down.shape[1] * self.num_experts // (self.shared + self.num_experts)
         return 2 * self.inputs * neurons * (1 if ffn.gate is None else 2)
+
+
+class RandomRouter(Router):
+    """A fixed random projection: the control, and SMoE-Dropout's router."""
+
+    paper = "SMoE-Dropout"
+    kernel_weights = ("weight",)
+    trainable = False
+
+    def __init__(self, hidden_size: int, num_experts: int):
+        super().__init__(hidden_size, num_experts)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)

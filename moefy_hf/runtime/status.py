@@ -1,47 +1,17 @@
 """`moefy kernels`: which implementations can run here, and the file that the C++ kernel is compiled into."""
 
 import time
-from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
-import torch
 from moefy_ffn import ACTIVATIONS, BuildError, build
 
-from .execution import TRITON_EXTRA
-
-
-def no_reason() -> None:
-    """Plain torch runs everywhere."""
-
-
-def missing_compiler() -> str | None:
-    try:
-        build.compiled()
-    except (BuildError, OSError) as error:
-        return str(error)
-    return None
-
-
-def missing_gpu() -> str | None:
-    if find_spec("triton") is None:
-        return f"there is no Triton: {TRITON_EXTRA}"
-    return None if torch.cuda.is_available() else "there is no GPU"
-
-
-# name in set_moe_implementation -> () -> why it cannot run here, or None
-REASONS: dict[str, Callable[[], str | None]] = {
-    "masked": no_reason,
-    "torch": no_reason,
-    "cpu": missing_compiler,
-    "triton": missing_gpu,
-}
+from .backends import BACKENDS
 
 
 def kernels_info() -> dict[str, Any]:
-    """Nothing is compiled."""
-    reasons = {name: reason() for name, reason in REASONS.items()}
-    found: dict[str, Any] = {
+    """Return which implementations can run here, and the facts of the C++ kernel; nothing is compiled."""
+    reasons = {"masked": None} | {name: backend.unavailable() for name, backend in BACKENDS.items()}
+    info: dict[str, Any] = {
         "implementations": {name: {"runs": why is None, "reason": why} for name, why in reasons.items()},
         "compiler": None,
         "version": None,
@@ -55,12 +25,12 @@ def kernels_info() -> dict[str, Any]:
     if reasons["cpu"] is None:
         path = build.compiled()
         size = path.stat().st_size if path.exists() else None
-        found |= {"compiler": build.compiler(), "version": build.compiler_version(), "file": str(path), "bytes": size}
-    return found
+        info |= {"compiler": build.compiler(), "version": build.compiler_version(), "file": str(path), "bytes": size}
+    return info
 
 
 def kernels_build(force: bool = False) -> dict[str, Any]:
-    """Compile now what else the first use would.
+    """Compile now what else the first use would; return the file, its size and what that took.
 
     Args:
         force: also where it is compiled already.
@@ -81,23 +51,25 @@ def kernels_build(force: bool = False) -> dict[str, Any]:
     return {"file": str(path), "bytes": path.stat().st_size, "compiled_now": fresh, "seconds": seconds}
 
 
-def show_info(found: dict[str, Any]) -> str:
+def show_info(info: dict[str, Any]) -> str:
+    """Return what `kernels_info` says, as Markdown."""
     lines = ["| implementation | runs here |", "|---|---|"]
-    lines += [f"| {name} | {each['reason'] or 'yes'} |" for name, each in found["implementations"].items()]
-    size = "not compiled yet" if found["bytes"] is None else f"{found['bytes']:,} bytes"
+    lines += [f"| {name} | {status['reason'] or 'yes'} |" for name, status in info["implementations"].items()]
+    size = "not compiled yet" if info["bytes"] is None else f"{info['bytes']:,} bytes"
     facts = {
-        "compiler": found["compiler"] and f"{found['compiler']} ({found['version']})",
-        "flags": " ".join(found["flags"]),
+        "compiler": info["compiler"] and f"{info['compiler']} ({info['version']})",
+        "flags": " ".join(info["flags"]),
         "instruction sets": " ".join(
-            name for name in found["processor"] if name.startswith(("avx", "amx", "fma", "sve"))
+            name for name in info["processor"] if name.startswith(("avx", "amx", "fma", "sve"))
         ),
-        "activations": ", ".join(found["activations"]),
-        "cache": found["cache"],
-        "file": found["file"] and f"{found['file']} ({size})",
+        "activations": ", ".join(info["activations"]),
+        "cache": info["cache"],
+        "file": info["file"] and f"{info['file']} ({size})",
     }
     return "\n".join([*lines, "", *(f"{name}: {value or 'none'}" for name, value in facts.items())])
 
 
-def show_build(found: dict[str, Any]) -> str:
-    what = f"compiled in {found['seconds']} s" if found["compiled_now"] else "compiled already (--force does it again)"
-    return f"{found['file']}, {found['bytes']:,} bytes: {what}"
+def show_build(built: dict[str, Any]) -> str:
+    """Return what `kernels_build` did, in words."""
+    what = f"compiled in {built['seconds']} s" if built["compiled_now"] else "compiled already (--force does it again)"
+    return f"{built['file']}, {built['bytes']:,} bytes: {what}"

@@ -15,9 +15,9 @@ from torch import nn
 
 from moefy_hf import MoEficationConfig, find_sites, measure_reach, moefy_, profile, reroute_
 from moefy_hf.conversion.pipeline import install_routers_
+from moefy_hf.modeling.routed_activation import RoutedActivation
 from moefy_hf.modeling.router_pre_gated import PreGatedRouter
-from moefy_hf.runtime.backends import experts_of
-from moefy_hf.runtime.execution import SparseFfn
+from moefy_hf.runtime.triton_kernel import selected_experts
 
 SIZE = 8
 BATCHES = text_batches(20, rows=8, length=16)
@@ -108,13 +108,13 @@ def test_experts_as_triton_takes_them(budgets, monkeypatch):
     calls, score = [], PreGatedRouter.score
     monkeypatch.setattr(PreGatedRouter, "score", lambda self, x: calls.append(1) or score(self, x))
 
-    def keep(ffn, x):
-        index = experts_of(ffn.act, x).long()
+    def keep(act, x):
+        index = selected_experts(act, x).long()
         return torch.zeros(*x.shape[:-1], 6, dtype=torch.bool).scatter(-1, index, True)
 
     model, inputs = pre_gated("llama", k=budgets, num_hidden_layers=3), tiny_inputs("llama")
     expected = run(model, inputs)
-    monkeypatch.setattr(SparseFfn, "keep", keep)
+    monkeypatch.setattr(RoutedActivation, "keep", keep)
     model.set_moe_implementation("cpu")
     assert distance(run(model, inputs), expected) < 1e-5 and len(calls) == 2
 

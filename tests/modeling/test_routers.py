@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from tiny import convert, tiny_model
 from torch import nn
 
-from moefy_hf.modeling.ffn_sites import FfnWeights
+from moefy_hf.modeling.ffn_weights import FfnWeights
 from moefy_hf.modeling.router_base import activation_mass, expert_centres, output_norm, prior_affinity
-from moefy_hf.modeling.routers import ROUTERS, LowRankRouter, router_class
+from moefy_hf.modeling.routers import ROUTERS, router_class
 from moefy_hf.modeling.routers_from_weights import AnalyticRouter, PartialInputRouter
+from moefy_hf.modeling.routers_trained import LowRankRouter
 
 D, E, M = 6, 4, 3
 

@@ -89,7 +89,7 @@ def test_a_budget_becomes_each_layers_setting(kind, shared):
     for layer, (selection, experts) in enumerate(zip(found, EXPERTS, strict=True)):
         share = (experts // 2 - shared) / (experts - shared)
         low, high = (1 + layer) * (share - 0.25) ** 2 / 9, (1 + layer) * (share + 0.25) ** 2 / 9
-        assert low <= selection.setting <= high and selection.k == experts // 2 - shared
+        assert low <= selection.threshold <= high and selection.k == experts // 2 - shared
     everything = resolve_selection({"type": kind, "k": 1.0}, EXPERTS, {"reach": reach_of(kind)}, shared)
     assert all(each.keeps_all(experts - shared) for each, experts in zip(everything, EXPERTS, strict=True))
 
@@ -97,7 +97,7 @@ def test_a_budget_becomes_each_layers_setting(kind, shared):
 @pytest.mark.parametrize("kind", DYNAMIC)
 def test_globally_one_setting_spends_the_whole_budget(kind):
     found = resolve_selection({"type": kind, "k": 0.5, "allocation": "global"}, EXPERTS, {"reach": reach_of(kind)})
-    assert len({round(selection.setting, 6) for selection in found}) == 1
+    assert len({round(selection.threshold, 6) for selection in found}) == 1
     assert sum(selection.k for selection in found) == pytest.approx(4 + 4 + 6, abs=1e-6)
     assert found[0].k > found[1].k  # of the same number of experts
 
@@ -230,7 +230,7 @@ def test_reach_of_another_head_is_an_error():
     with pytest.raises(ValueError, match="measured on 2 layers, this model has 3"):
         resolve_selection({"type": "top_p", "k": 2}, EXPERTS, {"reach": reach_of("top_p", 2)})
     found = resolve_selection({"type": "top_p", "p": 0.3}, EXPERTS, {"reach": reach_of("top_p", 2)})  # needs no table
-    assert [(each.setting, each.k) for each in found] == [(0.3, None)] * 3
+    assert [(each.threshold, each.k) for each in found] == [(0.3, None)] * 3
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
@@ -240,7 +240,7 @@ def test_a_setting_that_too_many_experts_share_is_not_reached(largest, rounded, 
     reach = {"share": [step / 7 for step in range(8)], "level": [half] * 3}
     found = resolve_selection({"type": "level", "k": 0.75, "allocation": allocation}, EXPERTS, {"reach": reach})
     for each, experts in zip(found, EXPERTS, strict=True):
-        assert 0.9 * largest < each.setting < largest
+        assert 0.9 * largest < each.threshold < largest
         assert 2 / 7 * experts < each.k < 3 / 7 * experts + 1e-9
     everything = resolve_selection({"type": "level", "k": 1.0, "allocation": allocation}, EXPERTS, {"reach": reach})
     assert all(each.keeps_all(experts) for each, experts in zip(everything, EXPERTS, strict=True))
