@@ -27,7 +27,7 @@ _HOMES = {  # public name -> the module that has it, imported when the name is f
     "moefied_class": "loading",
     "moefy_": "conversion.convert",
     "permute_adapter_": "conversion.adapters",
-    "permute_neurons_": "modeling.ffn_sites",
+    "permute_neurons_": "conversion.permute",
     "Phase": "training.schedule",
     "profile": "measure.profile",
     "push_to_hub": "hub.push",
@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .conversion.convert import ConversionReport as ConversionReport
     from .conversion.convert import moefy_ as moefy_
     from .conversion.fit_routers import fit_routers as fit_routers
+    from .conversion.permute import permute_neurons_ as permute_neurons_
     from .conversion.reroute import reroute_ as reroute_
     from .conversion.thresholds import measure_reach as measure_reach
     from .evaluation.quality_check import check_quality as check_quality
@@ -67,7 +68,6 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .loading import moefied_class as moefied_class
     from .measure.profile import profile as profile
     from .modeling.ffn_sites import find_sites as find_sites
-    from .modeling.ffn_sites import permute_neurons_ as permute_neurons_
     from .training.callback import MoEficationCallback as MoEficationCallback
     from .training.distillation import DistillationCallback as DistillationCallback
     from .training.learned_selection import LearnedSelectionCallback as LearnedSelectionCallback

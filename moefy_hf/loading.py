@@ -3,15 +3,40 @@
 import importlib
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .modeling.ffn_sites import SPECS
+from .modeling.ffn_layouts import SPECS
+from .modeling.ffn_sites import FfnSite
 from .modeling.moefied import FORMAT_VERSION, is_moefied
-from .modeling.protocol import MoefiedModel
+from .modeling.routed_activation import RoutedActivation, is_routed
+
+if TYPE_CHECKING:
+    from .modeling.moefied import MoefiedMixin
+
+    class MoefiedModel(MoefiedMixin, PreTrainedModel):
+        """The type of MoEfied models, from this package's classes or from a checkpoint's own code.
+
+        It is for annotations alone: `loading.check_moefied` is what tells a MoEfied model from a dense one.
+        """
+else:
+    MoefiedModel = PreTrainedModel
+
+
+def routed(site: FfnSite) -> RoutedActivation:
+    """Return the routed activation of one FFN of a MoEfied model.
+
+    The check goes by name: a model that was loaded with `trust_remote_code` has its checkpoint's own classes.
+
+    Raises:
+        TypeError: the FFN is dense.
+    """
+    if not is_routed(site.act):
+        raise TypeError(f"{site.name} is a dense FFN, and has no experts")
+    return cast(RoutedActivation, site.act)
 
 
 def moefied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:

@@ -25,12 +25,12 @@ from moefy_hf.conversion import pipeline
 from moefy_hf.conversion.compensation import means_of_dropped
 from moefy_hf.conversion.expert_matching import aligned_orders, correlation
 from moefy_hf.conversion.fit_routers import _mean_shares
+from moefy_hf.conversion.permute import permute_neurons_
 from moefy_hf.evaluation.local_figures import local_figures
 from moefy_hf.evaluation.sweep_points import SweepPoint
 from moefy_hf.measure.contexts import selecting
 from moefy_hf.measure.flops import ffn_flops, model_flops, routed_flops
 from moefy_hf.measure.metrics import Quality, predictions
-from moefy_hf.modeling.ffn_sites import permute_neurons_
 
 EXPERTS, SIZE, WIDTH, LAYERS = 6, 8, 16, 3
 BATCHES = text_batches(30, rows=8, length=16)

@@ -13,10 +13,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..io import markdown
-from ..loading import check_moefied
+from ..loading import MoefiedModel, check_moefied, routed
 from ..measure.contexts import evaluating, hooked
 from ..measure.metrics import is_causal, predictions, usable
-from ..modeling.protocol import MoefiedModel, routed
 
 Batches = Iterable[Mapping[str, Any]]
 Experts = dict[int, list[int]]

@@ -11,8 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..io import markdown, write_whole
-from ..loading import check_moefied
-from ..modeling.protocol import MoefiedModel, routed
+from ..loading import MoefiedModel, check_moefied, routed
 from . import significance
 from .describe import describe, flag_super_
 from .measuring import VIEWS, LayerSums, Survey, measure, survey_texts

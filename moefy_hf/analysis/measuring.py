@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..loading import MoefiedModel, routed
 from ..measure.contexts import all_experts
 from ..measure.hooks import run_with_hooks
 from ..measure.progress import token_bar
 from ..measure.router_inputs import ReadInputs, select_experts
 from ..modeling.ffn_sites import FfnSite
-from ..modeling.protocol import MoefiedModel, routed
 from .sums import Examples, Groups, NeuronSums, TextBatch, UseSums
 from .texts import TextStream
 from .words import KINDS, token_kinds

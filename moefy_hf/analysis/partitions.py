@@ -9,9 +9,8 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 from transformers import PreTrainedModel
 
-from ..loading import check_moefied
+from ..loading import check_moefied, routed
 from ..modeling.ffn_sites import FfnSite
-from ..modeling.protocol import routed
 
 
 def matched(left: torch.Tensor, right: torch.Tensor) -> tuple[np.ndarray, float]:

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..loading import check_moefied
+from ..loading import MoefiedModel, check_moefied, routed
 from ..measure.router_inputs import read_at
 from ..modeling.allocation import MEASURED
 from ..modeling.ffn_sites import FfnSite, find_sites
-from ..modeling.protocol import MoefiedModel, routed
 
 # config fields that say how wide FFNs are, over all supported model types
 WIDTHS = (

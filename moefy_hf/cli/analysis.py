@@ -19,9 +19,8 @@ from ..data import TextBatches, longest_text, read_labelled, read_texts
 from ..hub.facts import add_facts, read_facts
 from ..hub.push import add_license
 from ..io import check_files, markdown, write_whole, written_whole
-from ..loading import load_checkpoint
+from ..loading import load_checkpoint, routed
 from ..measure.metrics import is_causal
-from ..modeling.protocol import routed
 from ..modeling.section import Section
 from .common import (
     DATA,

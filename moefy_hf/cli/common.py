@@ -15,9 +15,8 @@ from transformers.utils import logging
 from ..arguments import positive
 from ..data import TextBatches, decoder_start_of, longest_text
 from ..hub.card import moefied_config
-from ..loading import check_moefied, load_checkpoint
+from ..loading import MoefiedModel, check_moefied, load_checkpoint
 from ..modeling.moefied import is_moefied
-from ..modeling.protocol import MoefiedModel
 
 logger = logging.get_logger("moefy_hf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -9,11 +9,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import AUTO, MoEficationConfig
+from ..conversion.permute import check_plain
 from ..loading import moefied_class
 from ..measure.metrics import OVERFLOW, is_adapted, predictions, usable
 from ..measure.profile import ModelProfile
 from ..modeling.allocation import count_experts, per_layer, resolve_selection
-from ..modeling.ffn_sites import FfnSite, by_stack, check_plain, find_sites
+from ..modeling.ffn_sites import FfnSite, by_stack, find_sites
 from ..modeling.moefied import check_shared, is_moefied, selected_sites, split_sizes
 from ..modeling.routers import ROUTERS
 from ..splitters import SPLITTERS

@@ -12,11 +12,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..config import MoEficationConfig
+from ..conversion.permute import check_permutation, permute_neurons_
 from ..loading import moefied_class
 from ..measure.profile import ModelProfile, SiteProfile
 from ..modeling.adapters import IN_MEMORY
 from ..modeling.allocation import setting_name
-from ..modeling.ffn_sites import FfnSite, check_permutation, find_sites, permute_neurons_
+from ..modeling.ffn_sites import FfnSite, find_sites
 from ..modeling.ffn_weights import FfnWeights
 from ..modeling.moefied import install_, is_moefied, selected_sites, split_sizes
 from ..modeling.routers import ROUTERS

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..conversion.permute import permute_neurons_
 from ..loading import check_moefied
 from ..measure.profile import ModelProfile, check_sample
-from ..modeling.ffn_sites import FfnSite, permute_neurons_
+from ..modeling.ffn_sites import FfnSite
 from ..modeling.moefied import join_routers_, new_router
 from ..modeling.routed_activation import RoutedActivation
 from ..modeling.routers import ROUTERS, router_class

@@ -18,13 +18,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..loading import MoefiedModel, routed
 from ..measure.contexts import all_experts, hooked
 from ..measure.flops import ModelFlops, ffn_flops
 from ..measure.metrics import Quality, predictions
 from ..measure.padding import without_padding
 from ..modeling.allocation import count_experts
 from ..modeling.ffn_sites import FfnSite, find_sites
-from ..modeling.protocol import MoefiedModel, routed
 
 logger = logging.get_logger("moefy_hf")
 

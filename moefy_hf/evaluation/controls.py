@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..loading import MoefiedModel, routed
 from ..modeling.ffn_sites import FfnSite, FfnWeights
-from ..modeling.protocol import MoefiedModel, routed
 from ..modeling.router_base import Router, activation_mass, output_norm
 
 Targets = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # neurons (T, E, m), down (d, E, m) -> (T, E)

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..loading import MoefiedModel, routed
 from ..measure.contexts import all_experts
 from ..measure.hooks import run_with_hooks
 from ..measure.router_inputs import ReadInputs, scorer
-from ..modeling.protocol import MoefiedModel, routed
 from ..modeling.routed_activation import chosen as select_experts
 from .sweep_points import SweepPoint
 

@@ -11,10 +11,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..conversion.budgets import MEASURES
-from ..loading import check_moefied
+from ..loading import MoefiedModel, check_moefied, routed
 from ..measure.contexts import all_experts, evaluating, selecting
 from ..measure.metrics import Quality, is_causal, predictions
-from ..modeling.protocol import MoefiedModel, routed
 from .controls import routed_by
 
 TOKENS = 2048  # positions that are compared

@@ -5,12 +5,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..loading import check_moefied
+from ..loading import MoefiedModel, check_moefied, routed
 from ..measure.contexts import selecting
 from ..measure.flops import ffn_flops, routed_costs
 from ..measure.metrics import is_causal
 from ..modeling.allocation import setting_name
-from ..modeling.protocol import MoefiedModel, routed
 from ..modeling.selection import threshold_of
 from .sweep import Sweep, evaluate
 

@@ -11,12 +11,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..io import write_whole
-from ..loading import check_code, check_moefied
+from ..loading import MoefiedModel, check_code, check_moefied, routed
 from ..measure.contexts import evaluating
 from ..measure.flops import ModelFlops, model_flops
 from ..measure.metrics import Quality, is_causal, predictions
 from ..modeling.ffn_sites import find_sites
-from ..modeling.protocol import MoefiedModel, routed
 from .baselines import baseline_rows
 from .controls import BASELINES, check_control
 from .local_figures import local_figures

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..conversion.thresholds import counted_experts
+from ..loading import MoefiedModel
 from ..measure.contexts import selecting
 from ..modeling.allocation import check_selection
-from ..modeling.protocol import MoefiedModel
 from ..modeling.selection import SELECTIONS
 from .controls import routed_by
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..modeling.protocol import MoefiedModel
+from ..loading import MoefiedModel
 
 
 @contextlib.contextmanager

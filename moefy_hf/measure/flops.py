@@ -9,10 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..loading import check_moefied
+from ..loading import check_moefied, routed
 from ..modeling.ffn_sites import FfnSite, find_sites
 from ..modeling.moefied import is_moefied
-from ..modeling.protocol import routed
 from ..modeling.routed_activation import is_routed
 from ..modeling.routers import router_facts
 from .contexts import all_experts, evaluating, hooked

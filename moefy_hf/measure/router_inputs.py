@@ -5,8 +5,8 @@ from typing import cast
 
 import torch
 
+from ..loading import routed
 from ..modeling.ffn_sites import FfnSite
-from ..modeling.protocol import routed
 from ..modeling.routed_activation import RoutedActivation, is_routed
 from ..modeling.router_base import Router
 from ..modeling.router_pre_gated import PreGatedRouter

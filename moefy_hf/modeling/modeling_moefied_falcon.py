@@ -4,6 +4,7 @@ The files that it needs, named here for transformers 4, which copies no others a
 
 from .adapters import *
 from .allocation import *
+from .errors import *
 from .ffn_layouts import *
 from .ffn_sites import *
 from .ffn_weights import *

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from ..config import MoEficationConfig
 from ..conversion.budgets import COMPARING_PREDICTIONS
 from ..conversion.checks import check_predictions, check_profile
+from ..conversion.permute import moments, permute_neurons_
 from ..conversion.pipeline import find_experts_
 from ..measure.profile import profile
-from ..modeling.ffn_sites import FfnSite, moments, permute_neurons_
+from ..modeling.ffn_sites import FfnSite
 from ..modeling.section import ALL_EXPERTS, Section
 
 

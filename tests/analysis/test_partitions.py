@@ -7,7 +7,7 @@ from tiny import convert, tiny_model
 
 from moefy_hf.analysis import compare_partitions
 from moefy_hf.analysis.partitions import agreement, matched
-from moefy_hf.modeling.ffn_sites import permute_neurons_
+from moefy_hf.conversion.permute import permute_neurons_
 
 
 def moe(**settings):

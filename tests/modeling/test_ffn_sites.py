@@ -9,7 +9,8 @@ from torch import nn
 from transformers import MixtralConfig, MixtralModel, MobileBertConfig, MobileBertModel
 from transformers.optimization import Adafactor
 
-from moefy_hf.modeling.ffn_sites import SPECS, find_sites, permute_neurons_
+from moefy_hf.conversion.permute import permute_neurons_
+from moefy_hf.modeling.ffn_sites import SPECS, find_sites
 
 SIZES = {  # (d, f) of each FFN, where not (16, 48)
     "clip": [(24, 48), (24, 48), (16, 32), (16, 32)],
