@@ -10,7 +10,7 @@ from ..bench.ffns import TOKENS
 from ..bench.settings import BENCH_ROUTERS, EXPERT_SIZE, NAMES, ROUTER, SHARE
 from ..bench.settings import DTYPES as BENCH_DTYPES
 from ..evaluation.controls import BASELINES, CONTROLS
-from ..exporters.formats import TARGETS
+from ..exporters.formats import EXPORT_FORMATS
 from ..modeling.allocation import ALLOCATIONS
 from ..modeling.routers import ROUTERS
 from ..modeling.selection import SELECTIONS
@@ -63,7 +63,7 @@ def add_convert(convert_: argparse.ArgumentParser) -> None:
 def add_export(export_: argparse.ArgumentParser) -> None:
     of_model(export_, export_model, lambda found: found["output_dir"])
     export_.add_argument("output_dir", help="directory that gets the checkpoint; must not exist, or be empty")
-    export_.add_argument("--to", help=f"{', '.join(TARGETS)} or dense; by default what the model's attention fits")
+    export_.add_argument("--to", help=f"{', '.join(EXPORT_FORMATS)} or dense (default: what the attention fits)")
     export_.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
 
 

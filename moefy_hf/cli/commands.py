@@ -19,7 +19,7 @@ from ..conversion.convert import moefy_
 from ..data import TextBatches, decoder_start_of, longest_text, read_lines, split_off
 from ..evaluation.quality_check import Prediction, predict_quality
 from ..exporters.export import export
-from ..exporters.formats import TARGETS
+from ..exporters.formats import EXPORT_FORMATS
 from ..hub.card import is_rendered, moefied_config, router_settings_of, write_card
 from ..hub.facts import add_facts
 from ..hub.push import add_license, push_to_hub
@@ -48,7 +48,7 @@ def inspect(args: Namespace) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "ffn_parameters": ffn,
         "moefication": getattr(config, "moefication", None),
-        "export": [name for name, target in TARGETS.items() if config.model_type in target.sources] + ["dense"],
+        "export": [name for name, each in EXPORT_FORMATS.items() if config.model_type in each.sources] + ["dense"],
         "ffns": [
             {
                 "name": site.name,
