@@ -32,8 +32,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 
 from moefy_hf import MoEficationConfig, export
 from moefy_hf.conversion.checks import check_convertible
-from moefy_hf.exporters.export import check_expressible, choose_target
-from moefy_hf.exporters.formats import TARGETS
+from moefy_hf.exporters.export import check_expressible, choose_format
 from moefy_hf.measure.metrics import Quality, predictions
 
 PROSE = ("held_out_name", "held_out_splits", "held_out_tokens", "generated_rows", "generated_tokens", "export")
@@ -152,13 +151,13 @@ def serve(run: Run, moefied: Path) -> None:
     """Export the converted model where an architecture computes exactly what it does."""
     model = AutoModelForCausalLM.from_pretrained(moefied, trust_remote_code=True)
     try:
-        target = choose_target(model, None)
-        check_expressible(model, target)
+        export_format = choose_format(model, None)
+        check_expressible(model, export_format)
     except ValueError as error:
         print(f"not exported: {error}")
         return
-    if target is not TARGETS["llama4"]:
-        print(f"not exported: {target.architecture} would come close only (moefy export writes it)")
+    if not export_format.exact:
+        print(f"not exported: {export_format.architecture} would come close only (moefy export writes it)")
         return
     print(f"exported: {run.stages.run('served', lambda path: served(model, run, path))}")
 

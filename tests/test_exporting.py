@@ -10,9 +10,9 @@ from tiny import convert, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM
 
 from moefy_hf import MoEficationConfig, export, moefy_
-from moefy_hf.exporters.formats import TARGETS
+from moefy_hf.exporters.formats import EXPORT_FORMATS
 
-PAIRS = [(source, name) for name, target in TARGETS.items() for source in target.sources]
+PAIRS = [(source, name) for name, each in EXPORT_FORMATS.items() for source in each.sources]
 CHANGES = {("mistral", "llama4"): {"sliding_window": None}}
 TINY = {"llama": "llama-without-biases"}
 CAUSAL = "AutoModelForCausalLM"
@@ -50,7 +50,9 @@ def test_served_architectures_compute_the_same(source, to, k, tmp_path):
     model = moefied(source, k, **CHANGES.get((source, to), {}))
     assert export(model, tmp_path / "out", to) == tmp_path / "out"
     served, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert type(served).__name__ == TARGETS[to].architecture and type(served).__module__.startswith("transformers.")
+    assert type(served).__name__ == EXPORT_FORMATS[to].architecture and type(served).__module__.startswith(
+        "transformers."
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert_same(model, served, source)
     if k < 6:  # the selection matters

@@ -7,7 +7,7 @@ from typing import Any
 from ..arguments import share_or_count
 from ..conversion.adapters import permute_adapter
 from ..exporters.export import export
-from ..exporters.formats import TARGETS
+from ..exporters.formats import EXPORT_FORMATS
 from ..loading import load_checkpoint
 from ..modeling.moefied import is_moefied
 from .common import NEW_FOLDER, load_tokenizer, new_folder, of_model, show_output
@@ -16,7 +16,9 @@ from .common import NEW_FOLDER, load_tokenizer, new_folder, of_model, show_outpu
 def add_export(command: argparse.ArgumentParser) -> None:
     of_model(command, export_model, show_output)
     command.add_argument("output", metavar="OUTPUT", help=NEW_FOLDER)
-    command.add_argument("--to", help=f"{', '.join(TARGETS)} or dense; by default what the model's attention fits")
+    command.add_argument(
+        "--to", help=f"{', '.join(EXPORT_FORMATS)} or dense (default: what the attention fits)"
+    )
     command.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
 
 

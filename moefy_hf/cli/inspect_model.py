@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from ..exporters.formats import TARGETS
+from ..exporters.formats import EXPORT_FORMATS
 from ..hub.card import router_settings_of
 from ..loading import checkpoint_class
 from ..modeling.ffn_sites import find_sites
@@ -31,7 +31,7 @@ def inspect_model(args: Namespace) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "ffn_parameters": ffn,
         "moefication": section and section.values,
-        "export": [name for name, target in TARGETS.items() if config.model_type in target.sources] + ["dense"],
+        "export": [name for name, target in EXPORT_FORMATS.items() if config.model_type in target.sources] + ["dense"],
         "ffns": [
             {
                 "name": site.name,

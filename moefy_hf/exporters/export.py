@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.llama4 import Llama4TextConfig
-from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 from ..io import written_whole
 from ..loading import check_moefied
-from .formats import TARGETS, Target, moe_config, moe_tensors, own_tensors
-
-LINEAR_ROUTERS = ("linear", "prior_approximate", "sigmoid", "mean_gate")
+from ..modeling.routers import router_facts
+from ..modeling.selection import selection_facts
+from .formats import EXPORT_FORMATS, ExportFormat, own_tensors
 
 
 def export(
@@ -37,39 +35,45 @@ def export(
         max_shard_bytes: size of a weights file; beyond the model itself so much memory is needed.
 
     Raises:
-        ValueError: the model is not MoEfied, or the target cannot express it; says why, and which conversion could be.
+        ValueError: the model is not MoEfied, or the format cannot express it; says why, and which conversion could be.
         FileExistsError: there is something in output_dir.
     """
     output_dir = Path(output_dir)
     check_moefied(model)
-    target = None if to == "dense" else choose_target(model, to)
-    if target is not None:
-        check_expressible(model, target)
+    export_format = None if to == "dense" else choose_format(model, to)
+    if export_format is not None:
+        check_expressible(model, export_format)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir} exists and is not empty: choose another output_dir")
     with written_whole(output_dir) as folder:
-        config = dense_config(model) if target is None else moe_config(model, target)
+        config = dense_config(model) if export_format is None else export_format.config(model)
         config.save_pretrained(folder)
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        write_shards(own_tensors(model) if target is None else moe_tensors(model, target), folder, max_shard_bytes)
+        write_shards(
+            own_tensors(model) if export_format is None else export_format.tensors(model), folder, max_shard_bytes
+        )
     return output_dir
 
 
-def choose_target(model: PreTrainedModel, to: str | None) -> Target:
-    """The target that was asked for, or the one with the model's attention."""
+def choose_format(model: PreTrainedModel, to: str | None) -> ExportFormat:
+    """Return the export format that was asked for, or the first that has the model's attention.
+
+    Raises:
+        ValueError: there is no such format, or none for this architecture or head.
+    """
     model_type = model.config.model_type
-    fitting = [name for name, target in TARGETS.items() if model_type in target.sources]
-    if to is not None and to not in TARGETS:
-        raise ValueError(f"unknown target {to!r}; choose from {', '.join([*TARGETS, 'dense'])}")
+    fitting = [name for name, each in EXPORT_FORMATS.items() if model_type in each.sources]
+    if to is not None and to not in EXPORT_FORMATS:
+        raise ValueError(f"unknown target {to!r}; choose from {', '.join([*EXPORT_FORMATS, 'dense'])}")
     if to is None and not fitting or to is not None and to not in fitting:
-        exportable = "; ".join(f"{' and '.join(target.sources)} to {name}" for name, target in TARGETS.items())
+        exportable = "; ".join(f"{' and '.join(each.sources)} to {name}" for name, each in EXPORT_FORMATS.items())
         raise ValueError(f"a {model_type} model cannot become {to or 'a served MoE'}: {exportable}; any to 'dense'")
     if not model._get_name().endswith("ForCausalLM"):
         raise ValueError(f"{model._get_name()} is no causal language model, which is what the served MoEs are")
-    return TARGETS[to or next(name for name in fitting if name != "llama4" or not slides(model))]
+    return EXPORT_FORMATS[to or next(name for name in fitting if EXPORT_FORMATS[name].sliding or not slides(model))]
 
 
 def slides(model: PreTrainedModel) -> bool:
@@ -77,52 +81,82 @@ def slides(model: PreTrainedModel) -> bool:
     return getattr(model.config, "sliding_window", None) is not None
 
 
-def check_expressible(model: PreTrainedModel, target: Target) -> None:
-    """What the target's formula has no place for, and the settings that avoid it."""
-    sites, router = model.moe_sites(), model.config.moefication["router"]
-    if router not in LINEAR_ROUTERS:
+def check_expressible(model: PreTrainedModel, export_format: ExportFormat) -> None:
+    """Check that a format has a place for all that the model does.
+
+    Raises:
+        ValueError: it has not; says what to change.
+    """
+    check_routing(model, export_format)
+    check_layers(model, export_format)
+    if (
+        "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+        and not export_format.sliding_by_layer
+    ):
+        raise ValueError(f"{export_format.architecture} has no sliding attention in some of its layers only")
+    if slides(model) and not export_format.sliding:
+        others = (each for each in EXPORT_FORMATS.values() if each.sliding and model.config.model_type in each.sources)
+        remedy = "".join(f": export to {each.name!r}, which has" for each in others)
+        raise ValueError(f"{export_format.architecture} has no sliding attention{remedy}")
+    if model.dtype == torch.float16:
+        raise ValueError("float16 cannot hold the scaled router: export in float32 or bfloat16, e.g. model.float()")
+
+
+def check_routing(model: PreTrainedModel, export_format: ExportFormat) -> None:
+    """Check the router, the selection, and what is added to selected experts.
+
+    Raises:
+        ValueError: see `check_expressible`.
+    """
+    section, acts = model.config.moefication, [site.act for site in model.moe_sites()]
+    if router_facts(acts[0].router).export_weight is None:
         raise ValueError(
-            f"served MoEs have a linear router, this model a {router!r} one: convert with router='linear'"
+            f"served MoEs have a linear router, this model a {section['router']!r} one: convert with router='linear'"
         )
-    section = model.config.moefication
-    if section["selection"]["type"] != "top_k":
+    if not selection_facts(acts[0].selection).exportable:
         raise ValueError(
             f"served MoEs compute the same number of experts for every token, this model selects by "
             f"{section['selection']['type']!r}: model.set_selection(type='top_k', k=...) first"
         )
-    if section.get("shared_experts", 0) > (1 if target.config is Llama4TextConfig else 0):
-        raise ValueError(
-            f"{target.architecture} has no place for {section['shared_experts']} shared experts: only Llama 4 has one"
-        )
+    if acts[0].shared > export_format.most_shared:
+        others = [each.architecture for each in EXPORT_FORMATS.values() if each.most_shared >= acts[0].shared]
+        remedy = f": {', '.join(others)} has" if others else ""
+        raise ValueError(f"{export_format.architecture} has no place for {acts[0].shared} shared experts{remedy}")
     if section.get("compensation"):
         raise ValueError("served MoEs have no mean compensation: convert with compensation=False")
-    budgets = {site.act.k for site in sites}
+    budgets = {act.k for act in acts}
     if len(budgets) > 1:
         raise ValueError(
             f"layers compute {min(budgets)} to {max(budgets)} experts; served MoEs have one k for all: "
             "model.set_selection(k=..., allocation='uniform') first"
         )
+
+
+def check_layers(model: PreTrainedModel, export_format: ExportFormat) -> None:
+    """Check sizes, dense layers and biases.
+
+    Raises:
+        ValueError: see `check_expressible`.
+    """
+    sites = model.moe_sites()
     if len({(site.act.num_experts, site.sizes[1]) for site in sites}) > 1:
         raise ValueError("experts differ between layers in number or size; served MoEs have one size for all")
-    if len(sites) < model.config.num_hidden_layers and not target.dense_layers:
+    if len(sites) < model.config.num_hidden_layers and not export_format.dense_layers:
         raise ValueError(
-            f"{len(sites)} of {model.config.num_hidden_layers} layers are MoEfied, and {target.architecture} has no "
-            "dense ones: convert with layers=None"
+            f"{len(sites)} of {model.config.num_hidden_layers} layers are MoEfied, and "
+            f"{export_format.architecture} has no dense ones: convert with layers=None"
         )
     biased = [name for site in sites for name in ("gate", "up", "down") if getattr(site, name).bias is not None]
-    attention = getattr(model.config, "attention_bias", False) and not hasattr(target.config(), "attention_bias")
+    attention = getattr(model.config, "attention_bias", False) and not hasattr(
+        export_format.config_class(), "attention_bias"
+    )
     if biased or attention:
         where = "the attention" if attention else f"the FFNs ({', '.join(dict.fromkeys(biased))})"
-        raise ValueError(f"{target.architecture} has no biases, this model has some in {where}")
-    if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()) and target.config is Qwen3MoeConfig:
-        raise ValueError("Qwen3MoeForCausalLM has no sliding attention in some of its layers only")
-    if slides(model) and target.config is Llama4TextConfig:
-        raise ValueError("Llama4ForCausalLM has no sliding attention: export to 'mixtral', which has")
-    if model.dtype == torch.float16:
-        raise ValueError("float16 cannot hold the scaled router: export in float32 or bfloat16, e.g. model.float()")
+        raise ValueError(f"{export_format.architecture} has no biases, this model has some in {where}")
 
 
 def dense_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Return the config of the dense model that a MoEfied one stands for."""
     settings = {
         name: value for name, value in model.config.to_dict().items() if name not in ("moefication", "auto_map")
     }

@@ -12,7 +12,7 @@ of two, which leaves their order as it is:
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,79 +22,187 @@ from transformers.models.qwen2_moe import Qwen2MoeConfig
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 from ..modeling.ffn_sites import FfnSite
+from ..modeling.routers import router_facts
 
 # standard deviation of the scaled scores
 SPREAD = 2.0**-14  # for a softmax: ties are then those closer than 1 / 1,000 of it
 VANISHING = 2.0**-50  # for a sigmoid
 
 
-@dataclass(frozen=True)
-class Target:
-    """A served MoE architecture.
+class ExportFormat:
+    """A served MoE architecture: a subclass, and a line of `EXPORT_FORMATS`.
 
     Attributes:
+        name: in `export`.
+        architecture: the class that loads it.
         sources: model types whose attention, norms and embeddings it has.
-        block: name of the MoE in a layer's checkpoint keys, and `names` those of (gate, up, down) in an expert.
+        block: name of the MoE in a layer's checkpoint keys, and `parts` those of (gate, up, down) in an expert.
+        exact: whether it computes exactly what the MoEfied model does.
         dense_layers: whether layers may keep a dense FFN.
+        most_shared: how many shared experts it has a place for.
+        sliding: whether attention may be limited to a window of the last tokens.
+        sliding_by_layer: whether it may be so in some layers only.
     """
 
-    config: type[PreTrainedConfig]
-    architecture: str
-    sources: tuple[str, ...]
-    block: str
-    names: tuple[str, str, str]
-    dense_layers: bool
+    name: ClassVar[str]
+    architecture: ClassVar[str]
+    config_class: ClassVar[type[PreTrainedConfig]]
+    sources: ClassVar[tuple[str, ...]]
+    block: ClassVar[str]
+    parts: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+    exact: ClassVar[bool] = False
+    dense_layers: ClassVar[bool] = True
+    most_shared: ClassVar[int] = 0
+    sliding: ClassVar[bool] = True
+    sliding_by_layer: ClassVar[bool] = True
+
+    def config(self, model: PreTrainedModel) -> PreTrainedConfig:
+        """Return the config: the settings that both architectures have, and the experts."""
+        known = set(self.config_class().to_dict()) - {"model_type", "architectures", "transformers_version"}
+        settings = {n: value for n, value in model.config.to_dict().items() if n in known | {"head_dim", "dtype"}}
+        act = model.moe_sites()[0].act
+        settings |= {"num_experts_per_tok": act.selection.k, "architectures": [self.architecture]}
+        return self.config_class(**settings | self.settings(model, act.router.num_experts, act.expert_size))
+
+    def settings(self, model: PreTrainedModel, experts: int, size: int) -> dict[str, Any]:
+        """Return the settings that only this architecture has.
+
+        Args:
+            experts: how many are routed to, of `size` neurons each.
+        """
+        raise NotImplementedError
+
+    def tensors(self, model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield keys and tensors of the checkpoint, one FFN at a time."""
+        sites = {f"{site.name}.": site for site in model.moe_sites()}
+        for name, tensor in own_tensors(model):
+            if not name.startswith(tuple(sites)):
+                yield self.renamed(model, name, tensor)
+        for site in sites.values():
+            yield from self.ffn_tensors(model, site, f"{site.name.rpartition('.')[0]}.{self.block}")
+
+    def renamed(self, model: PreTrainedModel, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """Return key and value of a tensor that is of no routed FFN."""
+        return name, tensor
+
+    def ffn_tensors(self, model: PreTrainedModel, site: FfnSite, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield those of one routed FFN; here of an architecture that selects and weighs by a softmax."""
+        act = site.act
+        norm = model.get_submodule(f"{site.name.rpartition('.')[0]}.post_attention_layernorm")
+        router = scaled(router_weight(site), norm.weight.detach(), SPREAD)
+        yield f"{prefix}.gate.weight", router.to(model.dtype)
+        gate, up, down = (part.weight.detach() for part in (site.gate, site.up, site.down))
+        for expert in range(act.num_experts):
+            own = slice(expert * act.expert_size, (expert + 1) * act.expert_size)
+            tensors = gate[own], up[own], down[:, own] * act.selection.k
+            for part, tensor in zip(self.parts, tensors, strict=True):
+                yield f"{prefix}.experts.{expert}.{part}.weight", tensor
 
 
-GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
-TARGETS = {
-    "llama4": Target(Llama4TextConfig, "Llama4ForCausalLM", ("llama", "mistral"), "feed_forward", GATE_UP_DOWN, True),
-    "mixtral": Target(
-        MixtralConfig, "MixtralForCausalLM", ("llama", "mistral"), "block_sparse_moe", ("w1", "w3", "w2"), False
-    ),
-    "qwen2_moe": Target(Qwen2MoeConfig, "Qwen2MoeForCausalLM", ("qwen2",), "mlp", GATE_UP_DOWN, True),
-    "qwen3_moe": Target(Qwen3MoeConfig, "Qwen3MoeForCausalLM", ("qwen3",), "mlp", GATE_UP_DOWN, True),
-}
-
-
-def moe_config(model: PreTrainedModel, target: Target) -> PreTrainedConfig:
-    """The settings that both configs have, and the experts."""
-    site, source = model.moe_sites()[0], model.config.to_dict()
-    known = set(target.config().to_dict()) - {"model_type", "architectures", "transformers_version"}
-    settings = {name: value for name, value in source.items() if name in known | {"head_dim", "dtype"}}
-    experts, size = site.act.router.num_experts, site.act.expert_size
-    settings |= {"num_experts_per_tok": site.act.selection.k, "architectures": [target.architecture]}
-    if target.config is Llama4TextConfig:
-        return llama4_config(model, settings, experts, size)
-    if target.config is MixtralConfig:
-        return MixtralConfig(**settings | {"num_local_experts": experts, "intermediate_size": size})
-    dense = set(range(model.config.num_hidden_layers)) - {layer_of(site) for site in model.moe_sites()}
-    settings |= {
-        "num_experts": experts,
-        "moe_intermediate_size": size,
-        "norm_topk_prob": True,
-        "mlp_only_layers": sorted(dense),
-    }
-    if target.config is Qwen2MoeConfig:
-        settings["shared_expert_intermediate_size"] = size  # which must exist, and adds nothing
-    return target.config(**settings)
-
-
-def llama4_config(model: PreTrainedModel, settings: dict, experts: int, size: int) -> Llama4TextConfig:
+class Llama4(ExportFormat):
     """Llama's attention in Llama 4's terms: positions and full attention in every layer, nothing normalised."""
-    settings |= {
-        "num_local_experts": experts,
-        "intermediate_size": size,
-        "intermediate_size_mlp": model.config.intermediate_size,
-        "moe_layers": [layer_of(site) for site in model.moe_sites()],
-        "no_rope_layers": [1] * model.config.num_hidden_layers,
-        "layer_types": ["full_attention"] * model.config.num_hidden_layers,
-        "attention_chunk_size": None,
-        "attn_temperature_tuning": False,
-        "use_qk_norm": False,
-        "head_dim": head_dim(model.config),
-    }
-    return Llama4TextConfig(**settings)
+
+    name = "llama4"
+    architecture = "Llama4ForCausalLM"
+    config_class = Llama4TextConfig
+    sources = ("llama", "mistral")
+    block = "feed_forward"
+    exact = True
+    most_shared = 1
+    sliding = False
+
+    def settings(self, model: PreTrainedModel, experts: int, size: int) -> dict[str, Any]:
+        return {
+            "num_local_experts": experts,
+            "intermediate_size": size,
+            "intermediate_size_mlp": model.config.intermediate_size,
+            "moe_layers": [layer_of(site) for site in model.moe_sites()],
+            "no_rope_layers": [1] * model.config.num_hidden_layers,
+            "layer_types": ["full_attention"] * model.config.num_hidden_layers,
+            "attention_chunk_size": None,
+            "attn_temperature_tuning": False,
+            "use_qk_norm": False,
+            "head_dim": head_dim(model.config),
+        }
+
+    def renamed(self, model: PreTrainedModel, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        if ".q_proj." in name or ".k_proj." in name:
+            tensor = interleaved(tensor, head_dim(model.config))
+        return name.replace(".mlp.", f".{self.block}."), tensor
+
+    def ffn_tensors(self, model: PreTrainedModel, site: FfnSite, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        size, shared, router = site.act.expert_size, site.act.shared, router_weight(site)
+        yield f"{prefix}.router.weight", scaled(router, router.new_ones(site.sizes[0]), VANISHING).to(model.dtype)
+        gate, up, down = (part.weight.detach() for part in (site.gate, site.up, site.down))
+        both = torch.cat([gate.unflatten(0, (-1, size)), up.unflatten(0, (-1, size))], 1)  # (E, 2m, d)
+        yield f"{prefix}.experts.gate_up_proj", 2 * both[shared:].transpose(1, 2)
+        yield f"{prefix}.experts.down_proj", down.t().unflatten(0, (-1, size))[shared:]
+        first = gate[:size], up[:size], down[:, :size]
+        for part, tensor in zip(self.parts, first, strict=True):  # which must exist; without one, adds nothing
+            yield f"{prefix}.shared_expert.{part}.weight", tensor if shared else torch.zeros_like(tensor)
+
+
+class Mixtral(ExportFormat):
+    name = "mixtral"
+    architecture = "MixtralForCausalLM"
+    config_class = MixtralConfig
+    sources = ("llama", "mistral")
+    block = "block_sparse_moe"
+    parts = ("w1", "w3", "w2")
+    dense_layers = False
+
+    def settings(self, model: PreTrainedModel, experts: int, size: int) -> dict[str, Any]:
+        return {"num_local_experts": experts, "intermediate_size": size}
+
+
+class QwenMoe(ExportFormat):
+    """What both Qwen MoEs have."""
+
+    block = "mlp"
+
+    def settings(self, model: PreTrainedModel, experts: int, size: int) -> dict[str, Any]:
+        dense = set(range(model.config.num_hidden_layers)) - {layer_of(site) for site in model.moe_sites()}
+        return {
+            "num_experts": experts,
+            "moe_intermediate_size": size,
+            "norm_topk_prob": True,
+            "mlp_only_layers": sorted(dense),
+        }
+
+
+class Qwen2Moe(QwenMoe):
+    """It must have a shared expert, which adds nothing here."""
+
+    name = "qwen2_moe"
+    architecture = "Qwen2MoeForCausalLM"
+    config_class = Qwen2MoeConfig
+    sources = ("qwen2",)
+
+    def settings(self, model: PreTrainedModel, experts: int, size: int) -> dict[str, Any]:
+        return super().settings(model, experts, size) | {"shared_expert_intermediate_size": size}
+
+    def ffn_tensors(self, model: PreTrainedModel, site: FfnSite, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from super().ffn_tensors(model, site, prefix)
+        size, (d, _), gate = site.act.expert_size, site.sizes, site.gate.weight.detach()
+        yield f"{prefix}.shared_expert_gate.weight", gate.new_zeros(1, d)
+        for part, shape in zip(self.parts, ((size, d), (size, d), (d, size)), strict=True):
+            yield f"{prefix}.shared_expert.{part}.weight", gate.new_zeros(shape)
+
+
+class Qwen3Moe(QwenMoe):
+    name = "qwen3_moe"
+    architecture = "Qwen3MoeForCausalLM"
+    config_class = Qwen3MoeConfig
+    sources = ("qwen3",)
+    sliding_by_layer = False
+
+
+EXPORT_FORMATS: dict[str, ExportFormat] = {each.name: each for each in (Llama4(), Mixtral(), Qwen2Moe(), Qwen3Moe())}
+
+
+def router_weight(site: FfnSite) -> torch.Tensor:
+    """Return the router's matrix (E, d)."""
+    return site.act.router.get_parameter(router_facts(site.act.router).export_weight).detach()
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -102,12 +210,12 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def layer_of(site: FfnSite) -> int:
-    """The number in "model.layers.3.mlp"."""
+    """Return the number in "model.layers.3.mlp"."""
     return next(int(part) for part in site.name.split(".") if part.isdigit())
 
 
 def own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors that are saved, tied ones once, without routers."""
+    """Yield all tensors that are saved, tied ones once, without routers."""
     seen = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         added = ".router." in name or name.endswith(".neuron_order")
@@ -116,64 +224,16 @@ def own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor.detach()
 
 
-def moe_tensors(model: PreTrainedModel, target: Target) -> Iterator[tuple[str, torch.Tensor]]:
-    """Keys and tensors of the target's checkpoint, one FFN at a time."""
-    if target.config is Llama4TextConfig:
-        yield from llama4_tensors(model)
-        return
-    sites = {f"{site.name}.": site for site in model.moe_sites()}
-    for name, tensor in own_tensors(model):
-        if not name.startswith(tuple(sites)):
-            yield name, tensor
-    for site in sites.values():
-        prefix = f"{site.name.rpartition('.')[0]}.{target.block}"
-        routed, (d, f) = site.act, site.sizes
-        size = f // routed.num_experts
-        norm = model.get_submodule(f"{site.name.rpartition('.')[0]}.post_attention_layernorm")
-        router = scaled(routed.router.weight.detach(), norm.weight.detach(), SPREAD)
-        yield f"{prefix}.gate.weight", router.to(model.dtype)
-        gate, up, down = (part.weight.detach() for part in (site.gate, site.up, site.down))
-        for expert in range(routed.num_experts):
-            own = slice(expert * size, (expert + 1) * size)
-            tensors = gate[own], up[own], down[:, own] * routed.selection.k
-            for part, tensor in zip(target.names, tensors, strict=True):
-                yield f"{prefix}.experts.{expert}.{part}.weight", tensor
-        if target.config is Qwen2MoeConfig:
-            yield f"{prefix}.shared_expert_gate.weight", gate.new_zeros(1, d)
-            for part, shape in zip(target.names, ((size, d), (size, d), (d, size)), strict=True):
-                yield f"{prefix}.shared_expert.{part}.weight", gate.new_zeros(shape)
-
-
-def llama4_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    sites = {f"{site.name}.": site for site in model.moe_sites()}
-    for name, tensor in own_tensors(model):
-        if name.startswith(tuple(sites)):
-            continue
-        if ".q_proj." in name or ".k_proj." in name:
-            tensor = interleaved(tensor, head_dim(model.config))
-        yield name.replace(".mlp.", ".feed_forward."), tensor
-    for site in sites.values():
-        prefix = f"{site.name.rpartition('.')[0]}.feed_forward"
-        routed, (d, _) = site.act, site.sizes
-        size, shared = routed.expert_size, routed.shared
-        router, ones = routed.router.weight.detach(), torch.ones(d)
-        yield f"{prefix}.router.weight", scaled(router, ones.to(router), VANISHING).to(model.dtype)
-        gate, up, down = (part.weight.detach() for part in (site.gate, site.up, site.down))
-        both = torch.cat([gate.unflatten(0, (-1, size)), up.unflatten(0, (-1, size))], 1)  # (E, 2m, d)
-        yield f"{prefix}.experts.gate_up_proj", 2 * both[shared:].transpose(1, 2)
-        yield f"{prefix}.experts.down_proj", down.t().unflatten(0, (-1, size))[shared:]
-        first = gate[:size], up[:size], down[:, :size]
-        for part, tensor in zip(GATE_UP_DOWN, first, strict=True):  # which must exist; without one, adds nothing
-            yield f"{prefix}.shared_expert.{part}.weight", tensor if shared else torch.zeros_like(tensor)
-
-
 def interleaved(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
     """(heads * head_dim, ...): Llama turns pairs (i, i + head_dim / 2) of a head, Llama 4 pairs (2i, 2i + 1)."""
     return tensor.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def scaled(router: torch.Tensor, norm: torch.Tensor, spread: float) -> torch.Tensor:
-    """router (E, d), norm (d,) the scale of its input's normalisation -> (E, d): times the power of two that gives the
-    scores of one token a standard deviation of at most `spread`, were the normalised input white."""
-    own = float(((router - router.mean(0)).float() * norm.float()).square().sum(-1).mean().sqrt())
-    return router * 2.0 ** math.floor(math.log2(spread / max(own, 1e-12)))
+    """(E, d), (d,) -> (E, d): the router times a power of two that makes its scores small.
+
+    The scores of one token then have a standard deviation of at most `spread`, were the normalised input white. `norm`
+    is the scale of that normalisation.
+    """
+    std = float(((router - router.mean(0)).float() * norm.float()).square().sum(-1).mean().sqrt())
+    return router * 2.0 ** math.floor(math.log2(spread / max(std, 1e-12)))

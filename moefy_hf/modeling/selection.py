@@ -16,11 +16,13 @@ class Selection(Protocol):
     Attributes:
         k: how many a token computes, on average where that depends on the token; None where nobody has measured it.
         dynamic: whether that depends on the token. Dynamic selections take routing weights instead of scores.
+        exportable: whether served MoEs select so.
         paper: where the method is from; empty for this package's own.
         kernel_name: what the C++ kernel calls the method; None where it does not know it. Not inherited.
     """
 
     dynamic: ClassVar[bool]
+    exportable: ClassVar[bool]
     paper: ClassVar[str]
     kernel_name: ClassVar[str | None]
 
@@ -38,6 +40,7 @@ class TopK:
 
     k: int
     dynamic: ClassVar[bool] = False
+    exportable: ClassVar[bool] = True
     paper: ClassVar[str] = "MoEfication, section 3.3"
     kernel_name: ClassVar[str | None] = "top_k"
 
@@ -63,6 +66,7 @@ class Dynamic:
     threshold: float
     k: float | None = None
     dynamic: ClassVar[bool] = True
+    exportable: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     name: ClassVar[str]
     lowest: ClassVar[float] = 0.0
