@@ -1,4 +1,4 @@
-"""What `moefy bench` does: takes the parsed arguments and returns the figures, with their table."""
+"""The command `moefy bench`: it takes parsed arguments and returns figures, with their table."""
 
 import json
 from argparse import Namespace
@@ -14,7 +14,11 @@ from .settings import Settings
 
 
 def run_bench(args: Namespace) -> dict[str, Any]:
-    """`--generate` and `--batches` time whole models, else FFNs are."""
+    """Time whole models with `--generate` or `--batches`, else FFNs.
+
+    Raises:
+        ValueError: arguments that do not go together, or as `Settings`.
+    """
     check_files(args.json_file, args.csv_file, plot=args.plot_file)
     whole = args.generate or args.batches
     ffns_only = {"tokens": args.tokens, "weights": args.weights, "nonzero": args.nonzero, "plot": args.plot_file}
@@ -36,16 +40,16 @@ def run_bench(args: Namespace) -> dict[str, Any]:
         implementations=tuple(args.implementations),
     )
     if args.generate:
-        found = bench_model(settings, length=args.generate[0], new_tokens=args.generate[1])
+        figures = bench_model(settings, length=args.generate[0], new_tokens=args.generate[1])
     elif args.batches:
-        found = bench_model(settings, batch=args.batches[0], length=args.batches[1])
+        figures = bench_model(settings, batch=args.batches[0], length=args.batches[1])
     else:
         tokens, cold = tuple(args.tokens or TOKENS), args.weights != "warm"
-        found = bench_ffns(settings, tokens, cold=cold, nonzero=args.nonzero)
+        figures = bench_ffns(settings, tokens, cold=cold, nonzero=args.nonzero)
     if args.json_file:
-        write_whole(Path(args.json_file), json.dumps(found, indent=1))
+        write_whole(Path(args.json_file), json.dumps(figures, indent=1))
     if args.csv_file:
-        save_csv(found, args.csv_file)
+        save_csv(figures, args.csv_file)
     if args.plot_file:
-        plot_bench(found, args.plot_file)
-    return found | {"table": table(found)}
+        plot_bench(figures, args.plot_file)
+    return figures | {"table": table(figures)}
