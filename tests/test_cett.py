@@ -7,7 +7,7 @@ import torch
 from batches import real_count, text_batches
 from tiny import tiny_model
 
-from moefy_hf import find_sites
+from moefy_hf import find_sites, profile
 from moefy_hf.measure.hooks import run_with_hooks
 from moefy_hf.measure.metrics import Quality, predictions
 from moefy_hf.measure.sparsity import CettCurve, cett_curves, dropping, ppl_activation
@@ -106,3 +106,30 @@ def test_bad_settings_are_named(settings, message):
         ppl_activation(model, batches, curves, progress=False)
     with pytest.raises(ValueError, match="nothing to measure"):
         cett_curves(model, [], progress=False)
+
+
+@pytest.mark.parametrize("measure", ["profile", "sparsity"])
+def test_bars_move_within_a_batch(measure, monkeypatch):
+    """A batch of a large model takes minutes: every FFN, and every 512 tokens of it for CETT, is a step."""
+    steps: list[float] = []
+
+    class Bar:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def update(self, tokens):
+            steps.append(tokens)
+
+    monkeypatch.setattr(f"moefy_hf.measure.{measure}.token_bar", lambda *args: Bar())
+    monkeypatch.setattr("moefy_hf.measure.sparsity.AT_ONCE", 10)
+    model, batches = tiny_model("llama", "AutoModelForCausalLM"), text_batches(1)
+    tokens = real_count(batches)
+    if measure == "profile":
+        profile(model, batches, sample=False)
+    else:
+        cett_curves(model, batches)
+    each = 1 if measure == "profile" else math.ceil(tokens / 10)
+    assert len(steps) == 2 * each and sum(steps) == pytest.approx(tokens)

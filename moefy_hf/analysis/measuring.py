@@ -152,6 +152,33 @@ class LayerSums:
         return on_cpu["routed"]
 
 
+class Vocabulary:
+    """What is tested of each token id: its number among some words, and its kind.
+
+    Args:
+        size: V, how many token ids there are.
+        words: (M,) those that are tested one by one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int, words: torch.Tensor):
+        self.number = torch.full((size,), -1)
+        self.number[words] = torch.arange(len(words))
+        self.kinds, self.plain = token_kinds(tokenizer, size), torch.ones(size, dtype=torch.bool)
+        self.plain[[special for special in tokenizer.all_special_ids if special < size]] = False
+        self.slots = {"token": len(words), "kind": len(KINDS)}
+
+    def batch(self, rows: Mapping[str, Any], labels: dict[str, torch.Tensor]) -> TextBatch:
+        """Return what all FFNs share about a padded batch; `labels` are class ids (B,), by the name of the classes."""
+        text, place = rows["attention_mask"].nonzero(as_tuple=True)
+        ids = rows["input_ids"][text, place]  # (T,)
+        groups = {
+            "token": Groups.of(text, self.number[ids], self.slots["token"]),
+            "kind": Groups.of(text, self.kinds[ids], self.slots["kind"]),
+        }
+        lengths = rows["attention_mask"].sum(1)
+        return TextBatch(text, place, lengths, rows["input_ids"], self.plain[ids], groups, labels)
+
+
 @torch.no_grad()
 def measure(
     model: MoefiedModel,
@@ -174,14 +201,9 @@ def measure(
         one `LayerSums` per routed FFN.
     """
     sites = model.moe_sites()
-    vocabulary = len(survey.ids)
-    number = torch.full((vocabulary,), -1)
-    number[words] = torch.arange(len(words))
-    kinds, plain = token_kinds(tokenizer, vocabulary), torch.ones(vocabulary, dtype=torch.bool)
-    plain[[special for special in tokenizer.all_special_ids if special < vocabulary]] = False
-    slots = {"token": len(words), "kind": len(KINDS)}
+    vocabulary = Vocabulary(tokenizer, len(survey.ids), words)
     classes = {name: len(survey.classes) for name in ("class", "shuffled")} if stream.labelled else {}
-    layers = [LayerSums(site, slots, classes, stream.max_length, seed + i) for i, site in enumerate(sites)]
+    layers = [LayerSums(site, vocabulary.slots, classes, stream.max_length, seed + i) for i, site in enumerate(sites)]
     shuffled, inputs = Shuffled(survey.classes, seed), ReadInputs(sites)
     batch: TextBatch
     before: torch.Tensor
@@ -199,22 +221,10 @@ def measure(
     with bar, all_experts(model), run_with_hooks(model, sites, see) as run:
         for rows in stream:
             labels = rows.pop("labels")
-            ids, text, place = flat(rows)
-            groups = {
-                "token": Groups.of(text, number[ids], len(words)),
-                "kind": Groups.of(text, kinds[ids], len(KINDS)),
-            }
             given = {"class": labels, "shuffled": shuffled.draw(len(labels))} if stream.labelled else {}
-            lengths = rows["attention_mask"].sum(1)
-            batch = TextBatch(text, place, lengths, rows["input_ids"], plain[ids], groups, given)
+            batch = vocabulary.batch(rows, given)
             run(rows)
     return layers
-
-
-def flat(rows: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return ids, text and place in it of a padded batch's tokens, (T,) each."""
-    text, place = rows["attention_mask"].nonzero(as_tuple=True)
-    return rows["input_ids"][text, place], text, place
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What `moefy bench` does: takes the parsed arguments and returns the figures, with their table."""
+"""The command `moefy bench`: it takes parsed arguments and returns figures, with their table."""
 
 import json
 from argparse import Namespace
@@ -16,7 +16,11 @@ FIGURES = (".json", ".csv")
 
 
 def run_bench(args: Namespace) -> dict[str, Any]:
-    """`--generate` and `--batches` time whole models, else FFNs are."""
+    """Time whole models with `--generate` or `--batches`, else FFNs.
+
+    Raises:
+        ValueError: arguments that do not go together, or as `Settings`.
+    """
     check_files(*args.output, plot=args.plot)
     for path in args.output:
         if Path(path).suffix not in FIGURES:
@@ -41,17 +45,17 @@ def run_bench(args: Namespace) -> dict[str, Any]:
         implementations=tuple(args.implementations),
     )
     if args.generate:
-        found = bench_model(settings, length=args.generate[0], new_tokens=args.generate[1])
+        figures = bench_model(settings, length=args.generate[0], new_tokens=args.generate[1])
     elif args.batches:
-        found = bench_model(settings, batch=args.batches[0], length=args.batches[1])
+        figures = bench_model(settings, batch=args.batches[0], length=args.batches[1])
     else:
         tokens, cold = tuple(args.tokens or TOKENS), args.weights != "warm"
-        found = bench_ffns(settings, tokens, cold=cold, nonzero=args.nonzero)
+        figures = bench_ffns(settings, tokens, cold=cold, nonzero=args.nonzero)
     for path in args.output:
         if path.endswith(".csv"):
-            save_csv(found, path)
+            save_csv(figures, path)
         else:
-            write_whole(Path(path), json.dumps(found, indent=1))
+            write_whole(Path(path), json.dumps(figures, indent=1))
     if args.plot:
-        plot_bench(found, args.plot)
-    return found | {"table": table(found)}
+        plot_bench(figures, args.plot)
+    return figures | {"table": table(figures)}

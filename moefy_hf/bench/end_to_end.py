@@ -18,12 +18,14 @@ from transformers import AutoTokenizer
 from ..data import TextBatches, read_lines
 from ..hub.facts import add_facts
 from ..io import write_csv
+from ..loading import routed
 from .models import check, checkpoint_models, compare, model_rows, variants
 from .settings import Settings
 from .timing import hardware, threads_set
 
 
 def main() -> None:
+    """Time a checkpoint as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--texts", required=True, help="text file, one text per line")
@@ -53,6 +55,11 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time the models, and return a row per implementation.
+
+    Raises:
+        ValueError: the checkpoint is not MoEfied, or the texts cannot be read.
+    """
     texts = read_lines(args.texts)
     names = ("masked", "cpu", "auto")
     settings = Settings(checkpoint=args.checkpoint, share=args.k, threads=args.threads, implementations=names)
@@ -64,8 +71,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         check(models, model, batches[0])
         taken = compare(models, batches, args.new_tokens, float("inf"), "rounds", progress=True)
     tokens = int(statistics.median(batch["input_ids"].numel() for batch in batches))
-    experts = sum(site.act.k for site in model.moe_sites())
-    share = round(experts / sum(site.act.num_experts for site in model.moe_sites()), 3)
+    acts = [routed(site) for site in model.moe_sites()]
+    share = round(sum(act.k or 0 for act in acts) / sum(act.num_experts for act in acts), 3)
     return [
         {
             "implementation": row["implementation"],

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from moefy_ffn import MoeFfn
 from torch import nn
-from transformers import PreTrainedModel
 
-from ..loading import load_checkpoint
+from ..loading import MoefiedModel, check_moefied, load_checkpoint, routed
 from ..measure.router_inputs import scorer
 from ..modeling.ffn_sites import FfnSite, FfnWeights
 from ..modeling.moefied import is_moefied
@@ -31,31 +30,41 @@ FUSED = {"relu": ("relu", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"), 
 
 @dataclass
 class Layer:
-    """One FFN as a model has it, routed, and as the sparse implementations want it: `down` a row per neuron, all else
-    shared."""
+    """One FFN as all methods want it. Copies share all weights but `down`, which sparse methods keep by neurons.
+
+    Attributes:
+        site, weights: as a model has it, routed.
+        indexed, compiled: as the implementations "torch" and "cpu" want it.
+        kernel: of "cpu".
+        packed: (prepacked weight, bias) of gate, up and down; nothing where oneDNN cannot prepack.
+    """
 
     site: FfnSite
     weights: FfnWeights
-    indexed: FfnSite  # by implementation "torch"
-    compiled: FfnSite  # by "cpu"
+    indexed: FfnSite
+    compiled: FfnSite
     kernel: MoeFfn
-    packed: list[tuple[torch.Tensor, torch.Tensor | None]]  # (prepacked weight, bias) of gate, up, down; or nothing
+    packed: list[tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def preset_layers(settings: Settings, least_bytes: int, nonzero: float | None) -> list[Layer]:
-    """FFNs of a preset's shape, enough to have `least_bytes` of weights, normally distributed.
+    """Return FFNs of a preset's shape, enough to have `least_bytes` of weights, normally distributed.
+
+    Args:
+        nonzero: biases that leave at most this share of ReLU's neurons non-zero.
 
     Raises:
         ValueError: an expert size that does not divide the FFN, or `nonzero` where neurons are never zero.
     """
-    (template, *_) = shape_of(preset_config(settings.source, settings.moefication().section())).moe_sites()
-    name = ACTIVATIONS[type(template.act.inner).__name__]
+    config = preset_config(settings.source, settings.moefication().section())
+    (template, *_) = check_moefied(shape_of(config)).moe_sites()
+    name = ACTIVATIONS[type(routed(template).inner).__name__]
     if nonzero is not None and (name != "relu" or template.gate is not None):
         raise ValueError(f"nonzero={nonzero} wants an FFN of ReLU: that of {settings.preset} has {name}")
     dtype, generator = DTYPES[settings.dtype], torch.Generator().manual_seed(0)
     layers: list[Layer] = []
-    found = 0
-    while found < least_bytes or not layers:
+    made = 0  # bytes
+    while made < least_bytes or not layers:
         site = copy_of(template)
         site.owner.to_empty(device="cpu")
         for linear in {site.first, site.up, site.down}:  # routers stay float32
@@ -66,30 +75,38 @@ def preset_layers(settings: Settings, least_bytes: int, nonzero: float | None) -
             bias = torch.full((site.sizes[1],), NormalDist().inv_cdf(0.9 * nonzero), dtype=dtype)
             site.up.bias = nn.Parameter(bias, requires_grad=False)
         layers.append(layer_of(site))
-        found += weight_bytes(site)
+        made += weight_bytes(site)
     return layers
 
 
 def checkpoint_layers(settings: Settings, least_bytes: int) -> list[Layer]:
-    """Every routed FFN of a checkpoint, with its weights, router and budget; again and again until `least_bytes`."""
-    sites, layers, found = load_moefied(settings).moe_sites(), list[Layer](), 0
-    for site in itertools.cycle(sites):
-        if len(layers) >= len(sites) and found >= least_bytes:
-            return layers
-        layers.append(layer_of(copy_of(site)))
-        found += weight_bytes(site)
-    raise AssertionError("a MoEfied model has FFNs")
+    """Return every routed FFN of a checkpoint, with its weights, router and budget, again and again until there are
+    `least_bytes`.
 
-
-def load_moefied(settings: Settings) -> PreTrainedModel:
+    Raises:
+        ValueError: as `load_moefied`.
     """
+    sites = load_moefied(settings).moe_sites()
+    layers, made = list[Layer](), 0
+    while made < least_bytes or len(layers) < len(sites):
+        site = sites[len(layers) % len(sites)]
+        layers.append(layer_of(copy_of(site)))
+        made += weight_bytes(site)
+    return layers
+
+
+def load_moefied(settings: Settings) -> MoefiedModel:
+    """Load the checkpoint that is timed, at the budget that is timed.
+
     Raises:
         ValueError: the checkpoint is not MoEfied, or its FFNs cannot run alone.
     """
-    model = load_checkpoint(settings.source, dtype=DTYPES[settings.dtype]).eval()
-    if not is_moefied(model):
+    loaded = load_checkpoint(settings.source, dtype=DTYPES[settings.dtype]).eval()
+    if not is_moefied(loaded):
         raise ValueError(f"{settings.source} is not MoEfied: moefy convert makes a checkpoint that is")
-    if any(scorer(site.act.router) is not site.act.router for site in model.moe_sites()):
+    model = check_moefied(loaded)
+    routers = [routed(site).router for site in model.moe_sites()]
+    if any(scorer(router) is not router for router in routers):
         raise ValueError(
             f"the FFNs of {settings.source} have one router for all layers, so that none runs alone: measure the "
             "whole model"
@@ -100,11 +117,13 @@ def load_moefied(settings: Settings) -> PreTrainedModel:
 
 
 def weight_bytes(site: FfnSite) -> int:
+    """Return how much memory the parameters take that neurons of an FFN own."""
     return sum(param.nbytes for _, param, _, _ in site.neuron_dims())
 
 
 def layer_of(site: FfnSite) -> Layer:
-    """
+    """Return an FFN as all methods want it.
+
     Raises:
         ValueError: the sparse implementations cannot run it.
     """
@@ -127,14 +146,14 @@ def layer_of(site: FfnSite) -> Layer:
 
 
 def copy_of(site: FfnSite, shared: Iterable[torch.Tensor] = ()) -> FfnSite:
-    """The FFN alone, in an owner of its own; `shared` parameters are those of the original."""
+    """Return a copy of an FFN alone, in an owner of its own; `shared` parameters are those of the original."""
     owner, memo = nn.Module(), {id(tensor): tensor for tensor in shared}
     for path in filter(None, (site.spec.gate, site.spec.up, site.spec.down, site.spec.act)):
         *parents, name = path.split(".")
         parent = owner
-        for each in parents:
-            parent.add_module(each, parent._modules.get(each) or nn.Module())
-            parent = parent.get_submodule(each)
+        for step in parents:
+            parent.add_module(step, parent._modules.get(step) or nn.Module())
+            parent = parent.get_submodule(step)
         parent.add_module(name, copy.deepcopy(site.owner.get_submodule(path), memo))  # one memo: hooks find the copies
     copied = FfnSite(site.name, owner, site.spec)
     follow_replacements(copied.act, copied)(owner, ())  # which an owner's first call does
@@ -142,10 +161,13 @@ def copy_of(site: FfnSite, shared: Iterable[torch.Tensor] = ()) -> FfnSite:
 
 
 def dense(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """Run all neurons of an FFN on x (T, d), by torch."""
     return F.linear(layer.weights.neurons(x), layer.weights.down, layer.site.down.bias)
 
 
 def prepacked(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """Run all neurons of an FFN on x (T, d), by oneDNN on prepacked weights."""
+
     def linear(x: torch.Tensor, packed: tuple, act: str = "none", how: str = "") -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, *packed, act, [], how)
 
@@ -157,7 +179,7 @@ def prepacked(layer: Layer, x: torch.Tensor) -> torch.Tensor:
 
 
 def through_modules(site: FfnSite, x: torch.Tensor) -> torch.Tensor:
-    """As the code of the model does it."""
+    """Run an FFN on x (T, d) as the code of the model does."""
     first = site.first(x)
     if site.spec.parts == 2:
         gate, up = first.chunk(2, -1)
@@ -166,13 +188,18 @@ def through_modules(site: FfnSite, x: torch.Tensor) -> torch.Tensor:
 
 
 def masked(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """Run an FFN on x (T, d) by implementation "masked"."""
     return through_modules(layer.site, x)
 
 
 def indexed(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """Run an FFN on x (T, d) by implementation "torch"."""
     return through_modules(layer.indexed, x)
 
 
 def compiled(layer: Layer, x: torch.Tensor) -> torch.Tensor:
-    """The kernel alone, where it routes itself; a model spends some microseconds more on finding it."""
+    """Run an FFN on x (T, d) by implementation "cpu".
+
+    Where the kernel routes by itself, it runs alone; a model spends some microseconds more on finding it.
+    """
     return layer.kernel(x)[0] if layer.kernel.routed else through_modules(layer.compiled, x)

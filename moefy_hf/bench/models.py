@@ -2,16 +2,17 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..conversion.convert import moefy_
-from ..loading import checkpoint_class
+from ..loading import MoefiedModel, check_moefied, checkpoint_class
+from ..measure.contexts import hooked
 from ..runtime.cpu_kernel import CpuKernel
 from ..runtime.sparse_ffn import SparseFfn
 from ..runtime.torch_rows import FEW_TOKENS
@@ -29,11 +30,12 @@ def bench_model(
     """Time a whole model on the CPU: a preset's, with random weights, or a checkpoint.
 
     Args:
+        settings: what is timed, and how long.
         batch, length: texts at once, and the (random) tokens of each.
         new_tokens: generate so many, greedily; 0: a forward pass, of an encoder-decoder's encoder.
 
     Returns:
-        settings, hardware and rows; `ratio` and `spread` as in `bench_ffns`.
+        `settings`, `hardware` and `rows`; `ratio` and `spread` as in `bench_ffns`.
 
     Raises:
         ValueError: a number out of range, or a model that the settings do not fit.
@@ -61,6 +63,7 @@ def bench_model(
 
 
 def model_rows(taken: dict[str, list[float]], tokens: int, new_tokens: int) -> list[dict[str, Any]]:
+    """Return a row per model; `taken` are the seconds of each, one per batch of `tokens`."""
     rows = []
     for name, seconds in taken.items():
         low, middle, high = quartiles(seconds)
@@ -78,23 +81,32 @@ def model_rows(taken: dict[str, list[float]], tokens: int, new_tokens: int) -> l
     return rows
 
 
-def preset_models(settings: Settings) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A preset's model with random weights, and the MoEfied one on the same weights."""
+def preset_models(settings: Settings) -> tuple[PreTrainedModel, MoefiedModel]:
+    """Return a preset's model with random weights, and the MoEfied one on the same weights."""
     config = preset_config(settings.source)
     moefication = settings.moefication()
     dense = checkpoint_class(config)._from_config(config, dtype=DTYPES[settings.dtype]).eval()
     model = copy.deepcopy(dense, {id(param): param for param in dense.parameters()})
     moefy_(model, moefication, progress=False)  # permutes the neurons of both
-    return dense, model.eval()
+    return dense, check_moefied(model.eval())
 
 
-def checkpoint_models(settings: Settings) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A checkpoint as the stock class loads it, and routed."""
+def checkpoint_models(settings: Settings) -> tuple[PreTrainedModel, MoefiedModel]:
+    """Return a checkpoint as the stock class loads it, and routed.
+
+    Raises:
+        ValueError: as `load_moefied`.
+    """
     model = load_moefied(settings)
     return model.stock_class().from_pretrained(settings.checkpoint, dtype=DTYPES[settings.dtype]).eval(), model
 
 
 def check_length(model: PreTrainedModel, length: int, new_tokens: int) -> None:
+    """Check that a model takes texts of `length` tokens, and can generate `new_tokens` more.
+
+    Raises:
+        ValueError: it does not.
+    """
     if new_tokens and not model.can_generate():
         raise ValueError(f"{model._get_name()} is no language model: it generates nothing")
     positions = getattr(model.config, "max_position_embeddings", None)  # T5 has none
@@ -102,38 +114,41 @@ def check_length(model: PreTrainedModel, length: int, new_tokens: int) -> None:
         raise ValueError(f"{length} and {new_tokens} new tokens are more than the {positions} positions of the model")
 
 
-def variants(model: PreTrainedModel, names: Iterable[str]) -> dict[str, PreTrainedModel]:
-    """The model in each implementation, on the same weights but for those that the sparse ones keep transposed."""
-    own: dict[int, Any] = {id(param): param for param in model.parameters()}
+def variants(model: MoefiedModel, names: Iterable[str]) -> dict[str, MoefiedModel]:
+    """Return the model in each implementation, on the same weights but for those that sparse ones keep transposed."""
+    shared: dict[int, Any] = {id(param): param for param in model.parameters()}
     for site in model.moe_sites():
         for linear in SparseFfn(CpuKernel(site)).transposed():
-            own[id(linear.weight)] = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
-    found = {}
+            weight = linear.get_parameter("weight")
+            shared[id(weight)] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    models: dict[str, MoefiedModel] = {}
     for name in names:
-        found[name] = model if name == "masked" else copy.deepcopy(model, dict(own))
-        found[name].set_moe_implementation(name)
-    return found
+        models[name] = model if name == "masked" else copy.deepcopy(model, dict(shared))
+        models[name].set_moe_implementation(name)
+    return models
 
 
 def forward(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """(B, L, ...): what a forward pass gives first, logits or hidden states; of an encoder-decoder, its encoder's."""
+    """Return what a forward pass gives first, logits or hidden states (B, L, ...); of an encoder-decoder, its
+    encoder's."""
     return (model.get_encoder() if model.config.is_encoder_decoder else model)(**batch)[0]
 
 
 def generate(model: PreTrainedModel, new_tokens: int, batch: Batch) -> torch.Tensor:
+    """Return the texts with `new_tokens` more, generated greedily: (B, L + new_tokens)."""
     length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
-    return model.generate(**batch, do_sample=False, pad_token_id=0, **length)
+    return cast(Any, model).generate(**batch, do_sample=False, pad_token_id=0, **length)
 
 
 def compare(
-    models: dict[str, PreTrainedModel],
+    models: Mapping[str, PreTrainedModel],
     batches: Sequence[Batch],
     new_tokens: int,
     seconds: float,
     title: str,
     progress: bool,
 ) -> dict[str, list[float]]:
-    """The seconds of each model, one per batch; see `take_turns`."""
+    """Return the seconds of each model, one number per batch; see `take_turns`."""
 
     def prepare(turn: int) -> dict[str, Callable[[], Any]]:
         run = partial(generate, new_tokens=new_tokens) if new_tokens else forward
@@ -143,32 +158,33 @@ def compare(
         return take_turns(prepare, len(batches), seconds, title, progress)
 
 
-def check(models: dict[str, PreTrainedModel], masked: PreTrainedModel, batch: Batch) -> None:
-    """Before anything is timed: every FFN of every implementation gives what the masked one does on the same inputs.
+def check(models: Mapping[str, PreTrainedModel], masked: MoefiedModel, batch: Batch) -> None:
+    """Check before anything is timed that every FFN of every implementation gives what the masked one does on the same
+    inputs, for the median token: rounding may choose another expert at a few.
 
-    For the median token: rounding may choose another expert at a few.
+    Raises:
+        RuntimeError: it does not.
     """
     inputs: list[torch.Tensor] = []
     sites = masked.moe_sites()
     hooks = [site.first.register_forward_pre_hook(lambda linear, args: inputs.append(args[0])) for site in sites]
     with torch.inference_mode():
-        probe(masked, batch)
-        for hook in hooks:
-            hook.remove()
+        with hooked(hooks):
+            probe(masked, batch)
         for model in models.values():
             if model is not masked:
                 probe(model, batch)  # the first call of a model prepares what later ones use
         for name, count in itertools.product(models.keys() - {"dense", "masked"}, (FEW_TOKENS, CHECKED)):
-            for site, other, x in zip(sites, models[name].moe_sites(), inputs, strict=True):
+            for site, other, x in zip(sites, check_moefied(models[name]).moe_sites(), inputs, strict=True):
                 x = x.flatten(0, -2)[:count]
-                expected, found = through_modules(site, x), through_modules(other, x)
-                error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()
+                expected, output = through_modules(site, x), through_modules(other, x)
+                error = ((output - expected).norm(dim=-1) / expected.norm(dim=-1)).median()
                 if not error <= TOLERANCE[str(x.dtype).removeprefix("torch.")]:
                     raise RuntimeError(f"{site.name}: {name!r} is {error:.1%} off the masked FFN: nothing was timed")
 
 
 def probe(model: PreTrainedModel, batch: Batch) -> None:
-    """Let every FFN work: a decoder reads the beginning of the texts, too."""
+    """Run a batch so that every FFN works: a decoder reads the beginning of the texts, too."""
     if model.config.is_encoder_decoder:
         model(**batch, decoder_input_ids=batch["input_ids"][:, :8])
     else:

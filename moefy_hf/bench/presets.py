@@ -32,7 +32,7 @@ PRESETS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def preset_config(name: str, moefication: dict[str, Any] | None = None) -> PreTrainedConfig:
-    """The config of a preset's dense model, or, with a `moefication` section, of its MoEfied one."""
+    """Return the config of a preset's dense model, or, with a `moefication` section, of its MoEfied one."""
     architecture, model_type, settings = PRESETS[name]
     config = AutoConfig.for_model(model_type, architectures=[architecture], **settings)
     if moefication is not None:
@@ -41,6 +41,6 @@ def preset_config(name: str, moefication: dict[str, Any] | None = None) -> PreTr
 
 
 def shape_of(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config, without memory for its weights."""
+    """Return the model of a config, without memory for its weights."""
     with torch.device("meta"):
         return checkpoint_class(config)(config)

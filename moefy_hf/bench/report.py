@@ -1,13 +1,18 @@
-"""What benchmarks leave: a table, and a csv file."""
+"""The results of a benchmark as a table, and as a csv file."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ..io import write_csv
 
 
-def table(found: dict[str, Any]) -> str:
-    """Markdown; what whole models have no figures for is left out."""
-    columns = {
+def table(figures: dict[str, Any]) -> str:
+    """Return a Markdown table; what whole models have no figures for is left out.
+
+    Args:
+        figures: what `bench_ffns` or `bench_model` returned.
+    """
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "tokens": lambda row: str(row["tokens"]),
         "implementation": lambda row: row["implementation"],
         "times dense": lambda row: f"{row['ratio']:.2f}",
@@ -17,19 +22,19 @@ def table(found: dict[str, Any]) -> str:
         "ms": lambda row: f"{row['milliseconds']:.3g}",
         "rounds": lambda row: str(row["rounds"]),
     }
-    rows = found["rows"]
+    rows = figures["rows"]
     if "bound" not in rows[0]:
         del columns["times best dense"], columns["of the bound"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
-    settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items() if value is not None)
-    return "\n".join([f"{found['hardware']}; {settings}", "", *lines])
+    settings = ", ".join(f"{name} {value}" for name, value in figures["settings"].items() if value is not None)
+    return "\n".join([f"{figures['hardware']}; {settings}", "", *lines])
 
 
-def save_csv(found: dict[str, Any], path: str) -> None:
-    """A line per row, pairs as two columns."""
+def save_csv(figures: dict[str, Any], path: str) -> None:
+    """Write a csv file with a line per row, and pairs as two columns."""
     flat = []
-    for row in found["rows"]:
+    for row in figures["rows"]:
         pairs = {name: value for name, value in row.items() if isinstance(value, list)}
         single = {name: value for name, value in row.items() if name not in pairs}
         ends = {

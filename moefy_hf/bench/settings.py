@@ -1,5 +1,6 @@
-"""What every benchmark is told; found wrong before any work."""
+"""What every benchmark is told; wrong values are refused before any work."""
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +23,19 @@ BENCH_ROUTERS = [name for name, router in ROUTERS.items() if router.kernel_weigh
 
 @dataclass(frozen=True)
 class Settings:
-    """
+    """What is timed, and how long.
+
     Args:
         preset: an architecture whose weights are random, or
         checkpoint: a MoEfied one, whose own weights, experts and budgets are timed.
         share: of the experts that are computed.
+        expert_size: neurons of a preset's experts.
         router: a preset's, one that the C++ kernel runs; its weights are random, whichever it is.
+        dtype: of weights and inputs, one of `DTYPES`.
+        threads: of the CPU.
         rounds: at most so many timings of each method, and
         seconds: no further ones after so many seconds of timing, but five.
+        implementations: that are timed beside dense, of `WHOLE`.
 
     Raises:
         ValueError: an unknown name, a number out of range, or what needs the C++ kernel without a compiler.
@@ -46,17 +52,18 @@ class Settings:
     seconds: float = 20
     implementations: tuple[str, ...] = NAMES
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.preset is None) == (self.checkpoint is None):
             raise ValueError(f"give a preset ({', '.join(PRESETS)}) or a MoEfied checkpoint")
         if self.checkpoint is not None and (self.expert_size is not None or self.router is not None):
             raise ValueError(f"expert sizes and routers are for presets: {self.checkpoint} has its own")
-        registries = [
-            ("preset", [self.preset], PRESETS),
-            ("router", [self.router], BENCH_ROUTERS),
-            ("dtype", [self.dtype], DTYPES),
-        ]
-        for what, names, registry in (*registries, ("implementation", self.implementations, WHOLE)):
+        known: dict[str, tuple[Iterable[str | None], Collection[str]]] = {
+            "preset": ([self.preset], PRESETS),
+            "router": ([self.router], BENCH_ROUTERS),
+            "dtype": ([self.dtype], DTYPES),
+            "implementation": (self.implementations, WHOLE),
+        }
+        for what, (names, registry) in known.items():
             for name in names:
                 if name is not None and name not in registry:
                     raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(registry)}")
@@ -73,18 +80,20 @@ class Settings:
 
     @property
     def source(self) -> str:
+        """Return the name of the preset, or of the checkpoint."""
         return self.preset or str(self.checkpoint)
 
     def moefication(self) -> MoEficationConfig:
-        """Of a preset: a split and a router that learn nothing."""
+        """Return how a preset is converted: with a split and a router that learn nothing."""
         k = float(self.share or SHARE)
         size = EXPERT_SIZE if self.expert_size is None else self.expert_size
         router = self.router or ROUTER
         return MoEficationConfig(expert_size=size, splitter="random", router=router, k=k, allocation="uniform")
 
     def to_dict(self) -> dict[str, Any]:
-        found = {name: value for name, value in vars(self).items() if name not in ("implementations", "seconds")}
+        """Return what the rows depend on, for the record."""
+        settings = {name: value for name, value in vars(self).items() if name not in ("implementations", "seconds")}
         if self.preset:
-            found |= {"share": self.share or SHARE, "expert_size": self.moefication().expert_size}
-            found |= {"router": self.moefication().router}
-        return found
+            settings |= {"share": self.share or SHARE, "expert_size": self.moefication().expert_size}
+            settings |= {"router": self.moefication().router}
+        return settings

@@ -29,7 +29,7 @@ def take_turns(
         rounds, seconds: as in `Settings`.
 
     Returns:
-        the seconds of each method, one per round.
+        seconds of each method, one number per round.
     """
     taken: dict[str, list[float]] = {}
     draw, began = random.Random(0), time.perf_counter()
@@ -46,13 +46,15 @@ def take_turns(
 
 
 def timed(function: Callable, *arguments: Any) -> float:
+    """Return the seconds of one call."""
     started = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - started
 
 
 def quartiles(numbers: Sequence[float]) -> tuple[float, float, float]:
-    """A quarter of the numbers lies below the first, half below the second, a quarter above the third."""
+    """Return quartiles: a quarter of the numbers lies below the first, half below the second, a quarter above the
+    third."""
     if len(numbers) == 1:
         return numbers[0], numbers[0], numbers[0]
     low, middle, high = statistics.quantiles(numbers, n=4, method="inclusive")
@@ -60,13 +62,19 @@ def quartiles(numbers: Sequence[float]) -> tuple[float, float, float]:
 
 
 def against(dense: Sequence[float], method: Sequence[float]) -> dict[str, Any]:
-    """How many times as fast as dense a method is, round by round."""
+    """Return how many times as fast as dense a method is, round by round: the median `ratio`, and its `spread`, below
+    and above which a quarter of the rounds lie.
+
+    Args:
+        dense, method: seconds, one per round.
+    """
     low, middle, high = quartiles([a / b for a, b in zip(dense, method, strict=True)])
     return {"ratio": middle, "spread": [low, high]}
 
 
 @contextmanager
 def threads_set(threads: int) -> Iterator[None]:
+    """Let torch use so many threads for a while."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -76,7 +84,12 @@ def threads_set(threads: int) -> Iterator[None]:
 
 
 def machine_limits(dtype: torch.dtype) -> dict[str, float]:
-    """The best of some tries: reading memory in one stream, and a large matrix product, by torch or prepacked."""
+    """Measure what this machine can do: the best of some tries of reading memory in one stream, and of a large matrix
+    product, by torch or prepacked.
+
+    Returns:
+        `bytes_per_second` and `flops_per_second`.
+    """
     memory = torch.ones(20_000, 5_000)
     square, vector = torch.randn(1024, 1024).to(dtype), torch.ones(5_000)
     read = min(min(timed(memory.sum), timed(memory.mv, vector)) for _ in range(6))
@@ -84,19 +97,19 @@ def machine_limits(dtype: torch.dtype) -> dict[str, float]:
     if can_prepack(dtype):
         packed = torch.ops.mkldnn._reorder_linear_weight(square)
         products.append(partial(torch.ops.mkldnn._linear_pointwise, square, packed, None, "none", [], ""))
-    product = min(timed(each) for _ in range(8) for each in products)
+    product = min(timed(call) for _ in range(8) for call in products)
     return {"bytes_per_second": memory.nbytes / read, "flops_per_second": 2 * 1024**3 / product}
 
 
 def can_prepack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN takes weights in a layout of its own here."""
+    """Return whether oneDNN takes weights of a dtype in a layout of its own here."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def hardware() -> str:
-    """The processor's name, its vector instructions, and how many cores there are."""
+    """Return the processor's name, its vector instructions, and how many cores there are."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -23,7 +23,11 @@ COLUMNS = ("hidden", "neurons", "layers", "batch", "length", "share", "threads",
 
 
 class Training:
-    """One model and its optimizer."""
+    """One model and its optimizer.
+
+    Args:
+        watched: whether routing is monitored, as in the steps that are logged.
+    """
 
     def __init__(self, model: PreTrainedModel, watched: bool = False):
         self.model, self.monitor = model.train(), RoutingMonitor() if watched else None
@@ -33,6 +37,7 @@ class Training:
             self.monitor.watching = True
 
     def seconds(self, batch: dict[str, torch.Tensor]) -> float:
+        """Return the CPU seconds of one step."""
         started = time.process_time()
         self.model(**batch).loss.backward()
         self.optimizer.step()
@@ -43,6 +48,7 @@ class Training:
 
 
 def main() -> None:
+    """Time steps as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
@@ -56,7 +62,7 @@ def main() -> None:
     config = BertConfig(**size, num_attention_heads=args.hidden // 32, hidden_act="relu", vocab_size=30_522)
     runs = []
     print(f"cpu, float32, {torch.get_num_threads()} threads")
-    for rows, length in (map(int, each.split("x")) for each in args.batches):
+    for rows, length in (map(int, shape.split("x")) for shape in args.batches):
         batch = {
             "input_ids": torch.randint(0, config.vocab_size, (rows, length)),
             "labels": torch.randint(0, 2, (rows,)),
@@ -70,7 +76,7 @@ def main() -> None:
                 moefy_(model, convert, [batch] * -(-4_000 // (rows * length)), progress=False)
             trainings.append(Training(model, watched))
         turns = [[training.seconds(batch) for training in trainings] for _ in range(args.steps + 2)][2:]
-        dense, routed, watched = (median(each) for each in zip(*turns, strict=True))
+        dense, routed, watched = (median(seconds) for seconds in zip(*turns, strict=True))
         runs.append(
             (args.hidden, 4 * args.hidden, args.layers, rows, length, args.share, torch.get_num_threads())
             + tuple(f"{figure:.3f}" for figure in (dense, routed / dense, watched / dense))

@@ -16,9 +16,7 @@ from .common import NEW_FOLDER, load_tokenizer, new_folder, of_model, show_outpu
 def add_export(command: argparse.ArgumentParser) -> None:
     of_model(command, export_model, show_output)
     command.add_argument("output", metavar="OUTPUT", help=NEW_FOLDER)
-    command.add_argument(
-        "--to", help=f"{', '.join(EXPORT_FORMATS)} or dense (default: what the attention fits)"
-    )
+    command.add_argument("--to", help=f"{', '.join(EXPORT_FORMATS)} or dense (default: what the attention fits)")
     command.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
 
 

@@ -29,16 +29,19 @@ class OracleRouter(Router):
         self.ffn, self.compute = [weights], targets  # in a list: nothing here is a parameter of this module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what each expert does, (..., E - S), from x (..., d)."""
         (ffn,), experts = self.ffn, (self.shared + self.num_experts, -1)
         neurons = ffn.neurons(x).flatten(0, -2).unflatten(-1, experts)  # (T, E, m)
         scores = self.compute(neurons[:, self.shared :], ffn.down.unflatten(-1, experts)[:, self.shared :])
         return scores.unflatten(0, x.shape[:-1])
 
     def strengths(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores, which are what they stand for."""
         return scores
 
     def flops(self) -> int:
-        return 0  # a bound, not a method: its cost is left out
+        """Return 0: this is a bound, not a method, and its cost is left out."""
+        return 0
 
 
 class ChanceRouter(Router):
@@ -51,9 +54,11 @@ class ChanceRouter(Router):
         self.generator = torch.Generator().manual_seed(seed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return numbers between 0 and 1, (..., E), for x (..., d)."""
         return torch.rand(*x.shape[:-1], self.num_experts, generator=self.generator).to(x.device)
 
     def flops(self) -> int:
+        """Return 0: nothing is multiplied."""
         return 0
 
 

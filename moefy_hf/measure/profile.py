@@ -208,10 +208,15 @@ def profile(
                 break
     if result.tokens == 0:
         result.close()
-        if batch is None and iter(batches) is batches:
-            raise ValueError("calibration is an iterator that has no batch left: give a list, or a DataLoader")
-        raise ValueError("calibration is empty: no batch held a token that is not padding")
+        raise ValueError(why_empty(batches, batch))
     for stats, file in zip(result.sites, files, strict=False):  # no file where nothing is kept
         if file.rows:
             stats.inputs = file.mapped()
     return result
+
+
+def why_empty(batches: Iterable[Mapping[str, Any]], last: Mapping[str, Any] | None) -> str:
+    """Return why calibration data held no token; `last` is the last batch that was read."""
+    if last is None and iter(batches) is batches:
+        return "calibration is an iterator that has no batch left: give a list, or a DataLoader"
+    return "calibration is empty: no batch held a token that is not padding"

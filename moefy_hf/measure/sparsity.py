@@ -95,6 +95,7 @@ class _Sums:
         self.zeros += int((neurons == 0).sum())
 
     def curve(self) -> CettCurve:
+        """Return the curve of all tokens so far, with CETT made to rise."""
         points, count = len(self.thresholds), self.tokens * len(self.norms)
         cett = (self.cett[:points] / self.tokens).cummax(0).values.tolist()
         active = (self.active[:points] / count).tolist()

@@ -7,7 +7,7 @@ from batches import text_batches
 from tiny import distance, run, tiny_inputs, tiny_model
 from torch import nn
 
-from moefy_hf import MoeficationConfig, evaluate, export, fit_routers, load_checkpoint, moefy_, profile, reroute_
+from moefy_hf import MoEficationConfig, evaluate, export, fit_routers, load_checkpoint, moefy_, profile, reroute_
 from moefy_hf.modeling.router_base import Router
 from moefy_hf.modeling.routers import ROUTERS
 from moefy_hf.modeling.routers_trained import LinearRouter
@@ -60,7 +60,7 @@ def router(request, monkeypatch) -> str:
 
 def moefied(router: str, selection: dict | None = None):
     model, batches = tiny_model("llama-without-biases", CAUSAL), text_batches(8, labels="causal")
-    config = MoeficationConfig(expert_size=8, router=router, selection=selection or TOP_2)
+    config = MoEficationConfig(expert_size=8, router=router, selection=selection or TOP_2)
     moefy_(model, config, batches, progress=False)
     return model.requires_grad_(False).eval()
 
@@ -121,11 +121,11 @@ def test_a_new_router_is_refused_where_a_served_moe_cannot_hold_it(router, tmp_p
 
 def test_settings_of_a_new_router_are_its_own(monkeypatch):
     monkeypatch.setitem(ROUTERS, "cosine", CosineRouter)
-    config = MoeficationConfig(expert_size=8, router="cosine", router_settings={"width": 3}, splitter="random")
+    config = MoEficationConfig(expert_size=8, router="cosine", router_settings={"width": 3}, splitter="random")
     moefy_(model := tiny_model("llama"), config, text_batches(4), progress=False)
     assert model.moe_sites()[0].act.router.keys.shape == (6, 3)
     with pytest.raises(ValueError, match="CosineRouter has no setting 'rank': choose from width"):
-        MoeficationConfig(router="cosine", router_settings={"rank": 3})
+        MoEficationConfig(router="cosine", router_settings={"rank": 3})
 
 
 class Sharper(Threshold):

@@ -38,14 +38,17 @@ Method = Callable[[torch.Tensor, int, int], torch.Tensor]  # points (n, d), clus
 
 
 def ours(starts: int) -> Method:
+    """Return our search from so many starts."""
     return lambda points, k, seed: balanced_kmeans(points, k, torch.Generator().manual_seed(seed), starts=starts)
 
 
 def random_split(points: torch.Tensor, k: int, seed: int) -> torch.Tensor:
+    """Return labels (n,) of points (n, d) that are drawn at random, in k equal parts."""
     return torch.randperm(len(points), generator=torch.Generator().manual_seed(seed)) % k
 
 
 def methods(starts: list[int]) -> dict[str, Method]:
+    """Return what is compared, by name."""
     table: dict[str, Method] = {"random": random_split} | {f"ours, starts={count}": ours(count) for count in starts}
     try:
         from k_means_constrained import KMeansConstrained
@@ -62,7 +65,7 @@ def methods(starts: list[int]) -> dict[str, Method]:
 
 
 def point_sets(args: argparse.Namespace) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """(name, unit rows (n, d), clusters)"""
+    """Yield (name, unit rows (n, d), clusters)."""
     for shape in args.shapes:
         n, d, k = map(int, shape.split("x"))
         yield (
@@ -78,6 +81,7 @@ def point_sets(args: argparse.Namespace) -> Iterator[tuple[str, torch.Tensor, in
 
 
 def main() -> None:
+    """Compare methods as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", default=["3072x768x96", "4096x1024x128"], help="n x d x clusters")
     parser.add_argument("--safetensors", help="checkpoint to take real rows from")
@@ -107,8 +111,8 @@ def main() -> None:
                 runs.append((name, *points.shape, k, method, seed, *numbers, torch.get_num_threads()))
         print(f"{name}: {len(points)} x {points.shape[1]} into {k}")
         middle = {
-            method: [sorted(f[i] for f in found)[len(found) // 2] for i in range(3)]
-            for method, found in results.items()
+            method: [sorted(run[i] for run in measured)[len(measured) // 2] for i in range(3)]
+            for method, measured in results.items()
         }
         for method, (wall, cpu, loss) in middle.items():
             line = f"  {method:20} {wall:8.2f} s ({cpu:.2f} s cpu)   inertia {loss:.2f}"

@@ -9,6 +9,7 @@ the parts is given relative to that inside the planted groups; a random split ha
 import argparse
 import resource
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -30,12 +31,14 @@ COLUMNS = (
 )
 
 
-def activations(neurons: int, experts: int, tokens: int, chunk: int = 1024, seed: int = 0):
-    """Chunks (t, f), and the planted group of each neuron (f,)."""
+def activations(
+    neurons: int, experts: int, tokens: int, chunk: int = 1024, seed: int = 0
+) -> tuple[Iterator[torch.Tensor], torch.Tensor]:
+    """Return made-up activations in chunks (t, f), and the planted group of each neuron (f,)."""
     generator = torch.Generator().manual_seed(seed)
     groups = torch.randperm(neurons, generator=generator) % experts
 
-    def chunks():
+    def chunks() -> Iterator[torch.Tensor]:
         for _ in range(0, tokens, chunk):
             on = torch.rand(chunk, experts, generator=generator) < 0.05
             fires = torch.rand(chunk, neurons, generator=generator)
@@ -45,6 +48,7 @@ def activations(neurons: int, experts: int, tokens: int, chunk: int = 1024, seed
 
 
 def main() -> None:
+    """Time the split as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", default=["3072x96", "16384x512"], help="neurons x experts")
     parser.add_argument("--tokens", type=int, default=8192)
