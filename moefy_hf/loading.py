@@ -13,6 +13,7 @@ from .modeling.ffn_layouts import SPECS
 from .modeling.ffn_sites import FfnSite
 from .modeling.moefied import FORMAT_VERSION, is_moefied
 from .modeling.routed_activation import RoutedActivation, is_routed
+from .modeling.section import Section
 
 if TYPE_CHECKING:
     from .modeling.moefied import MoefiedMixin
@@ -66,7 +67,7 @@ def checkpoint_class(config: Any, head: str | None = None) -> type[PreTrainedMod
         ValueError: it names none, or none that this version of transformers has, or there is no such head.
     """
     stock = stock_class(config, head)
-    return moefied_class(stock) if hasattr(config, "moefication") else stock
+    return moefied_class(stock) if Section.of(config) is not None else stock
 
 
 def stock_class(config: Any, head: str | None) -> type[PreTrainedModel]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..io import markdown, write_whole
 from ..loading import MoefiedModel, check_moefied, routed
+from ..modeling.section import Section
 from . import significance
 from .describe import describe, flag_super_
 from .measuring import VIEWS, LayerSums, Survey, measure, survey_texts
@@ -133,7 +134,7 @@ def facts_of(model: MoefiedModel, stream: TextStream, survey: Survey, seconds: f
         "texts": survey.texts,
         "tokens": survey.tokens,
         "texts_of_class": used,
-        "selection": model.config.moefication["selection"],
+        "selection": Section(model.config).selection,
         "false_discovery_rate": rate,
         "fewest_texts": significance.FEWEST_TEXTS,
         "seconds": round(seconds, 1),

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from ..loading import MoefiedModel, check_moefied, routed
 from ..measure.router_inputs import read_at
-from ..modeling.allocation import MEASURED
 from ..modeling.ffn_sites import FfnSite, find_sites
+from ..modeling.section import MEASURED_OF_EXPERTS, Section
 
 # config fields that say how wide FFNs are, over all supported model types
 WIDTHS = (
@@ -107,7 +107,7 @@ def remaining_experts(model: MoefiedModel, experts: Mapping[int, Iterable[int]])
             f"layers would lose {', '.join(map(str, counts))} experts: an ordinary config has one width for all, so "
             "prune equally many in each"
         )
-    shared = model.config.moefication.get("shared_experts", 0)
+    shared = Section(model.config).shared_experts
     for layer, pruned in gone.items():
         last = sizes[layer] - 1
         if wrong := sorted(e for e in pruned if not (isinstance(e, int) and shared <= e <= last)):
@@ -130,17 +130,16 @@ def smaller_config(model: MoefiedModel, experts: int) -> Any:
     for name in WIDTHS:
         if getattr(config, name, None) == before:
             setattr(config, name, width)
-    section = config.moefication
-    if section["num_experts"] is not None:
-        section["num_experts"] = experts
-    for measured in (*MEASURED, "reach"):  # of the experts that were there
-        section.pop(measured, None)
-    if section["selection"]["type"] != "top_k" and "k" in section["selection"]:
+    section = Section(config)
+    if section.num_experts is not None:
+        section.num_experts = experts
+    section.forget(MEASURED_OF_EXPERTS)
+    if section.selection["type"] != "top_k" and "k" in section.selection:
         raise ValueError("a budget that was measured with all experts cannot be kept: set the selection's own setting")
-    if section["selection"]["type"] == "top_k":
+    if section.selection["type"] == "top_k":
         ks = [min(int(k), experts) for site in sites if (k := routed(site).k) is not None]
         same = len(set(ks)) == 1
-        section["selection"] = {**section["selection"], "k": ks[0] if same else ks, "allocation": "uniform"}
+        section.selection = {**section.selection, "k": ks[0] if same else ks, "allocation": "uniform"}
     with torch.device("meta"):
         widths = {site.sizes[1] for site in find_sites(type(model)(copy.deepcopy(config)))}
     if widths != {width}:

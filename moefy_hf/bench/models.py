@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..conversion.convert import moefy_
 from ..loading import MoefiedModel, check_moefied, checkpoint_class
 from ..measure.contexts import hooked
+from ..modeling.section import Section
 from ..runtime.cpu_kernel import CpuKernel
 from ..runtime.sparse_ffn import SparseFfn
 from ..runtime.torch_rows import FEW_TOKENS
@@ -57,7 +58,7 @@ def bench_model(
         models = {"dense": dense, **variants(model, settings.implementations)}
         check(models, model, batches[0])
         taken = compare(models, batches, new_tokens, settings.seconds, f"bench {settings.source}", progress)
-    described = settings.to_dict() | {"selection": model.config.moefication["selection"]}
+    described = settings.to_dict() | {"selection": Section(model.config).selection}
     described |= {"batch": batch, "length": length, "new_tokens": new_tokens}
     return {"settings": described, "hardware": hardware(), "rows": model_rows(taken, batch * length, new_tokens)}
 

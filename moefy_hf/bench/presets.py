@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..loading import checkpoint_class
+from ..modeling.section import Section
 
 MINILM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
 T5 = {"decoder_start_token_id": 0}
@@ -36,7 +37,7 @@ def preset_config(name: str, moefication: dict[str, Any] | None = None) -> PreTr
     architecture, model_type, settings = PRESETS[name]
     config = AutoConfig.for_model(model_type, architectures=[architecture], **settings)
     if moefication is not None:
-        config.moefication = moefication
+        Section.put(config, moefication)
     return config
 
 

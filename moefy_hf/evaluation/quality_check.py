@@ -14,6 +14,7 @@ from ..conversion.budgets import MEASURES
 from ..loading import MoefiedModel, check_moefied, routed
 from ..measure.contexts import all_experts, evaluating, selecting
 from ..measure.metrics import Quality, is_causal, predictions
+from ..modeling.section import Section
 from .controls import routed_by
 
 TOKENS = 2048  # positions that are compared
@@ -182,7 +183,7 @@ def check_of(dense: Quality, model: Quality, chance: Quality, uniform: Quality, 
 
 def best_allocation(model: MoefiedModel) -> str:
     """Return the allocation that what was measured of the model allows."""
-    return next((name for name in MEASURES if model.config.moefication.get(name)), "uniform")
+    return next((name for name in MEASURES if Section(model.config).measured(name)), "uniform")
 
 
 def enough_experts(
@@ -209,7 +210,7 @@ def options_of(model: MoefiedModel, enough: float | None, allocation: str) -> li
         enough: a share of the experts that is good.
         allocation: what larger budgets were tried with.
     """
-    section, sites = model.config.moefication, model.moe_sites()
+    section, sites = Section(model.config), model.moe_sites()
     options = [f"a larger k: {enough} is enough" if enough else f"other settings: k={LARGER[-1]} is bad, too"]
     size = max(routed(site).expert_size for site in sites)
     if size > FINE:
@@ -217,8 +218,8 @@ def options_of(model: MoefiedModel, enough: float | None, allocation: str) -> li
     if allocation != "sensitivity" and len(sites) > 1:
         options.append('budgets by sensitivity (allocation "sensitivity")')
     if not routed(sites[0]).router.trainable:
-        options.append(f"a router that is fitted to data, such as 'linear', instead of {section['router']!r}")
-    if section["router"] == "pre_gated":
+        options.append(f"a router that is fitted to data, such as 'linear', instead of {section.router!r}")
+    if section.router == "pre_gated":
         options.append("a router for each layer, such as 'linear': one choice for all costs quality")
     act = type(routed(sites[0]).inner).__name__
     if "relu" not in act.lower():

@@ -10,6 +10,7 @@ from ..measure.contexts import selecting
 from ..measure.flops import ffn_flops, routed_costs
 from ..measure.metrics import is_causal
 from ..modeling.allocation import setting_name
+from ..modeling.section import Section
 from ..modeling.selection import threshold_of
 from .sweep import Sweep, evaluate
 
@@ -114,7 +115,7 @@ def search(
     less = less_is_better(model, batches, quality)
     given = {name: value for name, value in (selection or {}).items() if name in ("type", "allocation")}
     with selecting(model, k=1.0, **given):
-        current = model.config.moefication["selection"]
+        current = Section(model.config).selection
         kind, allocation = current["type"], current.get("allocation") or "uniform"
         experts = max(routed(site).num_experts for site in model.moe_sites())
         sweeps: dict[int, Sweep] = {}

@@ -16,6 +16,7 @@ from ..measure.contexts import evaluating
 from ..measure.flops import ModelFlops, model_flops
 from ..measure.metrics import Quality, is_causal, predictions
 from ..modeling.ffn_sites import find_sites
+from ..modeling.section import Section
 from .baselines import baseline_rows
 from .controls import BASELINES, check_control
 from .local_figures import local_figures
@@ -192,7 +193,7 @@ def points_of(
     Raises:
         ValueError: a point that the model cannot run at: every bad value is named before work begins.
     """
-    current = model.config.moefication["selection"]
+    current = Section(model.config).selection
     kinds = [current["type"]] if selections is None else list(selections)
     spreads = [current.get("allocation", "uniform")] if allocations is None else list(allocations)
     points = sweep_points(kinds, controls, spreads, shares)
@@ -257,7 +258,7 @@ def sweep_of(
         rows.append(row)
     for row in baselines:
         rows.append(row | ({"relative_quality": row[quality] / dense[quality]} if dense[quality] else {}))
-    facts = {"quality": quality, "positions": measured.dense.count, "router": model.config.moefication["router"]}
+    facts = {"quality": quality, "positions": measured.dense.count, "router": Section(model.config).router}
     facts |= {"dtype": str(model.dtype).removeprefix("torch."), "flops_per_token": measured.flops.total}
     return Sweep(rows, facts)
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..io import written_whole
 from ..loading import check_moefied
 from ..modeling.routers import router_facts
+from ..modeling.section import NAME, Section
 from ..modeling.selection import selection_facts
 from .formats import EXPORT_FORMATS, ExportFormat, own_tensors
 
@@ -108,21 +109,21 @@ def check_routing(model: PreTrainedModel, export_format: ExportFormat) -> None:
     Raises:
         ValueError: see `check_expressible`.
     """
-    section, acts = model.config.moefication, [site.act for site in model.moe_sites()]
+    section, acts = Section(model.config), [site.act for site in model.moe_sites()]
     if router_facts(acts[0].router).export_weight is None:
         raise ValueError(
-            f"served MoEs have a linear router, this model a {section['router']!r} one: convert with router='linear'"
+            f"served MoEs have a linear router, this model a {section.router!r} one: convert with router='linear'"
         )
     if not selection_facts(acts[0].selection).exportable:
         raise ValueError(
             f"served MoEs compute the same number of experts for every token, this model selects by "
-            f"{section['selection']['type']!r}: model.set_selection(type='top_k', k=...) first"
+            f"{section.selection['type']!r}: model.set_selection(type='top_k', k=...) first"
         )
     if acts[0].shared > export_format.most_shared:
         others = [each.architecture for each in EXPORT_FORMATS.values() if each.most_shared >= acts[0].shared]
         remedy = f": {', '.join(others)} has" if others else ""
         raise ValueError(f"{export_format.architecture} has no place for {acts[0].shared} shared experts{remedy}")
-    if section.get("compensation"):
+    if section.compensation:
         raise ValueError("served MoEs have no mean compensation: convert with compensation=False")
     budgets = {act.k for act in acts}
     if len(budgets) > 1:
@@ -157,9 +158,7 @@ def check_layers(model: PreTrainedModel, export_format: ExportFormat) -> None:
 
 def dense_config(model: PreTrainedModel) -> PreTrainedConfig:
     """Return the config of the dense model that a MoEfied one stands for."""
-    settings = {
-        name: value for name, value in model.config.to_dict().items() if name not in ("moefication", "auto_map")
-    }
+    settings = {name: value for name, value in model.config.to_dict().items() if name not in (NAME, "auto_map")}
     return type(model.config)(**settings | {"architectures": [model._get_name()]})
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..loading import MoefiedModel
+from ..modeling.section import Section
 
 
 @contextlib.contextmanager
@@ -45,13 +46,13 @@ def selecting(model: MoefiedModel, **selection: Any) -> Iterator[None]:
     Raises:
         ValueError: as `set_selection`; the selection is as it was then.
     """
-    section = model.config.moefication
-    before = copy.deepcopy(section["selection"])
+    section = Section(model.config)
+    before = copy.deepcopy(section.selection)
     model.set_selection(**selection)
     try:
         yield
     finally:
-        section["selection"] = before  # as a whole: it may lack a key that was set meanwhile
+        section.selection = before  # as a whole: it may lack a key that was set meanwhile
         model.set_selection()
 
 

@@ -99,19 +99,19 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         base = unwrapped(model)
         self.follows = not is_moefied(base) or Section(base.config).splits == 0
         if not self.follows:
-            self.section = base.config.moefication
+            self.section = Section(base.config).values
             return
         if self.splits:
             refuse_sharded(args)
         if base is not model:
             raise ValueError("an adapter cannot follow neurons that are permuted: moefy_ the model before adding it")
         if is_moefied(model):
-            self.check_same(model.config.moefication)
+            self.check_same(Section(model.config).values)
         else:
             check_convertible(model, self.config, True)
             install_routers_(model, self.config.section())
             Section(model.config).splits = 0
-        self.section = model.config.moefication
+        self.section = Section(model.config).values
 
     def on_train_begin(self, args, state, control, model, optimizer=None, train_dataloader=None, **kwargs):
         model = unwrapped(model)
@@ -128,7 +128,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
                 with random_numbers_kept(args):
                     check_optimizer(model.moe_sites(), optimizer)
                 self.check_data(args, model, self.batches(args, train_dataloader))
-        self.section = model.config.moefication
+        self.section = Section(model.config).values
         self.monitor.attach(model, active=not args.torch_compile)
         keep_hooks(model, state, self.monitor.handles)
 
@@ -175,7 +175,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         best = Path(state.best_model_checkpoint or "", "config.json")
         if args.load_best_model_at_end and state.best_model_checkpoint and best.exists():
             adopt(model, Section.of_file(best).values)  # its weights expect its own budget
-            self.section = model.config.moefication
+            self.section = Section(model.config).values
         elif state.global_step >= state.max_steps and Section.of_values(self.section).splits:
             self.select(model, Timetable(self.phases, state.max_steps).share(state.max_steps, self.target(model)))
         if self.splits and not Section.of_values(self.section).splits:
@@ -192,7 +192,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
                 self.check_same(saved["attributes"]["section"])
             self.follows = saved["attributes"]["follows"]
             adopt(model, saved["attributes"]["section"])
-            self.section = model.config.moefication
+            self.section = Section(model.config).values
         elif self.follows and timetable.splits_until(state.global_step - 1):
             raise ValueError(
                 f"the checkpoint of step {state.global_step} was written without a {type(self).__name__}, and the "
