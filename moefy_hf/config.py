@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .arguments import about, name_and_number, positive, share_or_count, switch
-from .modeling.allocation import ALLOCATIONS, MEASURED, check_selection, count_experts, resolve_selection, setting_name
-from .modeling.moefied import FORMAT_VERSION
+from .modeling.budget_allocation import ALLOCATIONS, MEASURED
 from .modeling.routers import ROUTERS, router_class
+from .modeling.section import FORMAT_VERSION
 from .modeling.selection import SELECTIONS
+from .modeling.selection_config import check_selection, count_experts, resolve_selection, setting_name
 from .splitters import SPLITTERS
 
 AUTO = "auto"  # an allocation that depends on the model and on whether there is data

@@ -11,9 +11,9 @@ from transformers.models.auto import modeling_auto
 
 from .modeling.ffn_layouts import SPECS
 from .modeling.ffn_sites import FfnSite
-from .modeling.moefied import FORMAT_VERSION, is_moefied
+from .modeling.moefied import is_moefied
 from .modeling.routed_activation import RoutedActivation, is_routed
-from .modeling.section import Section
+from .modeling.section import FORMAT_VERSION, Section
 
 if TYPE_CHECKING:
     from .modeling.moefied import MoefiedMixin

@@ -20,7 +20,7 @@ from moefy_hf.conversion.checks import check_convertible
 from moefy_hf.conversion.thresholds import TOKENS
 from moefy_hf.evaluation.quality_check import check_quality
 from moefy_hf.measure.metrics import Quality, predictions
-from moefy_hf.modeling.allocation import MEASURED
+from moefy_hf.modeling.budget_allocation import MEASURED
 from moefy_hf.modeling.moefied import is_moefied
 
 

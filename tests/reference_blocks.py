@@ -15,7 +15,7 @@ import moefy_hf
 from moefy_hf.cli.main import COMMANDS
 from moefy_hf.cli.main import main as moefy
 from moefy_hf.evaluation.controls import BASELINES, CONTROLS
-from moefy_hf.modeling.allocation import ALLOCATIONS
+from moefy_hf.modeling.budget_allocation import ALLOCATIONS
 from moefy_hf.modeling.ffn_sites import SPECS
 from moefy_hf.modeling.routers import ROUTERS
 from moefy_hf.modeling.selection import SELECTIONS

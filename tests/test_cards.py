@@ -11,7 +11,7 @@ from moefy_hf import add_facts, evaluate, model_card, write_card
 from moefy_hf.hub.card import PLOT, TASKS, budget, example
 from moefy_hf.hub.facts import FILE, read_facts
 from moefy_hf.io import is_hub_id
-from moefy_hf.modeling.allocation import check_selection
+from moefy_hf.modeling.selection_config import check_selection
 
 HEAD = "AutoModelForSequenceClassification"
 

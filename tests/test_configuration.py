@@ -8,9 +8,9 @@ import pytest
 
 from moefy_hf import MoEficationConfig
 from moefy_hf.arguments import add_arguments, default_of, given
-from moefy_hf.modeling.allocation import ALLOCATIONS
-from moefy_hf.modeling.moefied import FORMAT_VERSION
+from moefy_hf.modeling.budget_allocation import ALLOCATIONS
 from moefy_hf.modeling.routers import ROUTERS
+from moefy_hf.modeling.section import FORMAT_VERSION
 from moefy_hf.modeling.selection import SELECTIONS
 from moefy_hf.splitters import SPLITTERS
 

@@ -12,7 +12,7 @@ from moefy_hf import MoEficationConfig, allocate_budgets, evaluate, measure_reac
 from moefy_hf.conversion.budgets import COMPARING_PREDICTIONS, MEASURES
 from moefy_hf.conversion.importance import angular_distance, measure_angles
 from moefy_hf.conversion.replay import block_of
-from moefy_hf.modeling.allocation import MEASURED
+from moefy_hf.modeling.budget_allocation import MEASURED
 from moefy_hf.modeling.selection import SELECTIONS
 
 LAYERS, EXPERTS = 4, 12

@@ -16,9 +16,9 @@ from ..evaluation.sweep import Sweep, evaluate
 from ..hub.facts import add_facts
 from ..io import check_files
 from ..measure.metrics import is_causal
-from ..modeling.allocation import setting_name
 from ..modeling.section import Section
 from ..modeling.selection import SELECTIONS
+from ..modeling.selection_config import setting_name
 from .common import DATA, add_data, check_is_moefied, load_model, load_tokenizer, of_model, show_table, text_batches
 
 MEASURES = "accuracy of a csv file's labels; of a language model perplexity; else agreement with the dense model"

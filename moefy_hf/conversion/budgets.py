@@ -13,8 +13,8 @@ from ..loading import check_moefied
 from ..measure.contexts import all_experts, evaluating
 from ..measure.metrics import Quality, predictions
 from ..measure.router_inputs import read_at
-from ..modeling.allocation import count_experts
 from ..modeling.section import Section
+from ..modeling.selection_config import count_experts
 from .importance import measure_angles
 from .replay import before, block_of, recorded, replayed
 

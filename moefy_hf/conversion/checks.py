@@ -13,10 +13,11 @@ from ..conversion.permute import check_plain
 from ..loading import moefied_class
 from ..measure.metrics import OVERFLOW, is_adapted, predictions, usable
 from ..measure.profile import ModelProfile
-from ..modeling.allocation import count_experts, per_layer, resolve_selection
 from ..modeling.ffn_sites import FfnSite, by_stack, find_sites
-from ..modeling.moefied import check_shared, is_moefied, selected_sites, split_sizes
+from ..modeling.install import check_shared, selected_sites, split_sizes
+from ..modeling.moefied import is_moefied
 from ..modeling.routers import ROUTERS
+from ..modeling.selection_config import count_experts, per_layer, resolve_selection
 from ..splitters import SPLITTERS
 from .budgets import COMPARING_PREDICTIONS
 from .fit_routers import tokens_needed

@@ -16,12 +16,13 @@ from ..conversion.permute import check_permutation, permute_neurons_
 from ..loading import moefied_class
 from ..measure.profile import ModelProfile, SiteProfile
 from ..modeling.adapters import IN_MEMORY
-from ..modeling.allocation import setting_name
 from ..modeling.ffn_sites import FfnSite, find_sites
 from ..modeling.ffn_weights import FfnWeights
-from ..modeling.moefied import install_, is_moefied, selected_sites, split_sizes
+from ..modeling.install import install_, selected_sites, split_sizes
+from ..modeling.moefied import is_moefied
 from ..modeling.routers import ROUTERS
 from ..modeling.section import ALL_EXPERTS, Section
+from ..modeling.selection_config import setting_name
 from ..splitters import SPLITTERS
 from ..splitters.shared_experts import activation_rates, apart
 from .budgets import MEASURES

@@ -10,7 +10,7 @@ from ..conversion.permute import permute_neurons_
 from ..loading import check_moefied
 from ..measure.profile import ModelProfile, check_sample
 from ..modeling.ffn_sites import FfnSite
-from ..modeling.moefied import join_routers_, new_router
+from ..modeling.install import join_routers_, new_router
 from ..modeling.routed_activation import RoutedActivation
 from ..modeling.routers import ROUTERS, router_class
 from ..modeling.section import FORMAT_VERSION, MEASURED_WITH_ROUTERS, Section

@@ -23,8 +23,8 @@ from ..measure.contexts import all_experts, hooked
 from ..measure.flops import ModelFlops, ffn_flops
 from ..measure.metrics import Quality, predictions
 from ..measure.padding import without_padding
-from ..modeling.allocation import count_experts
 from ..modeling.ffn_sites import FfnSite, find_sites
+from ..modeling.selection_config import count_experts
 
 logger = logging.get_logger("moefy_hf")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..modeling.allocation import setting_name
+from ..modeling.selection_config import setting_name
 from .controls import BASELINES, CONTROLS
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from ..loading import MoefiedModel, check_moefied, routed
 from ..measure.contexts import selecting
 from ..measure.flops import ffn_flops, routed_costs
 from ..measure.metrics import is_causal
-from ..modeling.allocation import setting_name
 from ..modeling.section import Section
 from ..modeling.selection import threshold_of
+from ..modeling.selection_config import setting_name
 from .sweep import Sweep, evaluate
 
 STEPS = 64  # a quality is met to this part of the experts

@@ -8,8 +8,8 @@ from typing import Any
 from ..conversion.thresholds import counted_experts
 from ..loading import MoefiedModel
 from ..measure.contexts import selecting
-from ..modeling.allocation import check_selection
 from ..modeling.selection import SELECTIONS
+from ..modeling.selection_config import check_selection
 from .controls import routed_by
 
 

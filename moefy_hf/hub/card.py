@@ -15,9 +15,9 @@ from ..evaluation.plots import allocation_words, plot_experts
 from ..evaluation.quality_check import QualityCheck
 from ..evaluation.sweep import Sweep
 from ..io import is_hub_id, markdown, write_whole
-from ..modeling.allocation import setting_name
 from ..modeling.needs import TRANSFORMERS
 from ..modeling.section import NAME, Section
+from ..modeling.selection_config import setting_name
 from .facts import read_facts
 
 logger = logging.get_logger("moefy_hf")

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..modeling.ffn_sites import FfnSite, FfnWeights, find_sites
-from ..modeling.moefied import selected_sites
+from ..modeling.install import selected_sites
 from .hooks import run_with_hooks
 from .metrics import OVERFLOW
 from .progress import token_bar

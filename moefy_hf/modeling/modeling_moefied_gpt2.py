@@ -3,11 +3,12 @@
 The files that it needs, named here for transformers 4, which copies no others and would not get to `needs`:
 
 from .adapters import *
-from .allocation import *
+from .budget_allocation import *
 from .errors import *
 from .ffn_layouts import *
 from .ffn_sites import *
 from .ffn_weights import *
+from .install import *
 from .interventions import *
 from .moefied import *
 from .needs import *
@@ -19,6 +20,8 @@ from .routers_from_weights import *
 from .routers_trained import *
 from .section import *
 from .selection import *
+from .selection_config import *
+from .threshold_tables import *
 """
 
 from .needs import TRANSFORMERS  # noqa: F401

@@ -16,147 +16,30 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto import modeling_auto
 
 from .adapters import warn_of_other_order
-from .allocation import changed, resolve_selection
-from .ffn_sites import FfnSite, by_stack, find_sites
+from .ffn_sites import FfnSite, find_sites
+from .install import freeze_, install_
 from .interventions import scaled
-from .routed_activation import RoutedActivation, follow_replacements, is_routed
+from .routed_activation import RoutedActivation, is_routed
 from .router_base import Router
 from .router_pre_gated import carry_passes_
-from .routers import ROUTERS, router_class
-from .section import FORMAT_VERSION, Section
+from .section import FORMAT_VERSION as FORMAT_VERSION  # home code looks for it here
+from .section import Section
+from .selection_config import changed, resolve_selection
 
 # A key of every checkpoint that no model has: transformers' load report names it where the dense model is loaded
 DENSE_NOTE = "NOTE: this is the DENSE model, the MoEfied one loads with trust_remote_code=True"
 
 
-def split_sizes(site: FfnSite, num_experts: int | None, expert_size: int | None) -> tuple[int, int]:
-    """(E, m) of one FFN; `num_experts` wins where both are given.
-
-    Raises:
-        ValueError: the neurons do not divide evenly; the nearest sizes that do are named.
-    """
-    neurons = site.sizes[1]
-    wanted = num_experts if num_experts is not None else expert_size
-    what = "experts" if num_experts is not None else "experts of size"
-    if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= neurons or neurons % wanted:
-        divisors = [n for n in range(1, neurons + 1) if neurons % n == 0]
-        near = sorted(divisors, key=lambda n: abs(n - wanted) if isinstance(wanted, int) else n)[:4]
-        raise ValueError(
-            f"{site.name}: {neurons} neurons do not split into {what} {wanted!r}; nearby divisors: "
-            f"{', '.join(map(str, sorted(near)))}"
-        )
-    return (wanted, neurons // wanted) if num_experts is not None else (neurons // wanted, wanted)
-
-
-def install_(model: nn.Module) -> None:
-    """Put a routed activation into every FFN that `config.moefication` names."""
-    section = Section.of(model.config)
-    if section is None:
-        raise ValueError(
-            f"{type(model).__name__} needs a `moefication` section in its config; "
-            "convert a dense model with moefy_hf.moefy_"
-        )
-    if section.format_version > FORMAT_VERSION:
-        raise ValueError(
-            f"this checkpoint has moefication format {section.format_version}, newer than {FORMAT_VERSION}: "
-            "upgrade moefy-hf"
-        )
-    kind, settings = section.router, section.router_settings
-    router_class(kind, settings)  # finds what is wrong with them first
-    sites = selected_sites(find_sites(model), section.layers)
-    sizes = [split_sizes(site, section.num_experts, section.expert_size) for site in sites]
-    shared = section.shared_experts
-    check_shared(shared, sites, sizes)
-    selections = resolve_selection(section.selection, [experts for experts, _ in sizes], section, shared)
-    for site, (num_experts, expert_size), selection in zip(sites, sizes, selections, strict=True):
-        if is_routed(site.act):  # a subclass called post_init again, as transformers' classes may
-            continue
-        router = new_router(kind, site, num_experts, shared, settings)
-        routed = RoutedActivation(site.act, router, expert_size, selection, shared)
-        site.replace_act(routed)
-        routed.connect_(site.first)
-        if section.compensation:
-            routed.compensate_(torch.zeros(site.sizes[1]))
-        if section.neuron_order:
-            routed.register_buffer("neuron_order", torch.full((site.sizes[1],), -1, dtype=torch.int32))
-        site.owner.register_forward_pre_hook(follow_replacements(routed, site))
-        site.owner.register_forward_hook(refuse_bypass(routed, site.name))
-    join_routers_(model, sites)
-
-
-def new_router(
-    name: str, site: FfnSite, num_experts: int, shared: int, settings: Mapping[str, Any] | None = None
-) -> Router:
-    """One of `ROUTERS` for an FFN of E experts, the shared ones included; not initialised."""
-    router = router_class(name, settings).of(site.weights(), num_experts - shared, **(settings or {}))
-    router.read_from_(site.weights, shared)
-    return freeze_(router.float())  # whatever type a model is made in: as `from_pretrained` has them
-
-
-def freeze_(router: Router) -> Router:
-    """Routers are trained only where their loss is on: an unused trainable parameter stalls DDP, weight decay shrinks
-    it, and FSDP wants one type for all it trains."""
-    return router.requires_grad_(False)
-
-
-def join_routers_(model: nn.Module, sites: list[FfnSite]) -> None:
-    """Connect routers that hand something on to those of later layers.
-
-    Raises:
-        ValueError: the layers of a stack have different numbers of experts, and one router for all.
-    """
-    for stack, members in by_stack(sites).items():
-        routed = [site.act for site in members]
-        type(routed[0].router).connect_stack_(routed, model.get_submodule(stack), members[0].name)
-    carry_passes_(model)
-    # FSDP wraps these, and nothing within: routers apart, whose type and training differ from the layer's. Not those
-    # that hand scores on, which look for each other
-    classes = {type(site.act.router) for site in sites if next(site.act.router.parameters(), None) is not None}
-    named = {cls.__name__ for cls in classes if not cls.serves_stack}
-    others = {each for each in model._no_split_modules or () if each not in {cls.__name__ for cls in ROUTERS.values()}}
-    model._no_split_modules = others | named
-
-
-def check_shared(shared: int, sites: list[FfnSite], sizes: list[tuple[int, int]]) -> None:
-    """
-    Raises:
-        ValueError: no number of experts, or no routed expert would be left.
-    """
-    for site, (experts, _) in zip(sites, sizes, strict=True):
-        if not isinstance(shared, int) or isinstance(shared, bool) or not 0 <= shared < experts:
-            raise ValueError(f"{site.name}: shared_experts={shared!r} must be from 0 to {experts - 1} of {experts}")
-
-
-def selected_sites(sites: list[FfnSite], layers: list[int] | None) -> list[FfnSite]:
-    """The FFNs that are converted: all of them, or those at the given positions."""
-    if layers is None:
-        return sites
-    if not layers or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(sites) for i in layers):
-        raise ValueError(f"layers={layers} must be a non-empty list of FFN positions from 0 to {len(sites) - 1}")
-    return [sites[i] for i in sorted(set(layers))]
-
-
-class refuse_bypass:
-    """Forward hook of an FFN's owner: a fused MLP kernel that never calls the activation would silently be dense."""
-
-    def __init__(self, routed: RoutedActivation, name: str):
-        self.routed, self.name = routed, name
-
-    def __call__(self, owner: nn.Module, args: tuple, output: Any) -> None:
-        observed = self.routed.observed
-        if observed.x is not None or observed.kept is not None:
-            observed.x = observed.kept = None
-            raise RuntimeError(f"{self.name}: the activation of this routed FFN never ran; disable fused MLP kernels")
-
-
 def base_layer(linear: Any) -> Any:
-    """What adapters wrap: the module that survives `merge_and_unload`."""
+    """Return what adapters wrap: the module that survives `merge_and_unload`."""
     return base_layer(linear.base_layer) if hasattr(linear, "base_layer") else linear
 
 
 def is_moefied(model: nn.Module) -> bool:
-    """Whether a model's FFNs are routed; by name, for a copy of this file that came with a checkpoint makes its own
-    class of the mixin."""
+    """Return whether a model's FFNs are routed.
+
+    It goes by name: a copy of this file that came with a checkpoint makes its own class of the mixin.
+    """
     return any(base.__name__ == "MoefiedMixin" for base in type(model).__mro__)
 
 

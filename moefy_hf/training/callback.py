@@ -17,9 +17,9 @@ from ..conversion.budgets import COMPARING_PREDICTIONS
 from ..conversion.checks import check_convertible, check_predictions, with_allocation
 from ..conversion.pipeline import install_routers_
 from ..measure.metrics import unwrapped
-from ..modeling.allocation import count_experts, per_layer
 from ..modeling.moefied import is_moefied
 from ..modeling.section import ALL_EXPERTS, Section
+from ..modeling.selection_config import count_experts, per_layer
 from .distributed import adopt, check_optimizer, split_everywhere_
 from .monitor import RoutingMonitor
 from .run_hooks import keep_hooks

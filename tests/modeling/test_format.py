@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from moefy_hf import MoEficationConfig, moefy_
 from moefy_hf.loading import checkpoint_class
-from moefy_hf.modeling.moefied import FORMAT_VERSION
+from moefy_hf.modeling.section import FORMAT_VERSION
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 BY_SENSITIVITY = {"type": "threshold", "k": 0.25, "allocation": "sensitivity"}

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from moefy_hf.modeling.allocation import ALLOCATIONS, allocate, apportion, changed, count_experts, resolve_selection
+from moefy_hf.modeling.budget_allocation import ALLOCATIONS, allocate, apportion
 from moefy_hf.modeling.selection import SELECTIONS, Dynamic
+from moefy_hf.modeling.selection_config import changed, count_experts, resolve_selection
 
 EXPERTS = [8, 8, 12]  # per layer
 

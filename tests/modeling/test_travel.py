@@ -240,7 +240,7 @@ def test_imports_are_ones_that_travel(path):
 def test_code_of_another_format_is_told_from_the_packages(tmp_path):
     convert(model := tiny_model("bert"), k=2)
     model.save_pretrained(tmp_path)
-    code = tmp_path / "moefied.py"
+    code = tmp_path / "section.py"
     code.write_text(code.read_text().replace(f"FORMAT_VERSION = {moefied.FORMAT_VERSION}", "FORMAT_VERSION = 99"))
     old = transformers.AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
     inputs = tiny_inputs("bert")
