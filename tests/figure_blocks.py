@@ -101,19 +101,28 @@ def specialisation(name: str) -> str:
         {
             "experts by": row["experts by"],
             "experts with a class": f"{row['experts with a class']:.0%}",
-            "of their use, classes explain": f"{row['variance that classes explain']:.0%}",
-            "shared profile over classes": f"{row[SHARED.format('classes')]:.0%}",
-            "over shuffled classes": f"{row[SHARED.format('shuffled classes')]:.0%}",
+            "of their use, classes explain": percent(row["variance that classes explain"]),
+            "shared profile over classes": percent(row[SHARED.format("classes")]),
+            "over shuffled classes": percent(row[SHARED.format("shuffled classes")]),
         }
         for row in facts(name)["specialisation"]
     )
 
 
+def percent(share: float) -> str:
+    """Return a share in whole percent, where chance may leave it a little below 0."""
+    return f"{round(100 * share) + 0:d}%"
+
+
 def topics(name: str) -> str:
     """The five classes whose strongest expert of the last layer is used most often, relative to all texts."""
     last = facts(name)["layers"][-1]["topics"]
-    strongest = sorted(((topic, experts[0][0]) for topic, experts in last.items() if experts), key=lambda row: -row[1])
-    return table({"class": topic, "its strongest expert runs": times(rise, 0)} for topic, rise in strongest[:5])
+    strongest = [(topic, *experts[0]) for topic, experts in last.items() if experts]  # expert, times as often
+    strongest.sort(key=lambda row: -row[2])
+    return table(
+        {"class": topic, "its strongest expert": str(expert), "in its texts, that runs": f"{times(rise, 0)} as often"}
+        for topic, expert, rise in strongest[:5]
+    )
 
 
 def removal(name: str) -> str:
