@@ -13,7 +13,7 @@ import moefy_hf
 PACKAGE = Path(moefy_hf.__file__).parent
 FLOORS = [  # from the ground up: a room uses those below it
     {"modeling"},  # which travels with checkpoints
-    {"data", "io", "loading"},
+    {"data", "errors", "io", "loading"},
     {"measure", "runtime"},
     {"analysis", "exporters", "splitters"},
     {"arguments"},
