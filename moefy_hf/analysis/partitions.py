@@ -14,8 +14,15 @@ from ..modeling.ffn_sites import FfnSite
 
 
 def matched(left: torch.Tensor, right: torch.Tensor) -> tuple[np.ndarray, float]:
-    """Return for rows of neurons (f, n) the row of `right` that each of `left` is, (f,), and the mean cosine of the
-    pairs: 1 where both hold the same neurons in another order."""
+    """Pair the neurons of two FFNs so that the summed cosine of their rows is largest.
+
+    Args:
+        left, right: (f, n), a row for each neuron.
+
+    Returns:
+        the row of `right` that each of `left` is paired with, (f,), and the mean cosine of the pairs: 1 where both
+        hold the same neurons in another order.
+    """
     cosines = (F.normalize(left.float(), dim=-1) @ F.normalize(right.float(), dim=-1).t()).numpy()
     rows, columns = linear_sum_assignment(-cosines)
     return columns, float(cosines[rows, columns].mean())

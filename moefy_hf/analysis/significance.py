@@ -73,7 +73,14 @@ def token_excess(
 
 def false_discoveries(p: np.ndarray, rate: float = 0.05) -> np.ndarray:
     """Return which hypotheses may be rejected so that at most `rate` of those are expected to be true (Benjamini and
-    Hochberg); bool of the shape of p, in which nan is not tested."""
+    Hochberg).
+
+    Args:
+        p: p-values of any shape; nan is not tested.
+
+    Returns:
+        bool of the same shape.
+    """
     tested = np.isfinite(p)
     ordered = np.sort(p[tested])
     passed = np.flatnonzero(ordered <= rate * np.arange(1, len(ordered) + 1) / max(len(ordered), 1))
@@ -84,8 +91,9 @@ def false_discoveries(p: np.ndarray, rate: float = 0.05) -> np.ndarray:
 
 
 def explained_variance(totals: np.ndarray, counts: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """Return (E,), the share of the variance of an expert's use over texts that classes explain, adjusted (epsilon
-    squared): 0 on average where labels mean nothing, nan where the expert's use does not vary.
+    """Return (E,), the share of the variance of an expert's use over texts that classes explain.
+
+    It is adjusted (epsilon squared): 0 on average where labels mean nothing; nan where the expert's use does not vary.
 
     Args:
         totals, counts, moments: as in `class_excess`.

@@ -15,8 +15,9 @@ WINDOW = 32  # batches among which texts are sorted by length, so that little is
 
 
 class TextStream:
-    """Lines of a text file, or a csv file's columns `text` and `label`, as padded batches in the file's order, sorted
-    by length within windows; can be read any number of times.
+    """Lines of a text file, or a csv file's columns `text` and `label`, as padded batches.
+
+    They come in the file's order, but sorted by length within windows, and can be read any number of times.
 
     Args:
         path: of the file.

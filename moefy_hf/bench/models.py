@@ -160,8 +160,9 @@ def compare(
 
 
 def check(models: Mapping[str, PreTrainedModel], masked: MoefiedModel, batch: Batch) -> None:
-    """Check before anything is timed that every FFN of every implementation gives what the masked one does on the same
-    inputs, for the median token: rounding may choose another expert at a few.
+    """Check before anything is timed that every FFN of every implementation gives what the masked one does.
+
+    Inputs are the same, and the median token counts: rounding may choose another expert at a few.
 
     Raises:
         RuntimeError: it does not.

@@ -150,8 +150,9 @@ def left_out(model: MoefiedModel, places: Sequence[Place], batch: Mapping[str, A
 
 
 def places_at(calibrated: Mapping[str, Sequence[Place]], name: str, k: int | float) -> list[Place] | None:
-    """Return a baseline's places, with thresholds by which each FFN computes as much of its weights as k experts are;
-    None, which is logged, where what it always computes is more than that.
+    """Return a baseline's places, with thresholds by which each FFN computes as much of its weights as k experts are.
+
+    Where a baseline computes more than that in any case, None is returned, and a warning logged.
 
     Args:
         calibrated: a baseline's name -> its places in all FFNs, with drawn scores.

@@ -130,7 +130,7 @@ def check_quality(
     """
     model = check_moefied(model)
     seen: list[Mapping[str, Any]] = []
-    dense, routed_, chance, uniform = (Quality() for _ in range(4))
+    dense, converted, chance, uniform = (Quality() for _ in range(4))
     bar = tqdm(total=max_positions, desc="quality", unit="position", unit_scale=True, disable=not progress)
     with evaluating(model):
         with bar:
@@ -138,7 +138,7 @@ def check_quality(
                 expected, labels = dense_predictions(model, batch)
                 dense.update_(expected, expected, labels)
                 uniform.update_(torch.zeros_like(expected), expected, labels)
-                routed_.update_(predictions(model, batch)[0], expected, labels)
+                converted.update_(predictions(model, batch)[0], expected, labels)
                 with routed_by(model, "random"):
                     chance.update_(predictions(model, batch)[0], expected, labels)
                 seen.append(batch)
@@ -147,7 +147,7 @@ def check_quality(
                     break
         if not dense.count:
             raise ValueError("quality cannot be checked: no batch, or none with a position that counts, was given")
-        check = check_of(dense, routed_, chance, uniform, is_causal(model))
+        check = check_of(dense, converted, chance, uniform, is_causal(model))
         if not check.bad:
             return check
         allocation = best_allocation(model)

@@ -16,11 +16,12 @@ def activation_markers(
     generator: torch.Generator,
     warm: bool = False,
 ) -> torch.Tensor:
-    """Return the neurons (f,), expert by expert: balanced clusters of the binary columns that mark the tokens at which
-    a neuron is among the ten largest by |activation| (CMoE, its construction of routed experts).
+    """Return the neurons (f,), expert by expert: balanced clusters of neurons that mark the same tokens (CMoE, its
+    construction of routed experts).
 
-    Shared experts are taken out before. The columns' Gram matrix counts the tokens that mark two neurons both, and
-    k-means in equal parts keeps the most of it inside them (see `equal_parts`): no (f, T) matrix is needed.
+    A neuron marks a token at which it is among the ten largest by |activation|. Shared experts are taken out before.
+    The Gram matrix of the marks counts the tokens that mark two neurons both, and k-means in equal parts keeps the
+    most of it inside them (see `equal_parts`): no (f, T) matrix is needed.
 
     Raises:
         ValueError: there is no profile with a sample.

@@ -15,8 +15,8 @@ def gate_clustering(
     generator: torch.Generator,
     warm: bool = False,
 ) -> torch.Tensor:
-    """Return the neurons (f,), expert by expert: balanced k-means on the rows of `gate`, of `up` in an ungated FFN, as
-    long as they are (EMoE, section 3, and D2DMoE's split of gated FFNs).
+    """Return the neurons (f,), expert by expert: balanced k-means on the rows of `gate`, of `up` in an ungated FFN
+    (EMoE, section 3, and D2DMoE's split of gated FFNs).
 
     All that differs from `parameter_clustering` is that rows keep their length, so that a cluster also shares how
     strongly its neurons answer.

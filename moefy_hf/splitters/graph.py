@@ -180,8 +180,9 @@ def metis_partition(
 
 
 def repair_sizes(weights: torch.Tensor, labels: torch.Tensor, num_parts: int) -> torch.Tensor:
-    """Return labels (f,) of equally large parts: move surplus neurons one by one, always the one whose move to a part
-    with room loses the least edge weight (or wins the most).
+    """Return labels (f,) of equally large parts.
+
+    Surplus neurons move one by one, always the one whose move to a part with room loses the least edge weight.
 
     Args:
         weights: (f, f), symmetric.

@@ -15,11 +15,11 @@ def output_aware(
     generator: torch.Generator,
     warm: bool = False,
 ) -> torch.Tensor:
-    """Return the neurons (f,), expert by expert: a balanced partition of a graph whose edges weigh sum over tokens of
-    c_i * c_j, where c_i = |activation of i| * |column i of `down`| is what neuron i puts into the output.
+    """Return the neurons (f,), expert by expert: a balanced partition of the graph of neurons that matter together.
 
-    This one is ours. What a selection loses is the output of the experts left out, which signs of activations say
-    nothing about outside ReLU, and lengths of `down` columns do.
+    An edge weighs the sum over tokens of c_i * c_j, where c_i = |activation of i| * |column i of `down`| is what
+    neuron i puts into the output. This one is ours. What a selection loses is the output of the experts left out,
+    which signs of activations say nothing about outside ReLU, and lengths of `down` columns do.
 
     Raises:
         ValueError: there is no profile with a sample.
