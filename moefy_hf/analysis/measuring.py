@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..measure.contexts import all_experts
 from ..measure.profile import observed
-from ..measure.router_inputs import ReadInputs, kept
+from ..measure.router_inputs import RouterInputs, expert_mask
 from ..modeling.ffn_sites import FfnSite
 from .sums import Examples, Groups, NeuronSums, TextBatch, UseSums
 from .texts import TextStream
@@ -103,7 +103,7 @@ class LayerSums:
         act, dense = self.site.act, self.site.act.selection
         act.selection = self.selection  # the model runs all experts; what would it select?
         try:
-            keep = kept(act, x)
+            keep = expert_mask(act, x)
         finally:
             act.selection = dense
         keep = torch.ones(len(x), act.num_experts, dtype=torch.bool) if keep is None else keep
@@ -142,7 +142,7 @@ def measure(
     slots = {"token": len(words), "kind": len(KINDS)}
     classes = {name: len(found.classes) for name in ("class", "shuffled")} if stream.labelled else {}
     layers = [LayerSums(site, slots, classes, stream.max_length, seed + i) for i, site in enumerate(sites)]
-    shuffled, reading = Shuffled(found.classes, seed), ReadInputs(sites)
+    shuffled, reading = Shuffled(found.classes, seed), RouterInputs(sites)
     batch: TextBatch
     before: torch.Tensor
 
@@ -183,10 +183,10 @@ def measure_load(model: PreTrainedModel, stream: TextStream) -> list[list[float]
     """For each routed FFN, how many tokens its router sends to each expert as the model runs."""
     sites = model.moe_sites()
     loads = [torch.zeros(site.act.num_experts, dtype=torch.float64) for site in sites]
-    reading = ReadInputs(sites)
+    reading = RouterInputs(sites)
 
     def seen(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
-        keep = kept(sites[position].act, reading.of(position, x))
+        keep = expert_mask(sites[position].act, reading.of(position, x))
         loads[position] += len(x) if keep is None else keep.sum(0).double().cpu()
 
     with observed(model, sites, seen) as run:

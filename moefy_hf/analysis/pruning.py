@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..loading import check_moefied
-from ..measure.router_inputs import read_at
+from ..measure.router_inputs import inputs_from
 from ..modeling.allocation import MEASURED
 from ..modeling.ffn_sites import FfnSite, find_sites
 
@@ -64,7 +64,7 @@ def check_prunable(model: PreTrainedModel, experts: Mapping[int, Iterable[int]])
     """
     check_moefied(model)
     kept, sites = kept_experts(model, experts), model.moe_sites()
-    for position, read in enumerate(read_at(sites)):
+    for position, read in enumerate(inputs_from(sites)):
         if kept[position] != kept[read]:
             raise ValueError(
                 f"layers {read} and {position} have one router, which chooses the same of their experts: prune the "

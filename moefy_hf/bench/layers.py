@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..loading import load_checkpoint
-from ..measure.router_inputs import scorer
+from ..measure.router_inputs import run_alone
 from ..modeling.ffn_sites import FfnSite, FfnWeights
 from ..modeling.moefied import is_moefied
 from ..modeling.routed_activation import follow_replacements
@@ -89,7 +89,7 @@ def load_moefied(settings: Settings) -> PreTrainedModel:
     model = load_checkpoint(settings.source, dtype=DTYPES[settings.dtype]).eval()
     if not is_moefied(model):
         raise ValueError(f"{settings.source} is not MoEfied: moefy convert makes a checkpoint that is")
-    if any(scorer(site.act.router) is not site.act.router for site in model.moe_sites()):
+    if not run_alone(model.moe_sites()):
         raise ValueError(
             f"the FFNs of {settings.source} have one router for all layers, so that none runs alone: measure the "
             "whole model"

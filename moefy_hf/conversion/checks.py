@@ -13,11 +13,12 @@ from ..loading import moefied_class
 from ..measure.metrics import OVERFLOW, is_adapted, predictions, usable
 from ..measure.profile import ModelProfile
 from ..modeling.allocation import count_experts, per_layer, resolve_selection, setting_name
-from ..modeling.ffn_sites import FfnSite, by_stack, check_plain, find_sites
+from ..modeling.ffn_sites import FfnSite, check_plain, find_sites
 from ..modeling.moefied import check_shared, is_moefied, selected_sites, split_sizes
 from ..modeling.routers import ROUTERS
 from ..splitters import SPLITTERS
 from .budgets import COMPARING_PREDICTIONS, MEASURES
+from .expert_matching import check_matchable
 from .fit_routers import tokens_needed
 
 logger = logging.get_logger("moefy_hf")
@@ -43,7 +44,7 @@ def check_convertible(
     moefied_class(type(model))
     sizes = [split_sizes(site, config.num_experts, config.expert_size) for site in sites]
     check_shared(config.shared_experts, sites, sizes)
-    check_counts(config.router, sites, [experts for experts, _ in sizes])
+    check_matchable(config.router, sites, [experts for experts, _ in sizes])
     if "k" in config.selection:
         for k, (experts, _) in zip(per_layer("k", config.selection["k"], len(sizes)), sizes, strict=True):
             count_experts(k, experts, config.shared_experts)
@@ -142,16 +143,6 @@ def owners_of(children: dict[str, Any]) -> list[torch.nn.Module]:
         holders = gc.get_referrers(each) if type(each) is dict and each.get("_modules") is children else [each]
         found += [held for held in holders if isinstance(held, torch.nn.Module) and held._modules is children]
     return found
-
-
-def check_counts(router: str, sites: list[FfnSite], num_experts: list[int]) -> None:
-    """
-    Raises:
-        ValueError: one router for all layers of a stack, which have different numbers of experts.
-    """
-    counts = {site.name: experts for site, experts in zip(sites, num_experts, strict=True)}
-    for members in by_stack(sites).values():
-        ROUTERS[router].check_counts([counts[site.name] for site in members], members[0].name)
 
 
 def _names(registry: Mapping[str, Any], unwanted: str) -> str:

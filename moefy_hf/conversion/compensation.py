@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from ..loading import check_moefied
 from ..measure.profile import CHUNK, ModelProfile, SiteProfile, check_sample
-from ..measure.router_inputs import check_same_tokens, kept, read_at
+from ..measure.router_inputs import check_same_sample, expert_mask, inputs_from
 from ..modeling.ffn_sites import FfnSite
 
 
@@ -28,8 +28,8 @@ def compensate_(model: PreTrainedModel, profile: ModelProfile, *, progress: bool
     check_moefied(model)
     sites = model.moe_sites()
     check_sample(sites, profile)
-    readers = read_at(sites)
-    check_same_tokens(sites, profile, readers)
+    readers = inputs_from(sites)
+    check_same_sample(sites, profile, readers)
     bar = tqdm(sites, desc="means", unit="layer", disable=not progress)
     for site, stats, read in zip(bar, profile.sites, readers, strict=True):
         means = means_of_dropped(site, stats, profile.sites[read])
@@ -46,7 +46,7 @@ def means_of_dropped(site: FfnSite, stats: SiteProfile, read: SiteProfile | None
     inputs = (read or stats).inputs
     assert inputs is not None, "check_sample comes first"
     for x, (_, neurons) in zip(inputs.split(CHUNK), stats.activations(weights), strict=True):
-        keep = kept(routed, x.to(neurons.device))
+        keep = expert_mask(routed, x.to(neurons.device))
         if keep is None:
             break
         experts = neurons.float().unflatten(-1, (routed.num_experts, routed.expert_size))

@@ -20,13 +20,12 @@ from ..modeling.adapters import IN_MEMORY
 from ..modeling.allocation import setting_name
 from ..modeling.ffn_sites import FfnSite, FfnWeights, permute_neurons_
 from ..modeling.moefied import install_
-from ..modeling.routers import ROUTERS
 from ..splitters import SPLITTERS
 from ..splitters.shared_experts import activation_rates, apart
 from .budgets import COMPARING_PREDICTIONS, MEASURES
 from .checks import check_convertible, check_predictions, check_profile, default_allocation, users_of_data
 from .compensation import compensate_
-from .expert_matching import aligned_orders
+from .expert_matching import matched_orders
 from .fit_routers import RouterFit, fit_routers
 from .thresholds import measure_reach
 
@@ -165,10 +164,7 @@ def neuron_orders(
         stats = found.sites[position] if found else None
         with torch.autocast(site.down.weight.device.type, enabled=False):  # half-precision sums scramble a split
             orders.append(neuron_order(site.weights(), stats, experts, config, generator, warm))
-    if ROUTERS[config.router].serves_stack and found is not None:
-        with torch.autocast(sites[0].down.weight.device.type, enabled=False):
-            orders = aligned_orders(sites, orders, num_experts, found, config.shared_experts)
-    return orders
+    return matched_orders(config.router, sites, orders, num_experts, found, config.shared_experts)
 
 
 def neuron_order(

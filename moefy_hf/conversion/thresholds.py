@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..loading import check_moefied
 from ..measure.profile import ModelProfile, SiteProfile, check_sample, profile, real_tokens
-from ..measure.router_inputs import read_at, scorer
+from ..measure.router_inputs import inputs_from, scores_of
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.selection import SELECTIONS, Dynamic
 
@@ -53,7 +53,7 @@ def measure_reach(
     tables: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
     sites = model.moe_sites()
     check_sample(sites, data)
-    for site, read in zip(sites, read_at(sites), strict=True):
+    for site, read in zip(sites, inputs_from(sites), strict=True):
         strengths = sampled_strengths(site, data.sites[read])
         for kind in kinds:
             needs = dynamic[kind].needs(strengths).flatten().sort().values
@@ -67,8 +67,8 @@ def measure_reach(
 def sampled_strengths(site: FfnSite, stats: SiteProfile) -> torch.Tensor:
     """(T, E - S): what the router of a FFN gives the experts on the first tokens of a sample of what it reads."""
     assert stats.inputs is not None, "check_sample comes first"
-    router = scorer(site.act.router)
-    return router.strengths(router(stats.inputs[:TOKENS].to(site.down.weight.device))).float().cpu()
+    router, inputs = site.act.router, stats.inputs[:TOKENS].to(site.down.weight.device)
+    return router.strengths(scores_of(router, inputs)).float().cpu()
 
 
 @contextmanager

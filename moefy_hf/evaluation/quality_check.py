@@ -14,6 +14,7 @@ from ..conversion.budgets import MEASURES
 from ..loading import check_moefied
 from ..measure.contexts import all_experts, selecting
 from ..measure.metrics import Quality, is_causal, predictions
+from ..measure.router_inputs import run_alone
 from .controls import routed_by
 
 TOKENS = 2048  # positions that are compared
@@ -183,7 +184,7 @@ def better(model: PreTrainedModel, batches: list[Mapping[str, Any]], progress: b
         options.append('budgets by sensitivity (allocation "sensitivity")')
     if not sites[0].act.router.trainable:
         options.append(f"a router that is fitted to data, such as 'linear', instead of {section['router']!r}")
-    if section["router"] == "pre_gated":
+    if not run_alone(sites):
         options.append("a router for each layer, such as 'linear': one choice for all costs quality")
     act = type(sites[0].act.inner).__name__
     if "relu" not in act.lower():

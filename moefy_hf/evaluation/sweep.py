@@ -19,7 +19,7 @@ from ..measure.contexts import all_experts, selecting
 from ..measure.flops import model_flops
 from ..measure.metrics import Quality, is_causal, predictions
 from ..measure.profile import observed
-from ..measure.router_inputs import ReadInputs, scorer
+from ..measure.router_inputs import RouterInputs, scores_of
 from ..modeling.allocation import check_selection
 from ..modeling.ffn_sites import find_sites
 from ..modeling.routed_activation import chosen as kept
@@ -84,7 +84,7 @@ def local_figures(
     speed; absent where no text has 8 tokens.
     """
     sites = model.moe_sites()
-    reading = ReadInputs(sites)
+    reading = RouterInputs(sites)
     chosen = []
     for setting in settings:
         with setting.on(model):
@@ -105,7 +105,7 @@ def local_figures(
         read = reading.of(position, x)
         for each, routing in enumerate(chosen):
             router, selection = routing[position]
-            scores = scorer(router)(read if router is site.act.router else x)  # a control reads its own FFN's input
+            scores = scores_of(router, read if router is site.act.router else x)  # a control reads its own FFN's
             keep = kept(scores, router, selection, site.act.shared)
             dropped = F.linear(experts.masked_fill(keep.unsqueeze(-1), 0).flatten(-2), down).float().square().sum()
             union = keep[chunks].any(1).sum()

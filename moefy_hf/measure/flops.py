@@ -14,7 +14,7 @@ from ..modeling.moefied import is_moefied
 from ..modeling.routed_activation import is_routed
 from ..modeling.routers import router_facts
 from .contexts import all_experts
-from .router_inputs import read_at
+from .router_inputs import inputs_from
 
 
 def ffn_flops(site: FfnSite) -> int:
@@ -45,7 +45,7 @@ def routed_costs(sites: Sequence[FfnSite], computed: Mapping[str, float]) -> lis
     experts = [computed.get(site.name, 0) for site in sites]
     costs = [routed_flops(site, each) for site, each in zip(sites, experts, strict=True)]
     owed = set()
-    for position, read in enumerate(read_at(sites)):
+    for position, read in enumerate(inputs_from(sites)):
         if read != position and experts[position] < sites[position].act.num_experts:
             owed.add(read)
     for read in owed:

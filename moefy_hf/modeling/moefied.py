@@ -17,11 +17,10 @@ from transformers.models.auto import modeling_auto
 
 from .adapters import warn_of_other_order
 from .allocation import changed, resolve_selection
-from .ffn_sites import FfnSite, by_stack, find_sites
+from .ffn_sites import FfnSite, find_sites, stacks_of
 from .interventions import scaled
 from .routed_activation import RoutedActivation, follow_replacements, is_routed
 from .router_base import Router
-from .router_pre_gated import carry_passes_
 from .routers import ROUTERS, router_class
 
 # A key of every checkpoint that no model has: transformers' load report names it where the dense model is loaded
@@ -81,7 +80,7 @@ def install_(model: nn.Module) -> None:
             routed.register_buffer("neuron_order", torch.full((site.sizes[1],), -1, dtype=torch.int32))
         site.owner.register_forward_pre_hook(follow_replacements(routed, site))
         site.owner.register_forward_hook(refuse_bypass(routed, site.name))
-    join_routers_(model, sites)
+    connect_routers_(model, sites)
 
 
 def new_router(
@@ -99,22 +98,28 @@ def freeze_(router: Router) -> Router:
     return router.requires_grad_(False)
 
 
-def join_routers_(model: nn.Module, sites: list[FfnSite]) -> None:
+def connect_routers_(model: nn.Module, sites: list[FfnSite]) -> None:
     """Connect routers that hand something on to those of later layers.
 
     Raises:
         ValueError: the layers of a stack have different numbers of experts, and one router for all.
     """
-    for stack, members in by_stack(sites).items():
+    for stack, members in stacks_of(sites).items():
         routed = [site.act for site in members]
         type(routed[0].router).connect_stack_(routed, model.get_submodule(stack), members[0].name)
-    carry_passes_(model)
+    connect_checkpointing_(model)
     # FSDP wraps these, and nothing within: routers apart, whose type and training differ from the layer's. Not those
     # that hand scores on, which look for each other
     classes = {type(site.act.router) for site in sites if next(site.act.router.parameters(), None) is not None}
     named = {cls.__name__ for cls in classes if not cls.serves_stack}
     others = {each for each in model._no_split_modules or () if each not in {cls.__name__ for cls in ROUTERS.values()}}
     model._no_split_modules = others | named
+
+
+def connect_checkpointing_(model: nn.Module) -> None:
+    """Let the gradient checkpointing that transformers gave the layers carry what their routers hand on."""
+    for cls in {type(module) for module in model.modules() if isinstance(module, Router)}:
+        cls.connect_checkpointing_(model)
 
 
 def check_shared(shared: int, sites: list[FfnSite], sizes: list[tuple[int, int]]) -> None:
@@ -266,7 +271,7 @@ class MoefiedMixin:
 
     def _set_gradient_checkpointing(self, *args, **kwargs):
         super()._set_gradient_checkpointing(*args, **kwargs)
-        carry_passes_(self)  # type: ignore[arg-type]
+        connect_checkpointing_(self)  # type: ignore[arg-type]
 
     def _get_name(self):  # Trainer's label smoother compares this with the library's causal LM names
         return self.stock_class().__name__

@@ -86,6 +86,15 @@ class PreGatedRouter(Router):
                 f"number; got {', '.join(map(str, counts))}"
             )
 
+    @classmethod
+    def connect_checkpointing_(cls, model: nn.Module) -> None:
+        routed = [module for module in model.modules() if isinstance(module, RoutedActivation)]
+        firsts = [act for act in routed if isinstance(act.router, cls) and act.router.leader is act.router]
+        for module in model.modules():
+            checkpoint = vars(module).get("_gradient_checkpointing_func")
+            if checkpoint is not None and not isinstance(checkpoint, CarryingCheckpoint):
+                module._gradient_checkpointing_func = CarryingCheckpoint(checkpoint, firsts)
+
     def follow_(self, leader: "PreGatedRouter", position: int) -> None:
         """Have no weights any more, and return what `leader` scores."""
         self.weight, self.leads, self.position = None, (leader,), position
@@ -187,16 +196,3 @@ def resumed(passes: list[tuple[Handed, Pass | None, int]]) -> Iterator[None]:
 def stand(passes: list[tuple[Handed, Pass | None, int]]) -> None:
     for handed, now, running in passes:
         handed.now, handed.running = now, running
-
-
-def carry_passes_(model: nn.Module) -> None:
-    """Where some router is pre-gated, let the checkpointing that transformers gave the layers carry passes."""
-    routed = [module for module in model.modules() if isinstance(module, RoutedActivation)]
-    own = [each for each in routed if isinstance(each.router, PreGatedRouter)]
-    firsts = [each for each in own if each.router.leader is each.router]
-    if not firsts:
-        return
-    for module in model.modules():
-        checkpoint = vars(module).get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, CarryingCheckpoint):
-            module._gradient_checkpointing_func = CarryingCheckpoint(checkpoint, firsts)
