@@ -17,7 +17,7 @@ from ..loading import load_checkpoint
 from ..measure.router_inputs import run_alone
 from ..modeling.ffn_sites import FfnSite, FfnWeights
 from ..modeling.moefied import is_moefied
-from ..modeling.routed_activation import follow_replacements
+from ..modeling.routed_activation import FollowReplacements
 from ..runtime.backend_base import ACTIVATIONS
 from ..runtime.cpu_kernel import CpuKernel
 from ..runtime.sparse_ffn import SparseFfn, misfit
@@ -137,7 +137,7 @@ def copy_of(site: FfnSite, shared: Iterable[torch.Tensor] = ()) -> FfnSite:
             parent = parent.get_submodule(each)
         parent.add_module(name, copy.deepcopy(site.owner.get_submodule(path), memo))  # one memo: hooks find the copies
     copied = FfnSite(site.name, owner, site.spec)
-    follow_replacements(copied.act, copied)(owner, ())  # which an owner's first call does
+    FollowReplacements(copied.act, copied)(owner, ())  # which an owner's first call does
     return copied
 
 

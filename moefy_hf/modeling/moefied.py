@@ -19,7 +19,7 @@ from .adapters import warn_of_other_order
 from .allocation import changed, resolve_selection
 from .ffn_sites import FfnSite, find_sites, stacks_of
 from .interventions import scaled
-from .routed_activation import RoutedActivation, follow_replacements, is_routed
+from .routed_activation import FollowReplacements, RoutedActivation, is_routed
 from .router_base import Router
 from .routers import ROUTERS, router_class
 
@@ -78,7 +78,7 @@ def install_(model: nn.Module) -> None:
             routed.compensate_(torch.zeros(site.sizes[1]))
         if section.get("neuron_order"):
             routed.register_buffer("neuron_order", torch.full((site.sizes[1],), -1, dtype=torch.int32))
-        site.owner.register_forward_pre_hook(follow_replacements(routed, site))
+        site.owner.register_forward_pre_hook(FollowReplacements(routed, site))
         site.owner.register_forward_hook(refuse_bypass(routed, site.name))
     connect_routers_(model, sites)
 

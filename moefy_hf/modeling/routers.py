@@ -52,7 +52,7 @@ def router_class(name: Any, settings: Mapping[str, Any] | None = None) -> type[R
 
 
 def handed_scores(router: Router, x: torch.Tensor) -> torch.Tensor:
-    """(..., d) -> (..., E): the scores of a router whose FFN runs on x now, which later layers of its stack may use."""
+    """(..., d) -> (..., E): the scores of a router whose FFN runs on x now, shared with later layers of its stack."""
     scores = router(x)
     router_facts(router).hand_on(router, scores)  # older code that came with a checkpoint has no such method
     return scores

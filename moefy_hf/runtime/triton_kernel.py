@@ -13,6 +13,8 @@ TRITON_EXTRA = "pip install 'moefy-hf[triton]'"
 
 
 class TritonKernel(Backend):
+    """The Triton kernels; in Triton's interpreter (TRITON_INTERPRET=1) they run on the CPU."""
+
     name = "triton"
     device = "cuda"
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,6 +25,7 @@ class TritonKernel(Backend):
 
     @classmethod
     def installed(cls) -> bool:
+        """Whether Triton is, which comes with an extra."""
         return importlib.util.find_spec("triton") is not None
 
     @classmethod
