@@ -23,7 +23,7 @@ from moefy_hf import (
 from moefy_hf.analysis import prune
 from moefy_hf.conversion import pipeline
 from moefy_hf.conversion.compensation import means_of_dropped
-from moefy_hf.conversion.expert_matching import aligned_orders, correlation
+from moefy_hf.conversion.expert_matching import correlation, matched_orders
 from moefy_hf.conversion.fit_routers import _mean_shares
 from moefy_hf.conversion.permute import permute_neurons_
 from moefy_hf.evaluation.local_figures import local_figures
@@ -105,13 +105,13 @@ def test_a_planted_permutation_is_found(shared):
     weights = copy.deepcopy(model.state_dict())
     neurons = [torch.arange(EXPERTS * SIZE)] * LAYERS
     with profile(model, BATCHES, progress=False) as found:
-        orders = aligned_orders(sites, neurons, [EXPERTS] * LAYERS, found, shared)
+        orders = matched_orders("pre_gated", sites, neurons, [EXPERTS] * LAYERS, found, shared)
         for order, permutation in zip(orders, permutations, strict=True):
             assert torch.equal(order, blocks(permutation.argsort()))
         # the same of experts that a split has found elsewhere, their neurons in the order that it gives
         turned = [blocks(torch.arange(EXPERTS).roll(1)).view(EXPERTS, SIZE).flip(1).flatten()] * LAYERS
         if not shared:
-            again = aligned_orders(sites, turned, [EXPERTS] * LAYERS, found, 0)
+            again = matched_orders("pre_gated", sites, turned, [EXPERTS] * LAYERS, found, 0)
             for order, permutation in zip(again, permutations, strict=True):
                 expected = blocks(permutation.argsort().roll(1)).view(EXPERTS, SIZE).flip(1).flatten()
                 assert torch.equal(order, expected)
@@ -143,7 +143,7 @@ def test_samples_hold_the_same_tokens_in_the_same_order():
             assert torch.equal(stats.inputs, torch.cat(rows)[:777])
         found.sites[1].inputs = found.sites[1].inputs[:-1]
         with pytest.raises(ValueError, match="776 tokens of decoder.layers.1 and 777 of decoder.layers.0"):
-            aligned_orders(find_sites(model), [torch.arange(48)] * LAYERS, [EXPERTS] * LAYERS, found, 0)
+            matched_orders("pre_gated", find_sites(model), [torch.arange(48)] * LAYERS, [EXPERTS] * LAYERS, found, 0)
 
 
 def test_one_router_finds_the_planted_experts_of_all_layers(lying, monkeypatch):
@@ -153,7 +153,7 @@ def test_one_router_finds_the_planted_experts_of_all_layers(lying, monkeypatch):
         assert fit.random == pytest.approx(1 / EXPERTS) and fit.best_epoch == report.fits[0].best_epoch > 0
         assert fit.captured > 0.9 * fit.oracle > fit.random
     # were experts left as they lie, one choice could serve one layer only
-    monkeypatch.setattr(pipeline, "aligned_orders", lambda sites, orders, *_: orders)
+    monkeypatch.setattr(pipeline, "matched_orders", lambda router, sites, orders, *_: orders)
     other, _ = planted()
     unaligned = moefy_(other, as_they_lie(splitter="random"), BATCHES, progress=False)
     pairs = list(zip(report.fits, unaligned.fits, strict=True))

@@ -12,7 +12,7 @@ from ..loading import MoefiedModel, routed
 from ..measure.contexts import all_experts
 from ..measure.hooks import run_with_hooks
 from ..measure.progress import token_bar
-from ..measure.router_inputs import ReadInputs, select_experts
+from ..measure.router_inputs import RouterInputs, select_experts
 from ..modeling.ffn_sites import FfnSite
 from .sums import Examples, Groups, NeuronSums, TextBatch, UseSums
 from .texts import TextStream
@@ -204,7 +204,7 @@ def measure(
     vocabulary = Vocabulary(tokenizer, len(survey.ids), words)
     classes = {name: len(survey.classes) for name in ("class", "shuffled")} if stream.labelled else {}
     layers = [LayerSums(site, vocabulary.slots, classes, stream.max_length, seed + i) for i, site in enumerate(sites)]
-    shuffled, inputs = Shuffled(survey.classes, seed), ReadInputs(sites)
+    shuffled, inputs = Shuffled(survey.classes, seed), RouterInputs(sites)
     batch: TextBatch
     before: torch.Tensor
 
@@ -237,7 +237,7 @@ def measure_load(model: MoefiedModel, stream: TextStream) -> list[list[float]]:
     sites = model.moe_sites()
     acts = [routed(site) for site in sites]
     loads = [torch.zeros(act.num_experts, dtype=torch.float64) for act in acts]
-    inputs = ReadInputs(sites)
+    inputs = RouterInputs(sites)
 
     def see(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
         expert_mask = select_experts(acts[position], inputs.of(position, x))

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..loading import MoefiedModel, check_moefied, routed
-from ..measure.router_inputs import read_at
+from ..measure.router_inputs import inputs_from
 from ..modeling.ffn_sites import FfnSite, find_sites
 from ..modeling.section import MEASURED_OF_EXPERTS, Section
 
@@ -71,7 +71,7 @@ def check_prunable(model: PreTrainedModel, experts: Mapping[int, Iterable[int]])
     """
     model = check_moefied(model)
     remaining, sites = remaining_experts(model, experts), model.moe_sites()
-    for position, read in enumerate(read_at(sites)):
+    for position, read in enumerate(inputs_from(sites)):
         if remaining[position] != remaining[read]:
             raise ValueError(
                 f"layers {read} and {position} have one router, which chooses the same of their experts: prune the "

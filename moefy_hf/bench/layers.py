@@ -13,10 +13,10 @@ from moefy_ffn import MoeFfn
 from torch import nn
 
 from ..loading import MoefiedModel, check_moefied, load_checkpoint, routed
-from ..measure.router_inputs import scorer
+from ..measure.router_inputs import run_alone
 from ..modeling.ffn_sites import FfnSite, FfnWeights
 from ..modeling.moefied import is_moefied
-from ..modeling.routed_activation import follow_replacements
+from ..modeling.routed_activation import FollowReplacements
 from ..runtime.backend_base import ACTIVATIONS
 from ..runtime.cpu_kernel import CpuKernel
 from ..runtime.sparse_ffn import SparseFfn, misfit
@@ -105,8 +105,7 @@ def load_moefied(settings: Settings) -> MoefiedModel:
     if not is_moefied(loaded):
         raise ValueError(f"{settings.source} is not MoEfied: moefy convert makes a checkpoint that is")
     model = check_moefied(loaded)
-    routers = [routed(site).router for site in model.moe_sites()]
-    if any(scorer(router) is not router for router in routers):
+    if not run_alone(model.moe_sites()):
         raise ValueError(
             f"the FFNs of {settings.source} have one router for all layers, so that none runs alone: measure the "
             "whole model"
@@ -156,7 +155,7 @@ def copy_of(site: FfnSite, shared: Iterable[torch.Tensor] = ()) -> FfnSite:
             parent = parent.get_submodule(step)
         parent.add_module(name, copy.deepcopy(site.owner.get_submodule(path), memo))  # one memo: hooks find the copies
     copied = FfnSite(site.name, owner, site.spec)
-    follow_replacements(copied.act, copied)(owner, ())  # which an owner's first call does
+    FollowReplacements(copied.act, copied)(owner, ())  # which an owner's first call does
     return copied
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..loading import check_moefied
 from ..measure.contexts import all_experts, evaluating
 from ..measure.metrics import Quality, predictions
-from ..measure.router_inputs import read_at
+from ..measure.router_inputs import inputs_from
 from ..modeling.section import Section
 from ..modeling.selection_config import count_experts
 from .importance import measure_angles
@@ -41,7 +41,7 @@ def measure_sensitivity(
             with recorded([block for block in blocks if block is not None]) as outputs:
                 dense, _ = predictions(model, batch)
             positions += len(dense)
-            for site, block, read, ks, layer in zip(sites, blocks, read_at(sites), grids, quality, strict=True):
+            for site, block, read, ks, layer in zip(sites, blocks, inputs_from(sites), grids, quality, strict=True):
                 everything = site.act.selection
                 known = before(outputs, block)  # layers before this one do what they did
                 known = {each: known[each] for each in known if each is not blocks[read]}  # its router's must run

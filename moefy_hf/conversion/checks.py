@@ -13,13 +13,14 @@ from ..conversion.permute import check_plain
 from ..loading import moefied_class
 from ..measure.metrics import OVERFLOW, is_adapted, predictions, usable
 from ..measure.profile import ModelProfile
-from ..modeling.ffn_sites import FfnSite, by_stack, find_sites
+from ..modeling.ffn_sites import FfnSite, find_sites
 from ..modeling.install import check_shared, selected_sites, split_sizes
 from ..modeling.moefied import is_moefied
 from ..modeling.routers import ROUTERS
 from ..modeling.selection_config import count_experts, per_layer, resolve_selection
 from ..splitters import SPLITTERS
 from .budgets import COMPARING_PREDICTIONS
+from .expert_matching import check_matchable
 from .fit_routers import tokens_needed
 
 logger = logging.get_logger("moefy_hf")
@@ -45,7 +46,7 @@ def check_convertible(
     moefied_class(type(model))
     sizes = [split_sizes(site, config.num_experts, config.expert_size) for site in sites]
     check_shared(config.shared_experts, sites, sizes)
-    check_counts(config.router, sites, [experts for experts, _ in sizes])
+    check_matchable(config.router, sites, [experts for experts, _ in sizes])
     if config.threshold is None:
         for k, (experts, _) in zip(per_layer("k", config.k, len(sizes)), sizes, strict=True):
             count_experts(k, experts, config.shared_experts)
@@ -129,16 +130,6 @@ def owners_of(children: dict[str, Any]) -> list[torch.nn.Module]:
         holders = gc.get_referrers(each) if type(each) is dict and each.get("_modules") is children else [each]
         found += [held for held in holders if isinstance(held, torch.nn.Module) and held._modules is children]
     return found
-
-
-def check_counts(router: str, sites: list[FfnSite], num_experts: list[int]) -> None:
-    """
-    Raises:
-        ValueError: one router for all layers of a stack, which have different numbers of experts.
-    """
-    counts = {site.name: experts for site, experts in zip(sites, num_experts, strict=True)}
-    for members in by_stack(sites).values():
-        ROUTERS[router].check_counts([counts[site.name] for site in members], members[0].name)
 
 
 def _names(registry: Mapping[str, Any], unwanted: str) -> str:

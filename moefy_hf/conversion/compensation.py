@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from ..loading import check_moefied
 from ..measure.profile import ModelProfile, check_sample
-from ..measure.router_inputs import check_same_tokens, read_at, select_experts
+from ..measure.router_inputs import check_same_sample, inputs_from, select_experts
 from ..measure.sample import FfnSample
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.section import Section
@@ -30,8 +30,8 @@ def compensate_(model: PreTrainedModel, profile: ModelProfile, *, progress: bool
     check_moefied(model)
     sites = model.moe_sites()
     check_sample(sites, profile)
-    readers = read_at(sites)
-    check_same_tokens(sites, profile, readers)
+    readers = inputs_from(sites)
+    check_same_sample(sites, profile, readers)
     bar = tqdm(sites, desc="means", unit="layer", disable=not progress)
     for site, stats, read in zip(bar, profile.sites, readers, strict=True):
         means = means_of_dropped(site, stats.sample, profile.sites[read].sample)

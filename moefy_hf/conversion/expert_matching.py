@@ -5,11 +5,13 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..measure.profile import ModelProfile
-from ..measure.router_inputs import check_same_tokens
+from ..measure.router_inputs import check_same_sample
 from ..measure.sample import CHUNK, FfnSample
-from ..modeling.ffn_sites import FfnSite, by_stack
+from ..modeling.ffn_sites import FfnSite, stacks_of
 from ..modeling.ffn_weights import FfnWeights
+from ..modeling.routed_activation import RoutedActivation, is_routed
 from ..modeling.router_base import output_norm
+from ..modeling.routers import ROUTERS
 
 
 def expert_targets(
@@ -26,51 +28,94 @@ def shares_of(targets: torch.Tensor) -> torch.Tensor:
     return targets / targets.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
-@torch.no_grad()
-def aligned_orders(
-    sites: Sequence[FfnSite],
-    split: Sequence[torch.Tensor],
-    num_experts: Sequence[int],
-    found: ModelProfile,
-    shared: int,
-) -> list[torch.Tensor]:
-    """Orders of neurons (f,), expert by expert -> the same experts, those of later layers in an order in which they
-    are used at the same tokens as those of the layers before: in each stack, by maximum-weight assignment (Hungarian
-    method) on the correlation, over the sample, of an expert's share of the token's output norms with the mean share
-    of the experts that have a number so far. Shared experts stay first.
+def check_matchable(router: str, sites: Sequence[FfnSite], num_experts: Sequence[int]) -> None:
+    """Check that a kind of router can choose among the experts of FFNs, where one of it serves a stack of layers.
 
     Args:
-        split: for each FFN its order, and `num_experts` its number of experts, the shared ones included.
-        found: a profile of these FFNs, with a sample; neurons may have been permuted since.
+        router: a name of `ROUTERS`.
+        num_experts: of each FFN, the shared experts included.
+
+    Raises:
+        ValueError: one router for layers with different numbers of experts, or with code that came with a checkpoint.
+    """
+    if not ROUTERS[router].serves_stack:
+        return
+    if any(is_routed(site.act) and not isinstance(site.act, RoutedActivation) for site in sites):
+        raise ValueError(
+            f"router {router!r} needs this package's own code, not that of a checkpoint: load the model with "
+            "moefy_hf.load_checkpoint(name)"
+        )
+    counts = {site.name: experts for site, experts in zip(sites, num_experts, strict=True)}
+    for members in stacks_of(sites).values():
+        ROUTERS[router].check_counts([counts[site.name] for site in members], members[0].name)
+
+
+@torch.no_grad()
+def matched_orders(
+    router: str,
+    sites: Sequence[FfnSite],
+    orders: Sequence[torch.Tensor],
+    num_experts: Sequence[int],
+    profile: ModelProfile | None,
+    shared: int,
+) -> list[torch.Tensor]:
+    """Reorder the experts of later layers, so that those with the same number are used at the same tokens.
+
+    Only routers that serve a stack of layers need that; for all others, and without a profile, the orders stay as they
+    are. In each stack, experts get their numbers by maximum-weight assignment (Hungarian method). Its weights are the
+    correlations, over the sample, of an expert's share of the token's output norms with the mean share of the experts
+    that have a number so far. Shared experts stay first.
+
+    Args:
+        router: a name of `ROUTERS`.
+        orders: of each FFN the order of its neurons (f,), expert by expert.
+        num_experts: of each FFN, the shared experts included.
+        profile: of these FFNs, with a sample; neurons may have been permuted since.
 
     Raises:
         ValueError: the samples of a stack are of different tokens.
     """
-    orders, place = list(split), {site.name: position for position, site in enumerate(sites)}
+    orders = list(orders)
+    if profile is None or not ROUTERS[router].serves_stack:
+        return orders
+    positions = {site.name: position for position, site in enumerate(sites)}
+    for members in stacks_of(sites).values():
+        stack = [positions[site.name] for site in members]
+        compared = [stack[0] if position in stack else position for position in range(len(sites))]
+        check_same_sample(sites, profile, compared)
+        with torch.autocast(sites[0].down.weight.device.type, enabled=False):
+            match_stack_(stack, sites, orders, num_experts, profile, shared)
+    return orders
+
+
+def match_stack_(
+    stack: Sequence[int],
+    sites: Sequence[FfnSite],
+    orders: list[torch.Tensor],
+    num_experts: Sequence[int],
+    profile: ModelProfile,
+    shared: int,
+) -> None:
+    """Replace the orders of all layers of a stack but the first; see `matched_orders`."""
+    from scipy.optimize import linear_sum_assignment  # takes a second to import
 
     def shares(position: int, name: str) -> torch.Tensor:
-        file = found.file(name)
+        file = profile.file(name)
         weights = sites[position].weights().of_neurons(orders[position])
-        for targets in expert_targets(weights, found.sites[position].sample, num_experts[position], shared):
+        for targets in expert_targets(weights, profile.sites[position].sample, num_experts[position], shared):
             file.append(shares_of(targets))
         return file.mapped()
 
-    for members in by_stack(sites).values():
-        first, *later = (place[site.name] for site in members)
-        check_same_tokens(sites, found, [first if position in later else position for position in range(len(sites))])
-
-        reference = shares(first, "aligned.bin") if later else torch.zeros(0, 0)  # (T, E - S)
-        for position in later:
-            own = shares(position, "own.bin")
-            from scipy.optimize import linear_sum_assignment  # takes a second to import
-
-            _, best = linear_sum_assignment(correlation(reference, own), maximize=True)
-            best = torch.from_numpy(best)
-            for sums, each in zip(reference.split(CHUNK), own.split(CHUNK), strict=True):
-                sums += each[:, best]
-            experts = torch.cat([torch.arange(shared), shared + best])
-            orders[position] = orders[position].view(num_experts[position], -1)[experts].flatten()
-    return orders
+    first, *later = stack
+    reference = shares(first, "aligned.bin") if later else torch.zeros(0, 0)  # (T, E - S)
+    for position in later:
+        own = shares(position, "own.bin")
+        _, best = linear_sum_assignment(correlation(reference, own), maximize=True)
+        best = torch.from_numpy(best)
+        for sums, added in zip(reference.split(CHUNK), own.split(CHUNK), strict=True):
+            sums += added[:, best]
+        experts = torch.cat([torch.arange(shared), shared + best])
+        orders[position] = orders[position].view(num_experts[position], -1)[experts].flatten()
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..measure.profile import ModelProfile, check_sample
-from ..measure.router_inputs import check_same_tokens, read_at, scorer
+from ..measure.router_inputs import check_same_sample, inputs_from, scores_of
 from ..measure.sample import CHUNK
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.router_base import Router
@@ -76,8 +76,8 @@ def fit_routers(
     """
     sites = model.moe_sites()
     check_sample(sites, profile)
-    readers = read_at(sites)
-    check_same_tokens(sites, profile, readers)
+    readers = inputs_from(sites)
+    check_same_sample(sites, profile, readers)
     for site, stats in zip(sites, profile.sites, strict=True):
         needed = tokens_needed(site.sizes[0], site.act.router.num_experts) if site.act.router.trainable else 1
         if stats.tokens < needed:
@@ -190,8 +190,8 @@ def _batches(
 
 @torch.no_grad()
 def _captured(site: FfnSite, inputs: torch.Tensor, targets: torch.Tensor, k: int) -> float:
-    router, device = scorer(site.act.router), site.down.weight.device
-    scores = torch.cat([router(x.to(device)).cpu() for x in inputs.split(CHUNK)])
+    router, device = site.act.router, site.down.weight.device
+    scores = torch.cat([scores_of(router, x.to(device)).cpu() for x in inputs.split(CHUNK)])
     return _share(scores, targets, k)
 
 

@@ -20,13 +20,12 @@ from ..modeling.ffn_sites import FfnSite, find_sites
 from ..modeling.ffn_weights import FfnWeights
 from ..modeling.install import install_, selected_sites, split_sizes
 from ..modeling.moefied import is_moefied
-from ..modeling.routers import ROUTERS
 from ..modeling.section import ALL_EXPERTS, Section
 from ..modeling.selection_config import setting_name
 from ..splitters import SPLITTERS
 from ..splitters.shared_experts import activation_rates, apart
 from .budgets import MEASURES
-from .expert_matching import aligned_orders
+from .expert_matching import matched_orders
 from .fit_routers import RouterFit, fit_routers
 from .thresholds import measure_reach
 
@@ -118,10 +117,7 @@ def neuron_orders(
         with torch.autocast(site.down.weight.device.type, enabled=False):  # half-precision sums scramble a split
             orders.append(neuron_order(site.weights(), stats, experts, config, generator, warm))
         check_permutation(site, orders[-1])
-    if ROUTERS[config.router].serves_stack and profile is not None:
-        with torch.autocast(sites[0].down.weight.device.type, enabled=False):
-            orders = aligned_orders(sites, orders, num_experts, profile, config.shared_experts)
-    return orders
+    return matched_orders(config.router, sites, orders, num_experts, profile, config.shared_experts)
 
 
 def neuron_order(

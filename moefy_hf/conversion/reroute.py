@@ -10,13 +10,11 @@ from ..conversion.permute import permute_neurons_
 from ..loading import check_moefied
 from ..measure.profile import ModelProfile, check_sample
 from ..modeling.ffn_sites import FfnSite
-from ..modeling.install import join_routers_, new_router
-from ..modeling.routed_activation import RoutedActivation
+from ..modeling.install import connect_routers_, new_router
 from ..modeling.routers import ROUTERS, router_class
 from ..modeling.section import FORMAT_VERSION, MEASURED_WITH_ROUTERS, Section
 from ..modeling.selection import SELECTIONS
-from .checks import check_counts
-from .expert_matching import aligned_orders
+from .expert_matching import check_matchable, matched_orders
 from .fit_routers import RouterFit
 from .pipeline import start_routers_
 
@@ -54,15 +52,17 @@ def reroute_(
     """
     check_reroutable(model, router, profile, settings)
     section, sites = Section(model.config), model.moe_sites()
-    orders = corresponding(sites, profile) if profile is not None and ROUTERS[router].serves_stack else []
+    experts, as_they_are = [site.act.num_experts for site in sites], [torch.arange(site.sizes[1]) for site in sites]
+    orders = matched_orders(router, sites, as_they_are, experts, profile, sites[0].act.shared)
     before, moved = [site.act.router for site in sites], list[tuple[FfnSite, torch.Tensor]]()
     try:
-        for site, order in zip(sites, orders, strict=False):  # no orders: experts stay where they are
-            permute_neurons_(site, order)
-            moved.append((site, order))
+        for site, order, old in zip(sites, orders, as_they_are, strict=True):
+            if order is not old:
+                permute_neurons_(site, order)
+                moved.append((site, order))
         for site in sites:
             site.act.router = new_router(router, site, site.act.num_experts, site.act.shared, settings)
-        join_routers_(model, sites)
+        connect_routers_(model, sites)
         fits = start_routers_(model, profile, seed, progress=progress)
     except BaseException:
         for site, old in zip(sites, before, strict=True):
@@ -100,18 +100,4 @@ def check_reroutable(
         raise ValueError(f"router {router!r} is fitted to data: give a profile, or choose from {free}")
     if profile is not None:
         check_sample(sites, profile)
-    if ROUTERS[router].serves_stack and not all(isinstance(site.act, RoutedActivation) for site in sites):
-        raise ValueError(
-            f"router {router!r} needs this package's own code, not that of a checkpoint: load the model with "
-            "moefy_hf.load_checkpoint(name)"
-        )
-    check_counts(router, sites, [site.act.num_experts for site in sites])
-
-
-def corresponding(sites: list[FfnSite], profile: ModelProfile) -> list[torch.Tensor]:
-    """For each FFN the order of neurons (f,) in which its experts have the numbers of those of the first layer."""
-    as_they_are = [torch.arange(site.sizes[1]) for site in sites]
-    with torch.autocast(sites[0].down.weight.device.type, enabled=False):
-        return aligned_orders(
-            sites, as_they_are, [site.act.num_experts for site in sites], profile, sites[0].act.shared
-        )
+    check_matchable(router, sites, [site.act.num_experts for site in sites])

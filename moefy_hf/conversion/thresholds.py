@@ -11,7 +11,7 @@ from ..loading import check_moefied
 from ..measure.contexts import hooked
 from ..measure.padding import without_padding
 from ..measure.profile import ModelProfile, check_sample, profile
-from ..measure.router_inputs import read_at, scorer
+from ..measure.router_inputs import inputs_from, scores_of
 from ..measure.sample import FfnSample
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.section import Section
@@ -57,7 +57,7 @@ def measure_reach(
     tables: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
     sites = model.moe_sites()
     check_sample(sites, data)
-    for site, read in zip(sites, read_at(sites), strict=True):
+    for site, read in zip(sites, inputs_from(sites), strict=True):
         strengths = sampled_strengths(site, data.sites[read].sample)
         for kind in kinds:
             needs = dynamic[kind].needs(strengths).flatten().sort().values
@@ -70,8 +70,8 @@ def measure_reach(
 @torch.no_grad()
 def sampled_strengths(site: FfnSite, sample: FfnSample) -> torch.Tensor:
     """(T, E - S): what the router of a FFN gives the experts on the first tokens of a sample of what it reads."""
-    router = scorer(site.act.router)
-    return router.strengths(router(sample.inputs[:TOKENS].to(site.down.weight.device))).float().cpu()
+    router, inputs = site.act.router, sample.inputs[:TOKENS].to(site.down.weight.device)
+    return router.strengths(scores_of(router, inputs)).float().cpu()
 
 
 @contextmanager

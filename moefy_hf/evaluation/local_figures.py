@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ..loading import MoefiedModel, routed
 from ..measure.contexts import all_experts
 from ..measure.hooks import run_with_hooks
-from ..measure.router_inputs import ReadInputs, scorer
+from ..measure.router_inputs import RouterInputs, scores_of
 from ..modeling.routed_activation import chosen as select_experts
 from .sweep_points import SweepPoint
 
@@ -33,7 +33,7 @@ def local_figures(
     """
     sites = model.moe_sites()
     acts = [routed(site) for site in sites]
-    inputs = ReadInputs(sites)
+    inputs = RouterInputs(sites)
     routings = []
     for point in points:
         with point.on(model):
@@ -54,7 +54,7 @@ def local_figures(
         read = inputs.of(position, x)
         for point, routing in enumerate(routings):
             router, selection = routing[position]
-            scores = scorer(router)(read if router is act.router else x)  # a control reads its own FFN's input
+            scores = scores_of(router, read if router is act.router else x)  # a control reads its own FFN's input
             expert_mask = select_experts(scores, router, selection, act.shared)  # (T, E)
             rest = F.linear(experts.masked_fill(expert_mask.unsqueeze(-1), 0).flatten(-2), down).float()
             union = expert_mask[chunks].any(1).sum()

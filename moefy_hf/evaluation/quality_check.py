@@ -14,6 +14,7 @@ from ..conversion.budgets import MEASURES
 from ..loading import MoefiedModel, check_moefied, routed
 from ..measure.contexts import all_experts, evaluating, selecting
 from ..measure.metrics import Quality, is_causal, predictions
+from ..measure.router_inputs import run_alone
 from ..modeling.section import Section
 from .controls import routed_by
 
@@ -219,7 +220,7 @@ def options_of(model: MoefiedModel, enough: float | None, allocation: str) -> li
         options.append('budgets by sensitivity (allocation "sensitivity")')
     if not routed(sites[0]).router.trainable:
         options.append(f"a router that is fitted to data, such as 'linear', instead of {section.router!r}")
-    if section.router == "pre_gated":
+    if not run_alone(sites):
         options.append("a router for each layer, such as 'linear': one choice for all costs quality")
     act = type(routed(sites[0]).inner).__name__
     if "relu" not in act.lower():

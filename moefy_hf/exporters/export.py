@@ -25,15 +25,21 @@ def export(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Write what `model` computes at the budget it has, for engines that never heard of MoEfication.
+    """Write what `model` computes at the budget it has, for engines that know nothing of MoEfication.
+
+        moefy_hf.export(model, "served", to="mixtral", tokenizer=tokenizer)
 
     Args:
+        model: MoEfied, with a linear router, `top_k` and one k for all layers.
         output_dir: must not exist, or be empty.
         to: "llama4" (of Llama and Mistral), exact; "mixtral" (of the same), "qwen2_moe", "qwen3_moe", whose softmax
             over experts comes close only; or "dense" (any model: all its neurons, no routers). By default the first
             of these that has the model's attention.
         tokenizer: saved beside the weights.
         max_shard_bytes: size of a weights file; beyond the model itself so much memory is needed.
+
+    Returns:
+        output_dir.
 
     Raises:
         ValueError: the model is not MoEfied, or the format cannot express it; says why, and which conversion could be.
@@ -53,9 +59,8 @@ def export(
             model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        write_shards(
-            own_tensors(model) if export_format is None else export_format.tensors(model), folder, max_shard_bytes
-        )
+        tensors = own_tensors(model) if export_format is None else export_format.tensors(model)
+        write_shards(tensors, folder, max_shard_bytes)
     return output_dir
 
 
@@ -163,7 +168,7 @@ def dense_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, max_bytes: int) -> None:
-    """Safetensors files as save_pretrained names them, with an index where there is more than one."""
+    """Write safetensors files as save_pretrained names them, with an index where there is more than one."""
     shards: list[list[str]] = []
     held: dict[str, torch.Tensor] = {}
     total = size = 0

@@ -143,6 +143,8 @@ class Llama4(ExportFormat):
 
 
 class Mixtral(ExportFormat):
+    """Every layer is an MoE."""
+
     name = "mixtral"
     architecture = "MixtralForCausalLM"
     config_class = MixtralConfig
@@ -190,6 +192,8 @@ class Qwen2Moe(QwenMoe):
 
 
 class Qwen3Moe(QwenMoe):
+    """It has no shared expert."""
+
     name = "qwen3_moe"
     architecture = "Qwen3MoeForCausalLM"
     config_class = Qwen3MoeConfig
@@ -206,6 +210,7 @@ def router_weight(site: FfnSite) -> torch.Tensor:
 
 
 def head_dim(config: PreTrainedConfig) -> int:
+    """Return the width of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 

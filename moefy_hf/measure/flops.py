@@ -15,7 +15,7 @@ from ..modeling.moefied import is_moefied
 from ..modeling.routed_activation import is_routed
 from ..modeling.routers import router_facts
 from .contexts import all_experts, evaluating, hooked
-from .router_inputs import read_at
+from .router_inputs import inputs_from
 
 
 def ffn_flops(site: FfnSite) -> int:
@@ -52,7 +52,7 @@ def routed_costs(sites: Sequence[FfnSite], computed: Mapping[str, float]) -> lis
     experts = [computed.get(site.name, 0) for site in sites]
     costs = [routed_flops(site, count) for site, count in zip(sites, experts, strict=True)]
     followed = set()  # FFNs whose router scores for a later one
-    for position, read in enumerate(read_at(sites)):
+    for position, read in enumerate(inputs_from(sites)):
         if read != position and experts[position] < routed(sites[position]).num_experts:
             followed.add(read)
     for read in followed:

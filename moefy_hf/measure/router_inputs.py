@@ -1,69 +1,78 @@
-"""What routers read, outside a forward pass of the model: the input of their own FFN, or of the first of a stack."""
+"""What routers read and choose outside a forward pass of the model, which most of them do for their own FFN alone."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any
 
 import torch
 
-from ..loading import routed
 from ..modeling.ffn_sites import FfnSite
-from ..modeling.routed_activation import RoutedActivation, is_routed
+from ..modeling.routed_activation import is_routed
 from ..modeling.router_base import Router
-from ..modeling.router_pre_gated import PreGatedRouter
+from ..modeling.routers import router_facts
 from .profile import ModelProfile
 
 
-def scorer(router: Router) -> Router:
-    """Return the router whose weights score for this one, most often itself.
+def scorer(router: Router) -> Any:
+    """Return the router whose weights score for this one; older code that came with a checkpoint cannot say it."""
+    return router_facts(router).scorer(router)
 
-    The check goes by name: a checkpoint's own code makes classes of its own.
+
+def scores_of(router: Router, x: torch.Tensor) -> torch.Tensor:
+    """(..., d) -> (..., E): the scores of a router, for x that its FFN reads as `inputs_from` says."""
+    return scorer(router)(x)
+
+
+def select_experts(act: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """(T, d) -> (T, E) bool: which experts a routed activation runs, all of them where it is None.
+
+    Args:
+        x: what the router reads.
     """
-    return cast(PreGatedRouter, router).leader if type(router).__name__ == "PreGatedRouter" else router
+    return None if act.computes_all else act.chosen(scores_of(act.router, x))
 
 
-def read_at(sites: Sequence[FfnSite]) -> list[int]:
-    """Return for each FFN the position of the one whose input its router reads; for a dense FFN its own."""
-    owner = {id(routed(site).router): position for position, site in enumerate(sites) if is_routed(site.act)}
+def inputs_from(sites: Sequence[FfnSite]) -> list[int]:
+    """Return, for each FFN, the position of the one whose input its router reads: most often its own."""
+    owner = {id(site.act.router): position for position, site in enumerate(sites) if is_routed(site.act)}
     return [
-        owner[id(scorer(routed(site).router))] if is_routed(site.act) else position
-        for position, site in enumerate(sites)
+        owner[id(scorer(site.act.router))] if is_routed(site.act) else position for position, site in enumerate(sites)
     ]
 
 
-class ReadInputs:
+def run_alone(sites: Sequence[FfnSite]) -> bool:
+    """Whether each router reads the input of its own FFN, so that an FFN can run outside its model."""
+    return inputs_from(sites) == [*range(len(sites))]
+
+
+class RouterInputs:
     """What each router reads, while FFNs are shown one after another in forward order."""
 
     def __init__(self, sites: Sequence[FfnSite]):
-        self.at = read_at(sites)
-        self.held: dict[int, torch.Tensor] = {}
+        self.positions = inputs_from(sites)
+        self.inputs: dict[int, torch.Tensor] = {}  # that later FFNs need, by position
 
     def of(self, position: int, x: torch.Tensor) -> torch.Tensor:
-        """Return what the router of an FFN reads (T, d), from the FFN's own input x (T, d) of the same tokens."""
-        if self.at[position] == position:
-            if position in self.at[position + 1 :]:
-                self.held[position] = x
+        """Return what the router of an FFN reads (T, d), given what the FFN reads of the same tokens."""
+        if self.positions[position] == position:
+            if position in self.positions[position + 1 :]:
+                self.inputs[position] = x
             return x
-        return self.held[self.at[position]]
+        return self.inputs[self.positions[position]]
 
 
-def check_same_tokens(sites: Sequence[FfnSite], profile: ModelProfile, at: Sequence[int]) -> None:
-    """Check that the sample of each FFN can be compared row by row with that of another.
+def check_same_sample(sites: Sequence[FfnSite], profile: ModelProfile, positions: Sequence[int]) -> None:
+    """Check that a profile sampled the same tokens of FFNs that are compared token by token.
 
     Args:
-        at: for each FFN the position of the one it is compared with.
+        positions: for each FFN the position of the one it is compared with.
 
     Raises:
         ValueError: a sample of other tokens.
     """
-    for position, other in enumerate(at):
-        tokens, read = profile.sites[position].sampled, profile.sites[other].sampled
-        if tokens != read:
+    for position, other in enumerate(positions):
+        own, others = profile.sites[position].sampled, profile.sites[other].sampled
+        if own != others:
             raise ValueError(
-                f"the profile holds {tokens} tokens of {sites[position].name} and {read} of {sites[other].name}: one "
+                f"the profile holds {own} tokens of {sites[position].name} and {others} of {sites[other].name}: one "
                 "router for both needs the same"
             )
-
-
-def select_experts(act: RoutedActivation, x: torch.Tensor) -> torch.Tensor | None:
-    """Return which experts a routed activation runs, (T, E) bool, from what its router reads (T, d); None for all."""
-    return None if act.computes_all else act.chosen(scorer(act.router)(x))

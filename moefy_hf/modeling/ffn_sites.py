@@ -111,7 +111,7 @@ def find_sites(model: nn.Module) -> list[FfnSite]:
     return sites
 
 
-def by_stack(sites: Iterable[FfnSite]) -> dict[str, list[FfnSite]]:
+def stacks_of(sites: Iterable[FfnSite]) -> dict[str, list[FfnSite]]:
     """FFNs by the name of the module that runs their layers one after another (an encoder, a decoder), in order: what
     is around the outermost list of modules that an FFN is in."""
     found: dict[str, list[FfnSite]] = {}

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .ffn_sites import FfnSite, by_stack, find_sites
-from .routed_activation import RoutedActivation, follow_replacements, is_routed
+from .ffn_sites import FfnSite, find_sites, stacks_of
+from .routed_activation import FollowReplacements, RoutedActivation, is_routed
 from .router_base import Router
-from .router_pre_gated import carry_passes_
 from .routers import ROUTERS, router_class
 from .section import FORMAT_VERSION, Section
 from .selection_config import resolve_selection
@@ -65,9 +64,9 @@ def install_(model: nn.Module) -> None:
             routed.compensate_(torch.zeros(site.sizes[1]))
         if section.neuron_order:
             routed.register_buffer("neuron_order", torch.full((site.sizes[1],), -1, dtype=torch.int32))
-        site.owner.register_forward_pre_hook(follow_replacements(routed, site))
+        site.owner.register_forward_pre_hook(FollowReplacements(routed, site))
         site.owner.register_forward_hook(BypassGuard(routed, site.name))
-    join_routers_(model, sites)
+    connect_routers_(model, sites)
 
 
 def new_router(
@@ -85,22 +84,28 @@ def freeze_(router: Router) -> Router:
     return router.requires_grad_(False)
 
 
-def join_routers_(model: nn.Module, sites: list[FfnSite]) -> None:
+def connect_routers_(model: nn.Module, sites: list[FfnSite]) -> None:
     """Connect routers that hand something on to those of later layers.
 
     Raises:
         ValueError: the layers of a stack have different numbers of experts, and one router for all.
     """
-    for stack, members in by_stack(sites).items():
+    for stack, members in stacks_of(sites).items():
         routed = [site.act for site in members]
         type(routed[0].router).connect_stack_(routed, model.get_submodule(stack), members[0].name)
-    carry_passes_(model)
+    connect_checkpointing_(model)
     # FSDP wraps these, and nothing within: routers apart, whose type and training differ from the layer's. Not those
     # that hand scores on, which look for each other
     classes = {type(site.act.router) for site in sites if next(site.act.router.parameters(), None) is not None}
     named = {cls.__name__ for cls in classes if not cls.serves_stack}
     others = {each for each in model._no_split_modules or () if each not in {cls.__name__ for cls in ROUTERS.values()}}
     model._no_split_modules = others | named
+
+
+def connect_checkpointing_(model: nn.Module) -> None:
+    """Let the gradient checkpointing that transformers gave the layers carry what their routers hand on."""
+    for cls in {type(module) for module in model.modules() if isinstance(module, Router)}:
+        cls.connect_checkpointing_(model)
 
 
 def check_shared(shared: int, sites: list[FfnSite], sizes: list[tuple[int, int]]) -> None:

@@ -1,7 +1,7 @@
 """Interventions: what a model does without some of its experts, or with some of them made louder, for a while.
 
 A forward-pre-hook on the FFN's `down` scales each expert's block of neurons. Routers choose as before: no other expert
-takes the place of one that is switched off. Sparse implementations run masked where `down` has a hook.
+takes the place of one that is switched off. Backends leave calls masked where `down` has a hook.
 """
 
 import contextlib
@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from .routed_activation import follow_replacements
+from .routed_activation import FollowReplacements
 
 
-class scale_experts:
-    """Forward-pre-hook of `down`: neurons (..., f) times a factor (E,) per expert; a factor of 0 also removes inf and
-    nan."""
+class ScaleExperts:
+    """A forward-pre-hook of `down`: neurons (..., f) times a factor (E,) per expert.
+
+    A factor of 0 also removes inf and nan.
+    """
 
     def __init__(self, factors: torch.Tensor, expert_size: int):
         self.factors, self.expert_size = factors, expert_size
@@ -46,10 +48,10 @@ def scaled(sites: list, factors: Mapping[int, Mapping[int, float]]) -> Iterator[
             if isinstance(factor, bool) or not isinstance(factor, int | float) or not abs(factor) < float("inf"):
                 raise ValueError(f"layer {layer}, expert {expert}: the factor must be a number, got {factor!r}")
             scale[expert] = factor
-        hooks.append((sites[layer].down, scale_experts(scale, routed.expert_size)))
+        hooks.append((sites[layer].down, ScaleExperts(scale, routed.expert_size)))
     for layer in factors:  # means of neurons that do not run are filled in first, also in the very first call
         for hook in sites[layer].owner._forward_pre_hooks.values():
-            if isinstance(hook, follow_replacements):
+            if isinstance(hook, FollowReplacements):
                 hook(sites[layer].owner, ())
     handles = [down.register_forward_pre_hook(hook) for down, hook in hooks]
     try:

@@ -17,11 +17,10 @@ from transformers.models.auto import modeling_auto
 
 from .adapters import warn_of_other_order
 from .ffn_sites import FfnSite, find_sites
-from .install import freeze_, install_
+from .install import connect_checkpointing_, freeze_, install_
 from .interventions import scaled
 from .routed_activation import RoutedActivation, is_routed
 from .router_base import Router
-from .router_pre_gated import carry_passes_
 from .section import FORMAT_VERSION as FORMAT_VERSION  # home code looks for it here
 from .section import Section
 from .selection_config import changed, resolve_selection
@@ -149,7 +148,7 @@ class MoefiedMixin:
 
     def _set_gradient_checkpointing(self, *args, **kwargs):
         super()._set_gradient_checkpointing(*args, **kwargs)
-        carry_passes_(self)  # type: ignore[arg-type]
+        connect_checkpointing_(self)  # type: ignore[arg-type]
 
     def _get_name(self):  # Trainer's label smoother compares this with the library's causal LM names
         return self.stock_class().__name__

@@ -26,8 +26,12 @@ class PerThread(threading.local):
 
 
 class Observed(PerThread):
-    """The FFN input on its way from the first Linear to the activation, and which experts run, with the means of the
-    others, on theirs to `down`."""
+    """What an FFN's modules pass on beside the model's own code.
+
+    Attributes:
+        x: the FFN input (..., d), from the first Linear to the activation.
+        kept: which experts run (..., E), and the means (f,) of all neurons, from the activation to `down`.
+    """
 
     x: torch.Tensor | None = None
     kept: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -39,9 +43,15 @@ class RoutedActivation(nn.Module):
     A forward-pre-hook on the FFN's first Linear (`connect_`) hands over the FFN's input x, which the router scores.
     This is the masked form: dense compute, then mask; differentiable, and every Linear stays stock.
 
-    Buffers, both None unless the checkpoint holds them: `compensation` (f,), see `compensate_`, and `neuron_order`
-    (f,), the position that each neuron had in the dense model, which is what adapters of the dense model go by; -1
-    where nobody knows.
+    Attributes:
+        inner: the dense FFN's activation.
+        num_experts: E, the `shared` ones included, which come first; the router scores the others.
+        selection: which of these run.
+        soft: whether, in training mode, all experts run, each times its routing weight, while selection is learned.
+        compensation: a buffer (f,) or None, see `compensate_`.
+        neuron_order: a buffer (f,) or None: the position that each neuron had in the dense model, which is what
+            adapters of the dense model go by; -1 where nobody knows.
+        tap, outlet: handles of the hooks on the first Linear and on `down`.
     """
 
     def __init__(self, act: nn.Module, router: Router, expert_size: int, selection: Selection, shared: int = 0):
@@ -64,22 +74,24 @@ class RoutedActivation(nn.Module):
 
     @property
     def k(self) -> float | None:
-        """Experts that a token computes, shared ones included; on average, where that depends on the token; None
-        where nobody has measured it."""
+        """How many experts a token computes, shared ones included; an average where that depends on the token.
+
+        It is None where nobody has measured that.
+        """
         return None if self.selection.k is None else self.shared + self.selection.k
 
     @property
     def computes_all(self) -> bool:
+        """Whether every token computes all experts, so that nothing is routed."""
         return self.selection.keeps_all(self.router.num_experts)
 
     @property
     def weighs(self) -> bool:
-        """Whether all experts run, each times its router's strength: in training mode, while selection is learned
-        (`soft`)."""
+        """Whether all experts run, each times its routing weight; see `soft`."""
         return self.soft and self.training
 
     def connect_(self, linear: nn.Module) -> None:
-        """(Re)attach to the Linear whose input the router reads, or what wraps it."""
+        """Attach, again or for the first time, to the Linear whose input the router reads, or what wraps it."""
         if self.tap is not None:
             self.tap.remove()
         self.tap, self.reads = linear.register_forward_pre_hook(self.observe), (linear,)
@@ -93,11 +105,12 @@ class RoutedActivation(nn.Module):
         super()._save_to_state_dict(*args)
 
     def observe(self, linear: nn.Module, args: tuple) -> None:
+        """Forward-pre-hook of the first Linear: remember its input."""
         self.observed.x = args[0]
         self.router.observe(args[0])
 
     def keep(self, x: torch.Tensor) -> torch.Tensor | None:
-        """(..., d) -> (..., E) bool: which experts run; None for all of them. x is what the FFN runs on now."""
+        """(..., d) -> (..., E) bool: which experts run for x, which the FFN runs on now; None for all of them."""
         if self.computes_all:
             return None
         scores = self.router(x.detach())
@@ -109,6 +122,11 @@ class RoutedActivation(nn.Module):
         return chosen(scores, self.router, self.selection, self.shared)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """(..., f) -> (..., f): the activation of what the first Linear gave.
+
+        Raises:
+            RuntimeError: the FFN's input was not seen in this call, or the FFN is sharded.
+        """
         x, self.observed.x = self.observed.x, None  # released here: nothing outlives the call
         if x is None or x.shape[:-1] != h.shape[:-1]:
             raise RuntimeError(
@@ -122,68 +140,75 @@ class RoutedActivation(nn.Module):
             )
         if self.weighs:
             return self.weighted(self.inner(h), x)
-        keep = self.keep(x)
+        mask = self.keep(x)
         means = self.compensation  # handed on from here: an offloaded buffer is back on meta when `down` runs
-        self.observed.kept = None if means is None or keep is None else (keep, means)  # over what an old call left
-        if keep is None:
+        self.observed.kept = None if means is None or mask is None else (mask, means)  # over what an old call left
+        if mask is None:
             return self.inner(h)
         # masked_fill, not a product: 0 * inf would be nan. Before the activation, so that its gradient is finite, too;
         # that is enough where act(0) = 0
-        neurons = self.inner(self.zero_dropped(h, keep))
-        return neurons if self.zero_at_zero else self.zero_dropped(neurons, keep)
+        neurons = self.inner(self.zero_dropped(h, mask))
+        return neurons if self.zero_at_zero else self.zero_dropped(neurons, mask)
 
-    def zero_dropped(self, neurons: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        """(..., f), (..., E) -> (..., f)"""
+    def zero_dropped(self, neurons: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(..., f), (..., E) -> (..., f): zero where an expert does not run."""
         experts = neurons.unflatten(-1, (self.num_experts, self.expert_size))
-        return experts.masked_fill(~keep.unsqueeze(-1), 0).flatten(-2)
+        return experts.masked_fill(~mask.unsqueeze(-1), 0).flatten(-2)
 
     def weighted(self, neurons: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """(..., f), (..., d) -> (..., f): shared experts as they are; gradients reach the router, and x through it."""
+        """(..., f), (..., d) -> (..., f): each expert times its routing weight, shared experts as they are.
+
+        Gradients reach the router, and x through it.
+        """
         weights = self.router.strengths(self.router(x)).to(neurons.dtype)  # (..., E - S)
         if self.shared:
             weights = torch.cat([weights.new_ones(*weights.shape[:-1], self.shared), weights], -1)
         experts = neurons.unflatten(-1, (self.num_experts, self.expert_size))
         return (experts * weights.unsqueeze(-1)).flatten(-2)
 
-    def stand_in(self, down: nn.Module, args: tuple) -> tuple[torch.Tensor] | None:
+    def fill_means(self, down: nn.Module, args: tuple) -> tuple[torch.Tensor] | None:
         """Forward-pre-hook of `down`: its input (..., f), with the means of the neurons that did not run."""
-        kept, self.observed.kept = self.observed.kept, None
-        if kept is None:
+        passed, self.observed.kept = self.observed.kept, None
+        if passed is None:
             return None
-        keep, means = kept
+        mask, means = passed
         means = means.to(args[0].dtype).unflatten(0, (self.num_experts, self.expert_size))
         neurons = args[0].unflatten(-1, (self.num_experts, self.expert_size))
-        return (torch.where(keep.unsqueeze(-1), neurons, means).flatten(-2),)
+        return (torch.where(mask.unsqueeze(-1), neurons, means).flatten(-2),)
 
 
-class follow_replacements:
-    """Forward-pre-hook of an FFN's owner: the router reads what goes into whatever is its first Linear now, an adapter
-    around it included, which may change what the Linear inside sees (OFT, IA3), or never call it (HRA). Means go into
-    whatever is `down` now, so that its adapter can be merged into it."""
+class FollowReplacements:
+    """A forward-pre-hook of an FFN's owner, which keeps the hooks on whatever its first Linear and its `down` are now.
+
+    The router reads what goes into an adapter around the first Linear, which may change what the Linear inside sees
+    (OFT, IA3), or never call it (HRA). Means go into an adapter around `down`, so that it can be merged.
+    """
 
     def __init__(self, routed: RoutedActivation, site: Any):
         self.routed, self.site = routed, site
 
     def __call__(self, owner: nn.Module, args: tuple) -> None:
         routed = self.routed
-        followed = torch.compiler.is_compiling() or routed.reads and routed.reads[0] is self.site.first
-        if not followed:
+        attached = torch.compiler.is_compiling() or routed.reads and routed.reads[0] is self.site.first
+        if not attached:
             routed.connect_(self.site.first)
         if routed.compensation is not None and routed.compensated != (down := self.site.down,):
             if routed.outlet is not None:
                 routed.outlet.remove()
-            routed.outlet, routed.compensated = down.register_forward_pre_hook(routed.stand_in), (down,)
+            routed.outlet, routed.compensated = down.register_forward_pre_hook(routed.fill_means), (down,)
 
 
 def chosen(scores: torch.Tensor, router: Router, selection: Selection, shared: int) -> torch.Tensor:
     """A router's scores (..., E - S) -> (..., E) bool: which experts run, the S shared ones first."""
     index, used = selection(router.strengths(scores) if selection.dynamic else scores)  # (..., K)
-    keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, used)
-    return torch.cat([keep.new_ones(*keep.shape[:-1], shared), keep], -1) if shared else keep
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, used)
+    return torch.cat([mask.new_ones(*mask.shape[:-1], shared), mask], -1) if shared else mask
 
 
 def refuse_partial_save() -> None:
-    """Found by walking up the stack, for transformers does not tell modules who saves them.
+    """Refuse to save routed FFNs as part of a model that is not MoEfied.
+
+    Who saves is found by walking up the stack, for transformers does not tell modules.
 
     Raises:
         ValueError: a model is being saved that holds routed FFNs, but is not MoEfied itself (one with a MoEfied tower,

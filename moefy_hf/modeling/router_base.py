@@ -126,6 +126,10 @@ class Router(nn.Module):
         """
 
     @classmethod
+    def connect_checkpointing_(cls, model: nn.Module) -> None:
+        """Let gradient checkpointing recompute layers as they ran; called whenever a model's has been set."""
+
+    @classmethod
     def check_counts(cls, counts: Sequence[int], first: str) -> None:
         """Check that these routers can choose among so many experts.
 

@@ -86,6 +86,15 @@ class PreGatedRouter(Router):
                 f"number; got {', '.join(map(str, counts))}"
             )
 
+    @classmethod
+    def connect_checkpointing_(cls, model: nn.Module) -> None:
+        routed = [module for module in model.modules() if isinstance(module, RoutedActivation)]
+        firsts = [act for act in routed if isinstance(act.router, cls) and act.router.leader is act.router]
+        for module in model.modules():
+            checkpoint = vars(module).get("_gradient_checkpointing_func")
+            if checkpoint is not None and not isinstance(checkpoint, CarryingCheckpoint):
+                module._gradient_checkpointing_func = CarryingCheckpoint(checkpoint, firsts)
+
     def follow_(self, leader: "PreGatedRouter", position: int) -> None:
         """Have no weights any more, and return what `leader` scores."""
         self.weight, self.leads, self.position = None, (leader,), position
@@ -113,7 +122,7 @@ class PreGatedRouter(Router):
             now.scores = scores.detach()
 
     def close(self) -> None:
-        """Nothing is handed on any more."""
+        """Hand nothing on any more."""
         self.handed.now, self.handed.running = None, -1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -141,8 +150,7 @@ class PreGatedRouter(Router):
 
 
 class EndsPass:
-    """Forward-pre-hook and forward hook of a stack: what an interrupted call left is forgotten, and nothing outlives a
-    call."""
+    """A forward-pre-hook and forward hook of a stack: forget what an interrupted call left, and what a call leaves."""
 
     def __init__(self, first: RoutedActivation):
         self.first: RoutedActivation = first  # whose router may be replaced
@@ -153,8 +161,10 @@ class EndsPass:
 
 
 class CarryingCheckpoint:
-    """A function that checkpoints a layer (`torch.utils.checkpoint`), so that the layer sees the pass of its first run
-    again when it is recomputed, whatever ran between, and in whichever thread."""
+    """A function that checkpoints a layer (`torch.utils.checkpoint`) and carries the pass that the layer was run in.
+
+    When the layer is recomputed, it sees that pass again, whatever ran between, and in whichever thread.
+    """
 
     def __init__(self, checkpoint: Callable, firsts: Sequence[RoutedActivation]):
         self.checkpoint, self.firsts = checkpoint, firsts
@@ -185,18 +195,6 @@ def resumed(passes: list[tuple[Handed, Pass | None, int]]) -> Iterator[None]:
 
 
 def stand(passes: list[tuple[Handed, Pass | None, int]]) -> None:
+    """Put passes, and the positions of the FFNs that run, where routers look for them."""
     for handed, now, running in passes:
         handed.now, handed.running = now, running
-
-
-def carry_passes_(model: nn.Module) -> None:
-    """Where some router is pre-gated, let the checkpointing that transformers gave the layers carry passes."""
-    routed = [module for module in model.modules() if isinstance(module, RoutedActivation)]
-    own = [each for each in routed if isinstance(each.router, PreGatedRouter)]
-    firsts = [each for each in own if each.router.leader is each.router]
-    if not firsts:
-        return
-    for module in model.modules():
-        checkpoint = vars(module).get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, CarryingCheckpoint):
-            module._gradient_checkpointing_func = CarryingCheckpoint(checkpoint, firsts)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from .router_base import Router
@@ -48,6 +49,13 @@ def router_class(name: Any, settings: Mapping[str, Any] | None = None) -> type[R
         raise ValueError(f"settings of a router are a mapping like {{'rank': 64}}, got {settings!r}")
     ROUTERS[name].check_settings(settings or {})
     return ROUTERS[name]
+
+
+def handed_scores(router: Router, x: torch.Tensor) -> torch.Tensor:
+    """(..., d) -> (..., E): the scores of a router whose FFN runs on x now, shared with later layers of its stack."""
+    scores = router(x)
+    router_facts(router).hand_on(router, scores)  # older code that came with a checkpoint has no such method
+    return scores
 
 
 def router_facts(router: nn.Module) -> type[Router]:

@@ -12,8 +12,7 @@ from .router_base import Router, activation_mass, expert_centres, prior_affinity
 
 
 class LinearRouter(Router):
-    """scores = W x: as good as the MLP on sparse models, cheaper, and the only kind that served MoE formats can
-    hold."""
+    """scores = W x: as good as the MLP on sparse models, cheaper, and what served MoEs have."""
 
     kernel_weights = ("weight",)
     export_weight = "weight"
@@ -31,19 +30,22 @@ class LinearRouter(Router):
 
 
 class PriorApproximateRouter(LinearRouter):
-    """scores = W x, fitted by FactorLLM's Prior-Approximate loss: the cross-entropy, which is a KL divergence up to a
-    constant, between softmax(scores) and how well each expert alone stands for the FFN."""
+    """scores = W x, fitted by FactorLLM's Prior-Approximate loss.
+
+    It is the cross-entropy, a KL divergence up to a constant, between softmax(scores) and how well each expert alone
+    stands for the FFN.
+    """
 
     paper = "FactorLLM"
     targets = staticmethod(prior_affinity)
 
 
 class SigmoidRouter(LinearRouter):
-    """strengths = sigmoid(W x), each expert judged by itself (LTE, section 4).
+    """Routing weights are sigmoid(W x), each expert judged by itself (LTE, section 4).
 
-    Scores are W x: the same order, without the ties of saturated sigmoids. Fitted here layer by layer, to what an
-    expert contributes relative to the token's strongest; the paper trains the whole model with it in two stages, which
-    `moefy_hf.LearnedSelectionCallback` does.
+    Scores are W x: the same order, without the ties of saturated sigmoids. It is fitted here layer by layer, to what
+    an expert contributes relative to the token's strongest. The paper trains the whole model with it in two stages,
+    which `moefy_hf.LearnedSelectionCallback` does.
     """
 
     paper = "LTE, section 4"
@@ -59,8 +61,11 @@ class SigmoidRouter(LinearRouter):
 
 
 class LowRankRouter(Router):
-    """scores = B A x through min(`rank`, d, E) dimensions: what a linear router of many experts, down to single
-    neurons, can afford (the predictors of PowerInfer). Starts from the SVD of the expert centres."""
+    """scores = B A x through min(`rank`, d, E) dimensions (the predictors of PowerInfer).
+
+    That is what a linear router of many experts, down to single neurons, can afford. It starts from the SVD of the
+    expert centres.
+    """
 
     paper = "PowerInfer"
     kernel_weights = ("proj_in", "proj_out")
@@ -108,8 +113,10 @@ class MLPRouter(Router):
 
 
 class NormRegressionRouter(Router):
-    """scores = |W2 relu(W1 x + b1) + b2| through `hidden` dimensions: each expert's output norm itself, by squared
-    error (D2DMoE, section 3.2)."""
+    """scores = |W2 relu(W1 x + b1) + b2| through `hidden` dimensions (D2DMoE, section 3.2).
+
+    They are fitted to each expert's output norm itself, by squared error.
+    """
 
     paper = "D2DMoE, section 3.2"
     settings = {"hidden": 128}
@@ -133,11 +140,12 @@ class NormRegressionRouter(Router):
 
 
 class ReluRmsNormRouter(Router):
-    """strengths = relu(g * W x / rms(W x)): few experts for some tokens, many for others (BlockFFN, section 3.1).
+    """Routing weights are relu(g * W x / rms(W x)): few experts for some tokens, many for others (BlockFFN, section
+    3.1).
 
-    Scores are the same before the ReLU, which only matters to the order of experts that are off. Fitted here to the
-    token's output norms at mean 0 and variance 1, so that the experts above the mean are on; the paper trains it with
-    the model.
+    Scores are the same before the ReLU, which only matters to the order of experts that are off. It is fitted here to
+    the token's output norms at mean 0 and variance 1, so that the experts above the mean are on. The paper trains it
+    with the model.
     """
 
     paper = "BlockFFN, section 3.1"
@@ -163,5 +171,5 @@ class ReluRmsNormRouter(Router):
 
 
 def relative_to_largest(targets: torch.Tensor) -> torch.Tensor:
-    """(T, E) -> (T, E) in [0, 1]"""
+    """(T, E) -> (T, E): targets relative to the token's largest, in [0, 1]."""
     return targets.float() / targets.float().amax(-1, keepdim=True).clamp_min(1e-6)

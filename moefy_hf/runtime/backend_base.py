@@ -73,10 +73,12 @@ class Backend:
 
     @classmethod
     def device_type(cls) -> str:
+        """Return the type of device that it runs on in this process."""
         return cls.device
 
     @classmethod
     def dtype_names(cls) -> str:
+        """Return "float32 or bfloat16"."""
         return " or ".join(str(dtype).removeprefix("torch.") for dtype in cls.dtypes)
 
     @classmethod

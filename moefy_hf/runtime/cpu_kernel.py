@@ -12,6 +12,8 @@ from .backend_base import ACTIVATIONS, Backend, expert_means
 
 
 class CpuKernel(Backend):
+    """The C++ kernel: `prepare` makes a `MoeFfn` on the FFN's own weights, which decoding calls again and again."""
+
     name = "cpu"
 
     @classmethod

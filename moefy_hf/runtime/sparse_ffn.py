@@ -57,8 +57,9 @@ class SparseFfn:
         return children, child, children[child]
 
     def install_(self) -> None:
+        """Take the place of the modules' `forward`, and lay matrices out with a row per neuron."""
         site = self.site
-        for linear in self.transposed():  # a row per neuron; for the same values, the parameter is a transposed view
+        for linear in self.transposed():  # the parameter is a transposed view, of the same values
             linear.weight.data = linear.weight.data.t().contiguous().t()
         site.first.forward = self.first
         site.act.forward = self.activation
@@ -67,6 +68,7 @@ class SparseFfn:
             site.up.forward = self.up
 
     def remove_(self) -> None:
+        """Undo `install_`."""
         for module in {*self.linears, self.act}:
             vars(module).pop("forward", None)
         for linear in self.transposed():
@@ -80,6 +82,7 @@ class SparseFfn:
     # What the modules' forward is
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., d): the whole FFN; or, where the call is masked, the first Linear's own output."""
         self.call.sparse = False  # also where the last call was interrupted
         reason = self.reason(x)
         if reason is None:
@@ -95,10 +98,12 @@ class SparseFfn:
         return type(linear).forward(linear, x)
 
     def up(self, x: torch.Tensor) -> torch.Tensor | float:
+        """Return 1, by which a gated FFN multiplies the output that `first` has computed."""
         up = self.linears[-2]
         return 1.0 if self.call.sparse else type(up).forward(up, x)
 
     def activation(self, h: torch.Tensor) -> torch.Tensor:
+        """Pass on what `first` has computed."""
         act = self.act
         if not self.call.sparse:
             return type(act).forward(act, h)
@@ -106,6 +111,7 @@ class SparseFfn:
         return h
 
     def down(self, h: torch.Tensor) -> torch.Tensor:
+        """Pass on what `first` has computed."""
         down = self.linears[-1]
         if not self.call.sparse:
             return type(down).forward(down, h)
@@ -138,6 +144,7 @@ class SparseFfn:
         return None
 
     def drops_neurons(self) -> bool:
+        """Whether dropout of the FFN's neurons is wanted, which only masked compute has."""
         if self.dropout is None or not self.site.owner.training:
             return False
         dropout = getattr(self.site.owner, self.dropout)  # a module, or its probability

@@ -9,6 +9,8 @@ FEW_TOKENS = 4  # that indexing rows with torch pays for
 
 
 class TorchRows(Backend):
+    """Plain torch: for each token, matrices of the rows of its experts."""
+
     name = "torch"
     most_tokens = FEW_TOKENS
 

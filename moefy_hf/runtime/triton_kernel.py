@@ -6,13 +6,15 @@ import os
 import torch
 
 from ..modeling.routed_activation import RoutedActivation
-from ..modeling.routers import router_facts
+from ..modeling.routers import handed_scores
 from .backend_base import ACTIVATIONS, Backend
 
 TRITON_EXTRA = "pip install 'moefy-hf[triton]'"
 
 
 class TritonKernel(Backend):
+    """The Triton kernels; in Triton's interpreter (TRITON_INTERPRET=1) they run on the CPU."""
+
     name = "triton"
     device = "cuda"
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,6 +25,7 @@ class TritonKernel(Backend):
 
     @classmethod
     def installed(cls) -> bool:
+        """Whether Triton is, which comes with an extra."""
         return importlib.util.find_spec("triton") is not None
 
     @classmethod
@@ -69,8 +72,7 @@ class TritonKernel(Backend):
 
 def selected_experts(act: RoutedActivation, x: torch.Tensor) -> torch.Tensor:
     """x (..., d) -> (..., K) int32: the experts that run, the shared ones first, -1 in unused slots."""
-    scores = act.router(x.detach())
-    router_facts(act.router).hand_on(act.router, scores)  # older code that came with a checkpoint has no such method
+    scores = handed_scores(act.router, x.detach())
     index, used = act.selection(act.router.strengths(scores) if act.selection.dynamic else scores)
     shared = torch.arange(act.shared, device=x.device).expand(*index.shape[:-1], -1)
     return torch.cat([shared, (index + act.shared).where(used, -1)], -1).int()
