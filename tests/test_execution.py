@@ -19,6 +19,7 @@ from moefy_hf import MoEficationConfig, evaluate, moefy_, profile
 from moefy_hf.modeling.router_base import Router
 from moefy_hf.modeling.routers import ROUTERS
 from moefy_hf.runtime import backends, cpu_kernel, sparse_ffn
+from moefy_hf.runtime.backend_base import Backend
 from moefy_hf.runtime.backends import BACKENDS
 from moefy_hf.runtime.sparse_ffn import SparseFfn
 
@@ -602,3 +603,73 @@ def test_transformed_functions_are_masked():
         torch.testing.assert_close(torch.func.vmap(neurons)(hidden), masked, rtol=1e-5, atol=1e-6)
         value, _ = torch.func.jvp(neurons, (hidden,), (torch.ones_like(hidden),))
         torch.testing.assert_close(value, masked, rtol=1e-5, atol=1e-6)
+
+
+def test_a_kernel_is_prepared_once_until_something_changes(monkeypatch):
+    model, inputs = moefied("llama"), tiny_inputs("llama")
+    prepared, prepare = [], cpu_kernel.CpuKernel.prepare
+    monkeypatch.setattr(cpu_kernel.CpuKernel, "prepare", lambda self: prepared.append(self) or prepare(self))
+    model.set_moe_implementation("cpu")
+    for _ in range(3):
+        run(model, inputs)
+    assert len(prepared) == len(model.moe_sites()) == 2
+    first, second = model.moe_sites()
+    changes = {
+        "budget": lambda: model.set_selection(k=3),
+        "weights": lambda: setattr(first.up, "weight", torch.nn.Parameter(first.up.weight.clone(), False)),
+        "router": lambda: setattr(second.act, "router", copy.deepcopy(second.act.router)),
+        "means": lambda: first.act.compensate_(torch.randn(first.sizes[1])),
+        "means in place": lambda: first.act.compensation.mul_(2),
+    }
+    for change, made in zip(changes.values(), (2, 1, 1, 1, 1), strict=True):
+        prepared.clear()
+        change()
+        for _ in range(2):
+            found = run(model, inputs)
+        assert len(prepared) == made
+    model.set_moe_implementation("masked")
+    assert distance(run(model, inputs), found) < 1e-5
+
+
+class Zeroing(Backend):
+    """All experts, and zeros for those not selected, for two tokens at most."""
+
+    name = "zeroing"
+    dtypes = (torch.float32,)
+    compensation = False
+    most_tokens = 2
+    counts_experts = False
+
+    @classmethod
+    def largest_share(cls, x, expert_size):
+        return 0.5
+
+    def prepare(self):
+        return self.site.weights()
+
+    def compute(self, x, most):
+        weights, mask = self.prepared(), self.act.keep(x)
+        neurons = weights.neurons(x) * mask.repeat_interleave(self.act.expert_size, -1)
+        return torch.nn.functional.linear(neurons, weights.down, self.site.down.bias)
+
+
+def test_a_new_backend_is_one_class_and_one_line(monkeypatch, caplog):
+    monkeypatch.setitem(BACKENDS, "zeroing", Zeroing)
+    model, inputs = moefied("llama"), tiny_inputs("llama")
+    few = {"input_ids": inputs["input_ids"][:1, :2]}
+    masked = run(model, few)
+    found = calls(monkeypatch)
+    model.set_moe_implementation("zeroing")
+    assert distance(run(model, few), masked) < 1e-5 and len(found) == 2
+    sparse_ffn.logger.warning_once.cache_clear()
+    for change, reason in (
+        (lambda: None, "many tokens"),
+        (lambda: [site.act.compensate_(torch.zeros(site.sizes[1])) for site in model.moe_sites()], "their mean"),
+    ):
+        change()
+        run(model, inputs if reason == "many tokens" else few)
+        assert reason in caplog.records[-1].message and len(found) == 2
+    with pytest.raises(ValueError, match="is torch.bfloat16: only float32 can"):
+        moefied("llama").bfloat16().set_moe_implementation("zeroing")
+    with pytest.raises(ValueError, match="choose from auto, masked, torch, cpu, triton, zeroing"):
+        model.set_moe_implementation("dense")
