@@ -4,11 +4,12 @@ Zhang et al., "MoEfication: Transformer Feed-forward Layers are Mixtures of Expe
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {  # public name -> the module that has it, imported when the name is first used
-    "add_facts": "hub.facts",
-    "allocate_budgets": "conversion.budgets",
+    "allocate_budgets_": "conversion.budgets",
+    "calibrate_thresholds_": "conversion.thresholds",
     "check_quality": "evaluation.quality_check",
     "compensate_": "conversion.compensation",
     "ConversionReport": "conversion.convert",
@@ -16,28 +17,42 @@ _HOMES = {  # public name -> the module that has it, imported when the name is f
     "evaluate": "evaluation.sweep",
     "export": "exporters.export",
     "find_budget": "evaluation.search",
-    "find_sites": "modeling.ffn_sites",
-    "fit_routers": "conversion.fit_routers",
+    "fit_routers_": "conversion.fit_routers",
     "LearnedSelectionCallback": "training.learned_selection",
-    "load_checkpoint": "loading",
-    "measure_reach": "conversion.thresholds",
-    "model_card": "hub.card",
+    "load": "loading",
     "MoEficationCallback": "training.callback",
     "MoEficationConfig": "config",
-    "moefied_class": "loading",
     "moefy_": "conversion.convert",
+    "MoefyError": "errors",
     "permute_adapter_": "conversion.adapters",
-    "permute_neurons_": "conversion.permute",
     "Phase": "training.schedule",
     "profile": "measure.profile",
     "push_to_hub": "hub.push",
-    "PushError": "hub.push",
     "relufy_": "training.sparsity",
     "reroute_": "conversion.reroute",
+    "ROUTERS": "modeling.routers",
+    "SELECTIONS": "modeling.selection",
     "SparsityPenaltyCallback": "training.sparsity",
+    "SPLITTERS": "splitters",
     "Sweep": "evaluation.sweep",
-    "verify": "hub.verify",
-    "write_card": "hub.card",
+}
+_OLD = {  # public name of version 0.1 -> its module and name now; gone with the release after the next
+    "add_facts": ("hub.facts", "add_facts"),
+    "allocate_budgets": ("conversion.budgets", "allocate_budgets_"),
+    "find_sites": ("modeling.ffn_sites", "find_sites"),
+    "fit_routers": ("conversion.fit_routers", "fit_routers_"),
+    "load_checkpoint": ("loading", "load"),
+    "measure_reach": ("conversion.thresholds", "calibrate_thresholds_"),
+    "model_card": ("hub.card", "model_card"),
+    "MoeficationConfig": ("config", "MoEficationConfig"),
+    "moefied_class": ("loading", "moefied_class"),
+    "permute_neurons_": ("conversion.permute", "permute_neurons_"),
+    "predict_quality": ("evaluation.quality_check", "check_quality"),
+    "PushError": ("errors", "PushError"),
+    "search": ("evaluation.search", "search"),
+    "share_within": ("evaluation.search", "share_within"),
+    "verify": ("hub.verify", "verify"),
+    "write_card": ("hub.card", "write_card"),
 }
 __version__ = "0.1.0"
 __all__ = sorted(_HOMES)
@@ -45,29 +60,25 @@ __all__ = sorted(_HOMES)
 if TYPE_CHECKING:  # for editors and type checkers
     from .config import MoEficationConfig as MoEficationConfig
     from .conversion.adapters import permute_adapter_ as permute_adapter_
-    from .conversion.budgets import allocate_budgets as allocate_budgets
+    from .conversion.budgets import allocate_budgets_ as allocate_budgets_
     from .conversion.compensation import compensate_ as compensate_
     from .conversion.convert import ConversionReport as ConversionReport
     from .conversion.convert import moefy_ as moefy_
-    from .conversion.fit_routers import fit_routers as fit_routers
-    from .conversion.permute import permute_neurons_ as permute_neurons_
+    from .conversion.fit_routers import fit_routers_ as fit_routers_
     from .conversion.reroute import reroute_ as reroute_
-    from .conversion.thresholds import measure_reach as measure_reach
+    from .conversion.thresholds import calibrate_thresholds_ as calibrate_thresholds_
+    from .errors import MoefyError as MoefyError
     from .evaluation.quality_check import check_quality as check_quality
     from .evaluation.search import find_budget as find_budget
     from .evaluation.sweep import Sweep as Sweep
     from .evaluation.sweep import evaluate as evaluate
     from .exporters.export import export as export
-    from .hub.card import model_card as model_card
-    from .hub.card import write_card as write_card
-    from .hub.facts import add_facts as add_facts
-    from .hub.push import PushError as PushError
     from .hub.push import push_to_hub as push_to_hub
-    from .hub.verify import verify as verify
-    from .loading import load_checkpoint as load_checkpoint
-    from .loading import moefied_class as moefied_class
+    from .loading import load as load
     from .measure.profile import profile as profile
-    from .modeling.ffn_sites import find_sites as find_sites
+    from .modeling.routers import ROUTERS as ROUTERS
+    from .modeling.selection import SELECTIONS as SELECTIONS
+    from .splitters import SPLITTERS as SPLITTERS
     from .training.callback import MoEficationCallback as MoEficationCallback
     from .training.distillation import DistillationCallback as DistillationCallback
     from .training.learned_selection import LearnedSelectionCallback as LearnedSelectionCallback
@@ -77,11 +88,17 @@ if TYPE_CHECKING:  # for editors and type checkers
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name in _OLD:
+        module, new = _OLD[name]
+        place = f"moefy_hf.{new}" if new in _HOMES else f"moefy_hf.{module}.{new}"
+        warnings.warn(f"moefy_hf.{name} is {place} now", FutureWarning, stacklevel=2)
+    elif name in _HOMES:
+        module, new = _HOMES[name], name
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = found  # once
-    return found
+    value = vars(importlib.import_module(f".{module}", __name__))[new]
+    globals()[name] = value  # so that this runs, and warns, once
+    return value
 
 
 def __dir__() -> list[str]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from .errors import MoefyError
+
 
 def share_or_count(text: str) -> int | float:
     """Read a share of the experts (0.2) or a number of them (4)."""
@@ -89,14 +91,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file.
 
     Raises:
-        ValueError: there is no such file, or it is no mapping of names to values.
+        MoefyError: there is no such file, or it is no mapping of names to values.
     """
     if not Path(path).is_file():
-        raise ValueError(f"--config {path}: there is no such file")
+        raise MoefyError(f"--config {path}: there is no such file")
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {path} is no YAML: {error}") from None
+        raise MoefyError(f"--config {path} is no YAML: {error}") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"--config {path} must hold NAME: VALUE lines")
+        raise MoefyError(f"--config {path} must hold NAME: VALUE lines")
     return {name: value for name, value in settings.items() if value is not None}

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .arguments import about, name_and_number, positive, share_or_count, switch
+from .errors import MoefyError
 from .modeling.budget_allocation import ALLOCATIONS, MEASURED
 from .modeling.routers import ROUTERS, router_class
 from .modeling.section import FORMAT_VERSION
@@ -44,7 +45,7 @@ class MoEficationConfig:
         seed: of splits and router fitting.
 
     Raises:
-        ValueError: an unknown name (the valid ones are listed) or a number out of range.
+        MoefyError: an unknown name (the valid ones are listed) or a number out of range.
 
     Example:
         >>> MoEficationConfig(expert_size=16, k=0.25, allocation="uniform")
@@ -101,16 +102,16 @@ class MoEficationConfig:
         if self.num_experts is not None:
             self.expert_size = None
         elif self.expert_size is None:
-            raise ValueError("give num_experts or expert_size")
+            raise MoefyError("give num_experts or expert_size")
         if self.splitter not in SPLITTERS:
-            raise ValueError(f"unknown splitter {self.splitter!r}; choose from {', '.join(SPLITTERS)}")
+            raise MoefyError(f"unknown splitter {self.splitter!r}; choose from {', '.join(SPLITTERS)}")
         self.router_settings = dict(self.router_settings)
         router_class(self.router, self.router_settings)
         if not isinstance(self.calibration_tokens, int) or self.calibration_tokens < 1:
-            raise ValueError(f"calibration_tokens must be a positive integer, got {self.calibration_tokens!r}")
+            raise MoefyError(f"calibration_tokens must be a positive integer, got {self.calibration_tokens!r}")
         shared = self.shared_experts
         if not isinstance(shared, int) or isinstance(shared, bool) or shared < 0:
-            raise ValueError(f"shared_experts must be a number of experts, 0 or more, got {shared!r}")
+            raise MoefyError(f"shared_experts must be a number of experts, 0 or more, got {shared!r}")
         if isinstance(self.selection, Mapping):
             self._take(self.selection)
         selection = self.selection_section()
@@ -135,7 +136,7 @@ class MoEficationConfig:
             name = setting_name(self.selection)
             if name is None:
                 valid = ", ".join(kind for kind in SELECTIONS if setting_name(kind))
-                raise ValueError(f"threshold {self.threshold!r} is for selections {valid}, not {self.selection!r}")
+                raise MoefyError(f"threshold {self.threshold!r} is for selections {valid}, not {self.selection!r}")
             chosen = {"type": self.selection, name: self.threshold}
         else:
             chosen = {"type": self.selection, "k": self.k}

@@ -96,9 +96,7 @@ def heads_of(config: Any) -> dict[str, type[PreTrainedModel]]:
     return found
 
 
-def load_checkpoint(
-    name: str | Path, revision: str = "main", *, head: str | None = None, **kwargs: Any
-) -> PreTrainedModel:
+def load(name: str | Path, revision: str = "main", *, head: str | None = None, **kwargs: Any) -> PreTrainedModel:
     """A dense or MoEfied model from the Hub or a folder, with this package's own modeling code.
 
     Args:
@@ -134,5 +132,5 @@ def check_code(model: PreTrainedModel) -> None:
     if version != FORMAT_VERSION:
         raise ValueError(
             f"this model runs code of format {version} that came with its checkpoint, and this package is of format "
-            f"{FORMAT_VERSION}: load it with moefy_hf.load_checkpoint(name), whose code is the package's"
+            f"{FORMAT_VERSION}: load it with moefy_hf.load(name), whose code is the package's"
         )

@@ -14,8 +14,8 @@ from stages import write_json
 from sweep_tables import tables
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
-from moefy_hf import MoEficationCallback, Sweep, evaluate, measure_reach, moefy_, profile, relufy_
-from moefy_hf.conversion.budgets import allocate_budgets
+from moefy_hf import MoEficationCallback, Sweep, calibrate_thresholds_, evaluate, moefy_, profile, relufy_
+from moefy_hf.conversion.budgets import allocate_budgets_
 from moefy_hf.conversion.checks import check_convertible
 from moefy_hf.conversion.thresholds import TOKENS
 from moefy_hf.evaluation.quality_check import check_quality
@@ -113,7 +113,7 @@ def sweep(run: Run, moefied: Path, path: Path, controls: Sequence[str] = ()) -> 
     own = model.config.moefication["selection"]
     with run.autocast():
         kinds = run.moe_args.selections
-        measure_reach(model, run.calibration(), [kind for kind in kinds if kind != "top_k"])
+        calibrate_thresholds_(model, run.calibration(), [kind for kind in kinds if kind != "top_k"])
         kinds = kinds if "k" in own else [*kinds, own]
         settings = {"controls": controls, "selections": kinds, "allocations": swept(run.moe_args)}
         settings["calibration"] = run.calibration()
@@ -168,9 +168,9 @@ def measure_again(run: Run, model: PreTrainedModel) -> None:
     section, allocation = model.config.moefication, run.moe_args.allocation
     learned = dict(section["selection"])
     with profile(model, run.calibration(), max_tokens=TOKENS, layers=section["layers"]) as found:
-        measure_reach(model, found, [learned["type"]])
+        calibrate_thresholds_(model, found, [learned["type"]])
         if allocation in MEASURED:
-            allocate_budgets(model, found.batches, run.moe_args.share, allocation)
+            allocate_budgets_(model, found.batches, run.moe_args.share, allocation)
     model.set_selection(**learned)
 
 

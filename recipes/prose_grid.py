@@ -30,8 +30,9 @@ from stages import write_json
 from sweep import Calibration
 from transformers import PreTrainedModel, TrainingArguments
 
-from moefy_hf import evaluate, find_sites, moefy_, reroute_
+from moefy_hf import evaluate, moefy_, reroute_
 from moefy_hf.evaluation.search import share_within
+from moefy_hf.modeling.ffn_sites import find_sites
 
 ROUTERLESS = (*CONVERSION, *RECOVERY, *SWEEP, "export", "generated_rows", "generated_tokens")
 UNNAMED = ("router_settings", "calibration_tokens")  # a cell's name says how else it was converted

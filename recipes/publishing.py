@@ -5,8 +5,9 @@ from typing import Any
 
 from run import MODELS, Run, models_of, public
 
-from moefy_hf import Sweep, add_facts, push_to_hub, write_card
-from moefy_hf.hub.facts import read_facts
+from moefy_hf import Sweep, push_to_hub
+from moefy_hf.hub.card import write_card
+from moefy_hf.hub.facts import add_facts, read_facts
 
 # settings of a training that a reader of its card wants to know
 TRAINING = (

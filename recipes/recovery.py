@@ -11,13 +11,8 @@ from common import MoeficationArguments
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from moefy_hf import (
-    DistillationCallback,
-    LearnedSelectionCallback,
-    MoEficationCallback,
-    SparsityPenaltyCallback,
-    find_sites,
-)
+from moefy_hf import DistillationCallback, LearnedSelectionCallback, MoEficationCallback, SparsityPenaltyCallback
+from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.modeling.moefied import is_moefied
 from moefy_hf.training.callback import refuse_sharded
 from moefy_hf.training.learned_selection import SHARDED

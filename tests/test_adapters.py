@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from tiny import convert, distance, run, tiny, tiny_inputs, tiny_model
 from transformers import AutoModel
 
-from moefy_hf import find_sites, load_checkpoint, permute_adapter_
+from moefy_hf import load, permute_adapter_
 from moefy_hf.analysis.pruning import prune
 from moefy_hf.cli.main import main
 from moefy_hf.conversion.adapters import permute_adapter
+from moefy_hf.modeling.ffn_sites import find_sites
 
 FFN = {
     "bert": ["intermediate.dense", "output.dense"],
@@ -74,7 +75,7 @@ def saved(tmp_path):
 
 
 def put_on(folder, adapter="adapter") -> PeftModel:
-    return PeftModel.from_pretrained(load_checkpoint(folder / "moefied"), folder / adapter).eval()
+    return PeftModel.from_pretrained(load(folder / "moefied"), folder / adapter).eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,7 +97,7 @@ def test_an_adapter_of_the_dense_model_fits_once_it_is_permuted(name, kind, save
     with pytest.raises(ValueError, match="permuted for, .*moefied', a MoEfied model: it fits as it is"):
         permute_adapter_(model)
     with pytest.raises(ValueError, match="it fits as it is"):
-        permute_adapter(folder / "fits", load_checkpoint(folder / "moefied"), folder / "twice")
+        permute_adapter(folder / "fits", load(folder / "moefied"), folder / "twice")
 
 
 def test_an_adapter_of_attention_alone_fits_as_it_is(saved, recwarn):
@@ -113,7 +114,7 @@ def test_an_adapter_of_the_moefied_model_is_not_warned_of(tmp_path, recwarn):
     model = tiny_model("llama")
     convert(model, k=2)
     model.save_pretrained(tmp_path / "moefied")
-    adapted = trained(load_checkpoint(tmp_path / "moefied"), KINDS["lora"](FFN["llama"]))
+    adapted = trained(load(tmp_path / "moefied"), KINDS["lora"](FFN["llama"]))
     adapted.save_pretrained(tmp_path / "adapter")
     inputs = tiny_inputs("llama")
     assert distance(run(put_on(tmp_path), inputs), run(adapted, inputs)) < 1e-6
@@ -185,7 +186,7 @@ def test_what_cannot_be_permuted_is_refused(tmp_path):
 
 def test_a_checkpoint_that_does_not_know_its_order_says_so(saved):
     _, _, folder = saved("llama", "lora")
-    model = load_checkpoint(folder / "moefied")
+    model = load(folder / "moefied")
     for site in model.moe_sites():
         site.act.neuron_order = None
     with pytest.raises(ValueError, match="does not know the order of neurons"):
@@ -202,7 +203,7 @@ def test_the_order_is_that_of_the_dense_neurons(name, tmp_path):
     width = model.moe_sites()[0].sizes[1]
     pruned = prune(model, {layer: [1] for layer in range(tiny(name).ffns)})
     model.save_pretrained(tmp_path)
-    for each in (model, load_checkpoint(tmp_path), pruned):
+    for each in (model, load(tmp_path), pruned):
         for site, before in zip(each.moe_sites(), find_sites(dense), strict=True):
             order = site.act.neuron_order.long()
             assert not torch.equal(order, torch.arange(len(order)))

@@ -10,12 +10,11 @@ from tiny import convert, tiny_model
 
 from moefy_hf import (
     MoEficationConfig,
-    allocate_budgets,
+    allocate_budgets_,
+    calibrate_thresholds_,
     compensate_,
     evaluate,
-    find_sites,
-    fit_routers,
-    measure_reach,
+    fit_routers_,
     moefy_,
     profile,
     reroute_,
@@ -31,6 +30,7 @@ from moefy_hf.evaluation.sweep_points import SweepPoint
 from moefy_hf.measure.contexts import selecting
 from moefy_hf.measure.flops import ffn_flops, model_flops, routed_flops
 from moefy_hf.measure.metrics import Quality, predictions
+from moefy_hf.modeling.ffn_sites import find_sites
 
 EXPERTS, SIZE, WIDTH, LAYERS = 6, 8, 16, 3
 BATCHES = text_batches(30, rows=8, length=16)
@@ -181,7 +181,7 @@ def test_a_reroute_that_fails_moves_nothing(monkeypatch):
     convert(model, router="random", expert_size=SIZE)
     before = copy.deepcopy(model.state_dict())
     with profile(model, BATCHES, progress=False) as found:
-        monkeypatch.setattr("moefy_hf.conversion.pipeline.fit_routers", lambda *_, **__: pytest.fail("planted"))
+        monkeypatch.setattr("moefy_hf.conversion.pipeline.fit_routers_", lambda *_, **__: pytest.fail("planted"))
         with pytest.raises(pytest.fail.Exception, match="planted"):
             reroute_(model, "pre_gated", found, progress=False)
     assert model.state_dict().keys() == before.keys()
@@ -238,7 +238,7 @@ def test_means_of_what_does_not_run():
 @pytest.mark.parametrize("kind", ["threshold", "top_p", "level"])
 def test_budgets_of_dynamic_selections(kind):
     model = pre_gated()
-    measure_reach(model, BATCHES, [kind], progress=False)
+    calibrate_thresholds_(model, BATCHES, [kind], progress=False)
     tables = model.config.moefication["reach"][kind]
     assert tables[0] == tables[1] == tables[2]  # one router
     model.set_selection(type=kind, k=3)
@@ -250,7 +250,7 @@ def test_budgets_of_dynamic_selections(kind):
 def test_sensitivity_is_that_of_one_layer_restricted():
     """Also where the layers before it are not run again."""
     model, batches = pre_gated(), text_batches(2)
-    allocate_budgets(model, batches, 0.5, progress=False)
+    allocate_budgets_(model, batches, 0.5, progress=False)
     found = model.config.moefication["sensitivity"]
     for layer, (ks, losses) in enumerate(zip(found["k"], found["loss"], strict=True)):
         for k, loss in zip(ks, losses, strict=True):
@@ -297,4 +297,4 @@ def test_profiles_are_left_for_others():
     model, _ = planted()
     with profile(model, BATCHES, progress=False) as found:
         moefy_(model, as_they_lie(splitter="gate_clustering"), found, progress=False)
-        assert len(fit_routers(model, found, epochs=1, progress=False)) == LAYERS
+        assert len(fit_routers_(model, found, epochs=1, progress=False)) == LAYERS

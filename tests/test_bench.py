@@ -14,11 +14,12 @@ from tiny import DECODER, ENCODER, T5, convert, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moefy_hf import MoEficationConfig, model_card, moefy_
+from moefy_hf import MoEficationConfig, moefy_
 from moefy_hf.bench import PRESETS, Settings, bench_ffns, bench_model, end_to_end, ffns, layers, timing
 from moefy_hf.bench import models as whole
 from moefy_hf.bench import settings as module
 from moefy_hf.cli.main import main
+from moefy_hf.hub.card import model_card
 
 LIMITS = {"bytes_per_second": 1e10, "flops_per_second": 1e11}
 

@@ -7,8 +7,9 @@ import torch
 from batches import text_batches
 from tiny import distance, run, tiny_inputs, tiny_model
 
-from moefy_hf import MoEficationConfig, allocate_budgets, moefied_class, moefy_
+from moefy_hf import MoEficationConfig, allocate_budgets_, moefy_
 from moefy_hf.conversion.budgets import GRID, measure_sensitivity
+from moefy_hf.loading import moefied_class
 
 HEAD, LAYERS, EXPERTS = "AutoModelForSequenceClassification", 3, 12
 
@@ -56,7 +57,7 @@ def test_a_layer_that_does_not_matter_gets_the_minimum():
     model = routed()
     with torch.no_grad():
         model.moe_sites()[1].down.weight.zero_()
-    assert allocate_budgets(model, text_batches(2), 0.5, progress=False)[1] == 1
+    assert allocate_budgets_(model, text_batches(2), 0.5, progress=False)[1] == 1
     assert model.config.moefication["sensitivity"]["loss"][1] == pytest.approx([0.0] * 5, abs=1e-12)
     assert sum(counts(model)) == 18
 
@@ -66,14 +67,14 @@ def test_a_layer_that_matters_more_gets_more():
     with torch.no_grad():
         model.moe_sites()[0].down.weight.mul_(0.05)
         model.moe_sites()[2].down.weight.mul_(5)
-    first, second, third = allocate_budgets(model, text_batches(2), 0.5, progress=False)
+    first, second, third = allocate_budgets_(model, text_batches(2), 0.5, progress=False)
     assert first < second < third and first + second + third == 18
 
 
 @pytest.mark.parametrize("share", [1, 2, 5, 12, 0.09, 0.2, 0.5, 0.77, 1.0])
 def test_the_budget_is_spent_exactly(share):
     model = routed()
-    found = allocate_budgets(model, text_batches(1), share, progress=False)
+    found = allocate_budgets_(model, text_batches(1), share, progress=False)
     each = share if isinstance(share, int) else max(1, round(share * EXPERTS))
     assert sum(found) == LAYERS * each and all(1 <= k <= EXPERTS for k in found)
     assert found == counts(model)
@@ -82,12 +83,12 @@ def test_the_budget_is_spent_exactly(share):
 
 def test_other_budgets_afterwards_need_no_data():
     model = routed()
-    allocate_budgets(model, text_batches(2), 0.2, progress=False)
+    allocate_budgets_(model, text_batches(2), 0.2, progress=False)
     measured = copy.deepcopy(model.config.moefication["sensitivity"])
     for share in (0.5, 3):
         model.set_selection(k=share)
         direct = routed()
-        assert allocate_budgets(direct, text_batches(2), share, progress=False) == counts(model)
+        assert allocate_budgets_(direct, text_batches(2), share, progress=False) == counts(model)
     assert model.config.moefication["sensitivity"] == measured
     model.set_selection(k=0.5, allocation="uniform")
     assert counts(model) == [6] * LAYERS
@@ -97,7 +98,7 @@ def test_other_budgets_afterwards_need_no_data():
 
 def test_survives_saving(tmp_path):
     model, inputs = routed(), tiny_inputs("bert")
-    allocate_budgets(model, text_batches(2), 0.2, progress=False)
+    allocate_budgets_(model, text_batches(2), 0.2, progress=False)
     model.save_pretrained(tmp_path)
     loaded = moefied_class(type(model).stock_class()).from_pretrained(tmp_path).eval()
     assert counts(loaded) == counts(model)
@@ -110,14 +111,14 @@ def test_survives_saving(tmp_path):
 
 def test_causal_models_without_labels():
     model = routed("llama", "AutoModelForCausalLM")
-    assert sum(allocate_budgets(model, text_batches(1), 0.5, progress=False)) == 18
+    assert sum(allocate_budgets_(model, text_batches(1), 0.5, progress=False)) == 18
 
 
 def test_data_is_read_once():
     model, again = routed(), routed()
     data = (batch for batch in text_batches(2))
-    expected = allocate_budgets(again, text_batches(2), 0.5, progress=False)
-    assert allocate_budgets(model, data, 0.5, progress=False) == expected
+    expected = allocate_budgets_(again, text_batches(2), 0.5, progress=False)
+    assert allocate_budgets_(model, data, 0.5, progress=False) == expected
 
 
 def state_of(model):
@@ -134,23 +135,23 @@ def test_a_bad_share_is_found_before_the_work(share):
     model = routed()
     before = state_of(model)
     with pytest.raises(ValueError, match="k"):
-        allocate_budgets(model, Unreadable(), share, progress=False)
+        allocate_budgets_(model, Unreadable(), share, progress=False)
     assert state_of(model) == before
 
 
 def test_what_is_refused():
     with pytest.raises(ValueError, match="not MoEfied"):
-        allocate_budgets(tiny_model("bert", HEAD), text_batches(1), progress=False)
+        allocate_budgets_(tiny_model("bert", HEAD), text_batches(1), progress=False)
     model = routed()
     before = state_of(model)
     with pytest.raises(ValueError, match="no batch"):
-        allocate_budgets(model, [], progress=False)
+        allocate_budgets_(model, [], progress=False)
     assert state_of(model) == before
     headless = routed(head="AutoModel")
     with pytest.raises(ValueError, match="no logits"):
-        allocate_budgets(headless, text_batches(1), progress=False)
+        allocate_budgets_(headless, text_batches(1), progress=False)
     assert counts(headless) == [6] * LAYERS
-    with pytest.raises(ValueError, match="allocate_budgets"):
+    with pytest.raises(ValueError, match="allocate_budgets_"):
         headless.set_selection(allocation="sensitivity")
     assert counts(headless) == [6] * LAYERS
 
@@ -162,7 +163,7 @@ def test_training_mode_and_selection_return_even_after_an_error(training):
     measure_sensitivity(model, text_batches(1), progress=False)
     assert state_of(model) == before
     with pytest.raises(ValueError, match="embeddings of 99 tokens"):
-        allocate_budgets(model, [*text_batches(1), {"input_ids": torch.tensor([[1000]])}], progress=False)
+        allocate_budgets_(model, [*text_batches(1), {"input_ids": torch.tensor([[1000]])}], progress=False)
     assert state_of(model) == before
 
 
@@ -172,4 +173,4 @@ def test_one_expert_is_nothing_to_measure():
         model,
         MoEficationConfig(num_experts=1, splitter="random", router="random", selection={"type": "top_k", "k": 1}),
     )
-    assert allocate_budgets(model, text_batches(1), 1, progress=False) == [1, 1]
+    assert allocate_budgets_(model, text_batches(1), 1, progress=False) == [1, 1]

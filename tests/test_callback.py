@@ -15,7 +15,8 @@ from tiny import tiny_model
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from moefy_hf import MoEficationCallback, MoEficationConfig, Phase, find_sites, moefy_, relufy_
+from moefy_hf import MoEficationCallback, MoEficationConfig, Phase, moefy_, relufy_
+from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.modeling.moefied import is_moefied
 from moefy_hf.training.monitor import RoutingMonitor
 

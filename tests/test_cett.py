@@ -7,10 +7,11 @@ import torch
 from batches import real_count, text_batches
 from tiny import tiny_model
 
-from moefy_hf import find_sites, profile
+from moefy_hf import profile
 from moefy_hf.measure.hooks import run_with_hooks
 from moefy_hf.measure.metrics import Quality, predictions
 from moefy_hf.measure.sparsity import CettCurve, cett_curves, dropping, ppl_activation
+from moefy_hf.modeling.ffn_sites import find_sites
 
 
 def seen_neurons(model, batches) -> list[torch.Tensor]:

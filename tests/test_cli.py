@@ -16,7 +16,7 @@ from moefy_hf.cli import convert as convert_command
 from moefy_hf.cli.main import main
 from moefy_hf.data import read_labelled
 from moefy_hf.hub.facts import read_facts
-from moefy_hf.loading import load_checkpoint
+from moefy_hf.loading import load
 from moefy_hf.measure.sparsity import LEVELS
 
 CAUSAL = "AutoModelForCausalLM"
@@ -119,7 +119,7 @@ def test_convert_with_all_settings(dense, tmp_path):
     ]
     texts = ["--data", str(dense / "texts.txt"), "--calibration_tokens", "400", "--allocation", "global", "--force"]
     main(["convert", str(dense / "dense"), str(tmp_path / "moe"), *texts, *settings])
-    section = load_checkpoint(tmp_path / "moe").config.moefication
+    section = load(tmp_path / "moe").config.moefication
     assert section["selection"] == {"type": "threshold", "k": 0.5, "allocation": "global"}
     assert (section["shared_experts"], section["compensation"]) == (1, True)
     assert 0 < read_facts(tmp_path / "moe")["prediction"]["kl"] < 1
@@ -133,7 +133,7 @@ def test_convert_with_a_router_of_ones_own_size(dense, tmp_path, capsys):
             main(["convert", str(dense / "dense"), folder, *settings, "--router_settings", given])
         assert error.value.code == 2 and message in capsys.readouterr().err
     main(["convert", str(dense / "dense"), folder, *settings, "--router_settings", "rank=3"])
-    model = load_checkpoint(folder)
+    model = load(folder)
     assert model.config.moefication["router_settings"] == {"rank": 3}
     assert all(len(site.act.router.proj_in) == 3 for site in model.moe_sites())
     capsys.readouterr()
@@ -147,7 +147,7 @@ def test_convert_with_budgets_by_angles(dense, tmp_path):
     settings = ["--expert_size", "8", "--k", "0.5", "--allocation", "angular", "--force"]
     texts = ["--data", str(dense / "texts.txt"), "--calibration_tokens", "400"]
     main(["convert", str(dense / "dense"), str(tmp_path / "moe"), *texts, *settings])
-    model = load_checkpoint(tmp_path / "moe")
+    model = load(tmp_path / "moe")
     assert model.config.moefication["selection"] == {"type": "top_k", "k": 0.5, "allocation": "angular"}
     assert len(model.config.moefication["angular"]["distance"]) == 2
     assert sum(site.act.selection.k for site in model.moe_sites()) == 6
@@ -198,7 +198,7 @@ def test_sweep_a_language_model(dense, copy, tmp_path, capsys):
     sweep = Sweep.load(figures)
     assert sweep.facts["quality"] == "perplexity"
     assert [row["router"] for row in sweep.rows] == ["dense", "own", "own", "oracle", "oracle"]
-    model, lines = load_checkpoint(dense / "dense").eval(), (dense / "texts.txt").read_text().splitlines()
+    model, lines = load(dense / "dense").eval(), (dense / "texts.txt").read_text().splitlines()
     ids = torch.tensor([list(map(int, line.split())) for line in lines])
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss
@@ -223,7 +223,7 @@ def test_sweep_at_flops_and_with_other_selections(dense, copy, capsys):
 
 
 def test_sweep_of_a_model_with_a_setting(dense, copy, capsys):
-    model = load_checkpoint(copy)
+    model = load(copy)
     model.set_selection(type="level", level=1.8)
     model.save_pretrained(copy)
     main(["sweep", str(copy), "--data", str(dense / "texts.txt"), "--k", "0.5", "--controls", "oracle", "--json"])

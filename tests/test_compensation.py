@@ -6,7 +6,7 @@ import torch
 from batches import text_batches
 from tiny import convert, distance, run, tiny_inputs, tiny_model
 
-from moefy_hf import MoEficationConfig, compensate_, measure_reach, moefy_, profile
+from moefy_hf import MoEficationConfig, calibrate_thresholds_, compensate_, moefy_, profile
 from moefy_hf.conversion.compensation import means_of_dropped
 
 NAMES = ["bert", "gpt2", "llama", "phi3", "t5", "t5-gated"]
@@ -118,7 +118,7 @@ def test_mistakes():
         with pytest.raises(ValueError, match="the profile has 1 layers, the model 2 routed FFNs"):
             compensate_(model, found)
         with pytest.raises(ValueError, match="the profile has 1 layers, the model 2 routed FFNs"):
-            measure_reach(model, found)
+            calibrate_thresholds_(model, found)
     assert not model.config.moefication["compensation"] and "reach" not in model.config.moefication
 
 

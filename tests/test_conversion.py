@@ -12,8 +12,10 @@ from batches import real_count, text_batches
 from tiny import TINY, distance, run, tiny_inputs, tiny_model
 from torch import nn
 
-from moefy_hf import MoEficationConfig, find_sites, moefied_class, moefy_, profile
+from moefy_hf import MoEficationConfig, moefy_, profile
 from moefy_hf.conversion import pipeline
+from moefy_hf.loading import moefied_class
+from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.modeling.moefied import MoefiedMixin
 from moefy_hf.modeling.routers import ROUTERS
 from moefy_hf.splitters import SPLITTERS, Splitter
@@ -249,7 +251,7 @@ def test_routers_stay_float32_and_frozen():
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_routers_start_at_their_experts(name, monkeypatch):
     """Centres of the rows as permuted (gate rows where there is a gate); the MLP's second matrix is the identity."""
-    monkeypatch.setattr(pipeline, "fit_routers", lambda *args, **kwargs: [])
+    monkeypatch.setattr(pipeline, "fit_routers_", lambda *args, **kwargs: [])
     for router, weight in (("linear", "weight"), ("mlp", "proj_in"), ("similarity", "centres")):
         model = build(name)
         moefy_(model, settings(router=router, allocation="uniform"), data(name), progress=False)

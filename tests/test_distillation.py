@@ -10,7 +10,8 @@ from batches import text_batches
 from tiny import convert, tiny_model
 from transformers import Trainer, TrainingArguments
 
-from moefy_hf import DistillationCallback, MoEficationCallback, find_sites
+from moefy_hf import DistillationCallback, MoEficationCallback
+from moefy_hf.modeling.ffn_sites import find_sites
 
 HEADS = {
     "bert": ("AutoModelForSequenceClassification", "class"),

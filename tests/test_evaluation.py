@@ -11,7 +11,7 @@ import transformers
 from batches import text_batches
 from tiny import tiny_model
 
-from moefy_hf import MoEficationConfig, Sweep, allocate_budgets, evaluate, fit_routers, moefy_, profile
+from moefy_hf import MoEficationConfig, Sweep, allocate_budgets_, evaluate, fit_routers_, moefy_, profile
 from moefy_hf.evaluation.controls import CONTROLS, control_router, routed_by
 from moefy_hf.evaluation.local_figures import chunks_of, local_figures
 from moefy_hf.evaluation.plots import allocation_words
@@ -234,7 +234,7 @@ def test_predictions_that_are_no_class_are_refused(num_labels, labels):
     with pytest.raises(ValueError, match="one of several classes"):
         evaluate(model, batches, [2], controls=[], local_tokens=0, progress=False)
     with pytest.raises(ValueError, match="one of several classes"):
-        allocate_budgets(model, batches, progress=False)
+        allocate_budgets_(model, batches, progress=False)
 
 
 # ---- local figures
@@ -366,7 +366,7 @@ def test_bfloat16():
 
 def test_allocations_spend_the_same():
     model, _ = routed()
-    allocate_budgets(model, data(), 0.5, progress=False)
+    allocate_budgets_(model, data(), 0.5, progress=False)
     sweep = evaluate(model, data(), [0.5], controls=[], allocations=["uniform", "sensitivity"], progress=False)
     uniform, sensitive = sweep.rows[1:]
     assert (uniform["allocation"], sensitive["allocation"]) == ("uniform", "sensitivity")
@@ -378,7 +378,7 @@ def test_allocations_spend_the_same():
 
 def test_settings_may_be_generators():
     model, _ = routed()
-    allocate_budgets(model, data(), 0.5, progress=False)
+    allocate_budgets_(model, data(), 0.5, progress=False)
     sweep = evaluate(
         model,
         data(),
@@ -436,7 +436,7 @@ def assert_same(before: dict, after: dict) -> None:
     [
         ({"controls": ["oracle", "orakel"]}, "orakel.*oracle, oracle_mass, random"),
         ({"allocations": ["uniform", "greedy"]}, "greedy.*uniform, sensitivity"),
-        ({"allocations": ["sensitivity"]}, "allocate_budgets"),
+        ({"allocations": ["sensitivity"]}, "allocate_budgets_"),
         ({"shares": [2, 0]}, "k=0"),
         ({"shares": [0.0]}, "0.0"),
         ({"shares": [1.5]}, "1.5"),
@@ -505,7 +505,7 @@ def test_model_comes_back_after_an_error():
 
 def test_a_selection_without_allocation_stays_without():
     model, _ = routed()
-    allocate_budgets(model, data(), 0.5, progress=False)
+    allocate_budgets_(model, data(), 0.5, progress=False)
     model.config.moefication["selection"] = {"type": "top_k", "k": 2}  # as a config written by hand
     model.set_selection()
     before = copy.deepcopy(model.config.moefication["selection"])
@@ -545,7 +545,7 @@ def test_a_model_whose_code_came_with_its_checkpoint(tmp_path):
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(loaded) is not type(model) and is_moefied(loaded)
     for each in (model, loaded):
-        allocate_budgets(each, data(), 0.5, progress=False)
+        allocate_budgets_(each, data(), 0.5, progress=False)
     settings = {"controls": CONTROLS, "allocations": ["uniform", "sensitivity"], "progress": False}
     ours, theirs = (evaluate(each, data(), [2], **settings) for each in (model, loaded))
     assert ours.facts == theirs.facts and ours.rows[1]["ffn_flops"] < 1
@@ -556,7 +556,7 @@ def test_a_model_whose_code_came_with_its_checkpoint(tmp_path):
         for site, x, y in zip(loaded.moe_sites(), a.sites, b.sites, strict=True):
             assert torch.equal(x.inputs, y.inputs)
             next(y.activations(site.weights()))
-        fit_routers(loaded, b, progress=False)
+        fit_routers_(loaded, b, progress=False)
 
 
 # ---- the result
@@ -590,7 +590,7 @@ def test_table():
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     model, _ = routed()
-    allocate_budgets(model, data(), 0.5, progress=False)
+    allocate_budgets_(model, data(), 0.5, progress=False)
     settings = {"controls": CONTROLS, "allocations": ["uniform", "sensitivity"], "local_tokens": 0}
     kinds = ["top_k", {"type": "level", "level": [0.5, 1.25]}]
     sweep = evaluate(model, data(count=1), [1, 2], selections=kinds, **settings, progress=False)

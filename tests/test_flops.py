@@ -5,8 +5,9 @@ import torch
 from batches import text_batches
 from tiny import tiny_model
 
-from moefy_hf import MoEficationConfig, find_sites, moefy_
+from moefy_hf import MoEficationConfig, moefy_
 from moefy_hf.measure.flops import ModelFlops, ffn_flops, model_flops, routed_flops
+from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.modeling.routers import ROUTERS
 
 D, F, EXPERTS, VOCAB, LAYERS = 16, 48, 6, 99, 2

@@ -12,9 +12,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import convert, tiny_inputs, tiny_model
 
-from moefy_hf import PushError, add_facts, evaluate, push_to_hub
+from moefy_hf import evaluate, push_to_hub
 from moefy_hf.cli.main import main
+from moefy_hf.errors import PushError
 from moefy_hf.hub import push as hub
+from moefy_hf.hub.facts import add_facts
 from moefy_hf.hub.verify import VerificationError
 
 HEAD, REPO = "AutoModelForSequenceClassification", "user/bert-moe"

@@ -8,10 +8,11 @@ import torch
 from batches import text_batches
 from tiny import NAMES, convert, distance, run, tiny_inputs, tiny_model
 
-from moefy_hf import MoEficationConfig, allocate_budgets, evaluate, measure_reach, moefied_class, moefy_, reroute_
+from moefy_hf import MoEficationConfig, allocate_budgets_, calibrate_thresholds_, evaluate, moefy_, reroute_
 from moefy_hf.conversion.budgets import COMPARING_PREDICTIONS, MEASURES
 from moefy_hf.conversion.importance import angular_distance, measure_angles
 from moefy_hf.conversion.replay import block_of
+from moefy_hf.loading import moefied_class
 from moefy_hf.modeling.budget_allocation import MEASURED
 from moefy_hf.modeling.selection import SELECTIONS
 
@@ -106,7 +107,7 @@ def test_angles(degrees):
 @pytest.mark.parametrize("share", [1, 2, 5, 12, 0.09, 0.2, 0.5, 0.77, 1.0])
 def test_the_budget_is_spent_and_layers_that_turn_more_get_more(share):
     model = routed()
-    found = allocate_budgets(model, text_batches(2), share, "angular", progress=False)
+    found = allocate_budgets_(model, text_batches(2), share, "angular", progress=False)
     each = share if isinstance(share, int) else max(1, round(share * EXPERTS))
     assert sum(found) == LAYERS * each and all(1 <= k <= EXPERTS for k in found)
     assert found == counts(model) == sorted(found, reverse=True)  # as the angles are
@@ -116,7 +117,7 @@ def test_the_budget_is_spent_and_layers_that_turn_more_get_more(share):
 
 def test_survives_saving(tmp_path):
     model, inputs = routed(), tiny_inputs("llama")
-    allocate_budgets(model, text_batches(2), 0.25, "angular", progress=False)
+    allocate_budgets_(model, text_batches(2), 0.25, "angular", progress=False)
     model.save_pretrained(tmp_path)
     loaded = moefied_class(type(model).stock_class()).from_pretrained(tmp_path).eval()
     assert counts(loaded) == counts(model)
@@ -153,8 +154,8 @@ def test_dynamic_selections_spend_it_on_average(kind):
     assert dynamic == pytest.approx(counts(model)) and len(set(counts(model))) > 1
     assert sum(counts(model)) == 6 * LAYERS
     other = routed()
-    allocate_budgets(other, text_batches(2), 0.5, "angular", progress=False)
-    measure_reach(other, text_batches(8), [kind], progress=False)
+    allocate_budgets_(other, text_batches(2), 0.5, "angular", progress=False)
+    calibrate_thresholds_(other, text_batches(8), [kind], progress=False)
     expected = counts(other)
     other.set_selection(type=kind)
     assert [site.act.k for site in other.moe_sites()] == pytest.approx(expected)
@@ -162,8 +163,8 @@ def test_dynamic_selections_spend_it_on_average(kind):
 
 def test_it_stands_beside_others_in_a_sweep():
     model, batches = routed("AutoModelForCausalLM"), text_batches(2, labels="causal")
-    allocate_budgets(model, batches, 0.5, progress=False)
-    allocate_budgets(model, batches, 0.5, "angular", progress=False)
+    allocate_budgets_(model, batches, 0.5, progress=False)
+    allocate_budgets_(model, batches, 0.5, "angular", progress=False)
     assert {"sensitivity", "angular"} < set(model.config.moefication)
     names = ["uniform", "sensitivity", "angular"]
     rows = evaluate(model, batches, [0.5], controls=[], allocations=names, local_tokens=0, progress=False).rows[1:]
@@ -173,7 +174,7 @@ def test_it_stands_beside_others_in_a_sweep():
 
 def test_other_routers_leave_it_as_it_is():
     model = routed()
-    allocate_budgets(model, text_batches(2), 0.5, "angular", progress=False)
+    allocate_budgets_(model, text_batches(2), 0.5, "angular", progress=False)
     measured, before = copy.deepcopy(model.config.moefication["angular"]), counts(model)
     reroute_(model, "similarity")
     assert model.config.moefication["angular"] == measured and counts(model) == before
@@ -193,12 +194,12 @@ def test_what_is_refused():
     before = copy.deepcopy(model.config.moefication), counts(model)
     for name in ("uniform", "global", "cosine"):
         with pytest.raises(ValueError, match=f"{name!r} measures nothing; choose from sensitivity, angular"):
-            allocate_budgets(model, Unreadable(), 0.5, name, progress=False)
+            allocate_budgets_(model, Unreadable(), 0.5, name, progress=False)
     with pytest.raises(ValueError, match="k=13"):
-        allocate_budgets(model, Unreadable(), 13, "angular", progress=False)
+        allocate_budgets_(model, Unreadable(), 13, "angular", progress=False)
     with pytest.raises(ValueError, match="no batch"):
-        allocate_budgets(model, [], 0.5, "angular", progress=False)
-    with pytest.raises(ValueError, match='allocate_budgets.model, data, allocation="angular"'):
+        allocate_budgets_(model, [], 0.5, "angular", progress=False)
+    with pytest.raises(ValueError, match='allocate_budgets_.model, data, allocation="angular"'):
         model.set_selection(allocation="angular")
     assert (model.config.moefication, counts(model)) == before
     config = MoEficationConfig(expert_size=4, splitter="random", router="random", selection=ANGULAR)

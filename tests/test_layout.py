@@ -84,7 +84,7 @@ HEAVY = ("peft", "scipy", "sklearn", "matplotlib", "plotly", "transformers.model
 COSTS = {  # what runs -> what must not have been imported for it, and what everybody who runs it has imported anyway
     "import moefy_hf": (("torch", "transformers", *HEAVY), ""),
     "from moefy_hf.cli.main import parser; parser(['--help'])": (("torch", "transformers", *HEAVY), ""),
-    "from moefy_hf import moefy_, evaluate, load_checkpoint": (HEAVY, "from transformers import PreTrainedModel"),
+    "from moefy_hf import moefy_, evaluate, load": (HEAVY, "from transformers import PreTrainedModel"),
     "from moefy_hf import MoEficationCallback": (HEAVY, "from transformers import Trainer"),
 }
 

@@ -12,7 +12,8 @@ from test_callback import Rows, StopAt, callback_for, dense_model, losses_of, sa
 from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from moefy_hf import LearnedSelectionCallback, MoEficationConfig, Phase, find_sites, load_checkpoint, moefy_
+from moefy_hf import LearnedSelectionCallback, MoEficationConfig, Phase, load, moefy_
+from moefy_hf.modeling.ffn_sites import find_sites
 
 STEPS, TAU = 12, 0.5
 EXPERTS, SIZE = 6, 8
@@ -471,12 +472,12 @@ def test_older_code_of_a_checkpoint_is_refused_and_still_runs(tmp_path):
     code.write_text(older.replace("def weighs", "def was_not_there"))
     assert "self.weighs" not in code.read_text() and code.read_text() != known
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "older", trust_remote_code=True)
-    with pytest.raises(ValueError, match="too old to learn a selection.*load_checkpoint"):
+    with pytest.raises(ValueError, match="too old to learn a selection.*load"):
         trainer_for(model, tmp_path, [LearnedSelectionCallback(1.0)])
     masked = predictions(model)
     model.set_moe_implementation("torch")
     torch.testing.assert_close(predictions(model), masked, rtol=1e-4, atol=1e-5)
-    trainer_for(load_checkpoint(tmp_path / "older"), tmp_path, [LearnedSelectionCallback(1.0)])
+    trainer_for(load(tmp_path / "older"), tmp_path, [LearnedSelectionCallback(1.0)])
 
 
 def test_routers_that_the_optimizer_lacks_are_found_before_training(tmp_path):

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from batches import text_batches
 from tiny import tiny_model
 
-from moefy_hf import MoEficationConfig, evaluate, find_sites, moefy_
+from moefy_hf import MoEficationConfig, evaluate, moefy_
 from moefy_hf.evaluation.baselines import left_out, places_at, places_of
 from moefy_hf.evaluation.controls import BASELINES
 from moefy_hf.measure.flops import ffn_flops
+from moefy_hf.modeling.ffn_sites import find_sites
 
 HEADS = {
     "llama": ("AutoModelForCausalLM", "causal"),

@@ -10,10 +10,11 @@ from batches import real_count, text_batches
 from tiny import tiny_model
 from transformers.activations import ACT2FN
 
-from moefy_hf import find_sites, profile
+from moefy_hf import profile
 from moefy_hf.measure.hooks import run_with_hooks
 from moefy_hf.measure.profile import SiteProfile
 from moefy_hf.measure.sample import TensorFile
+from moefy_hf.modeling.ffn_sites import find_sites
 
 SUMS = ("active", "mass", "total", "square")
 

@@ -5,7 +5,7 @@ import torch
 from batches import text_batches
 from tiny import convert, run, tiny_inputs, tiny_model
 
-from moefy_hf import allocate_budgets, evaluate, measure_reach
+from moefy_hf import allocate_budgets_, calibrate_thresholds_, evaluate
 from moefy_hf.conversion.thresholds import counted_experts
 from moefy_hf.modeling.selection import SELECTIONS
 
@@ -34,10 +34,10 @@ def used(model, batches) -> list[float]:
 @pytest.mark.parametrize("kind", DYNAMIC)
 def test_a_budget_is_spent_on_average(kind):
     model = moefied()
-    measure_reach(model, BATCHES, progress=False)
+    calibrate_thresholds_(model, BATCHES, progress=False)
     for share in (0.25, 0.5):
         model.set_selection(type=kind, k=share)
-        measure_reach(model, BATCHES, [kind], progress=False)  # the second layer, behind this first
+        calibrate_thresholds_(model, BATCHES, [kind], progress=False)  # the second layer, behind this first
         model.set_selection()
         for site, computed in zip(model.moe_sites(), used(model, BATCHES), strict=True):
             assert site.act.k == round(share * site.act.num_experts)
@@ -46,9 +46,9 @@ def test_a_budget_is_spent_on_average(kind):
 
 def test_layers_get_what_sensitivity_gives_them():
     model = moefied()
-    allocate_budgets(model, BATCHES, 0.5, progress=False)
+    allocate_budgets_(model, BATCHES, 0.5, progress=False)
     counts = [site.act.k for site in model.moe_sites()]
-    measure_reach(model, BATCHES, ["level"], progress=False)
+    calibrate_thresholds_(model, BATCHES, ["level"], progress=False)
     model.set_selection(type="level", allocation="sensitivity")
     assert [site.act.k for site in model.moe_sites()] == counts
     assert used(model, BATCHES)[0] == pytest.approx(counts[0], rel=0.02)
@@ -67,7 +67,7 @@ def test_padding_is_not_counted():
 
 def test_a_sweep_counts_what_is_computed():
     model = moefied()
-    measure_reach(model, BATCHES, progress=False)
+    calibrate_thresholds_(model, BATCHES, progress=False)
     found = evaluate(model, BATCHES[:4], [0.25], controls=["random"], selections=["top_k", *DYNAMIC], progress=False)
     assert [row.get("type") for row in found.rows] == [None, "top_k", *DYNAMIC, "top_k"]
     for row in found.rows[2:-1]:
@@ -79,7 +79,7 @@ def test_a_sweep_counts_what_is_computed():
 @pytest.mark.parametrize("allocations", [None, ["uniform", "global"]])
 def test_controls_stand_beside_one_setting_for_all_layers(allocations):
     model = moefied()
-    measure_reach(model, BATCHES, ["threshold"], progress=False)
+    calibrate_thresholds_(model, BATCHES, ["threshold"], progress=False)
     model.set_selection(type="threshold", k=0.25, allocation="global")
     settings = {"controls": ["oracle", "random"], "allocations": allocations, "local_tokens": 0, "progress": False}
     found = [(row["router"], row["allocation"]) for row in evaluate(model, BATCHES[:1], [0.25], **settings).rows[1:]]
@@ -89,7 +89,7 @@ def test_controls_stand_beside_one_setting_for_all_layers(allocations):
 
 def test_the_tables_travel_with_the_checkpoint(tmp_path):
     model = moefied()
-    measure_reach(model, BATCHES, ["threshold"], progress=False)
+    calibrate_thresholds_(model, BATCHES, ["threshold"], progress=False)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     inputs = tiny_inputs("bert")
@@ -101,9 +101,9 @@ def test_the_tables_travel_with_the_checkpoint(tmp_path):
 def test_mistakes():
     model = moefied()
     with pytest.raises(ValueError, match="unknown dynamic selection 'top_k'; choose from threshold, top_p, level"):
-        measure_reach(model, BATCHES, ["top_k"])
+        calibrate_thresholds_(model, BATCHES, ["top_k"])
     with pytest.raises(ValueError, match="is not MoEfied"):
-        measure_reach(tiny_model("bert"), BATCHES)
-    with pytest.raises(ValueError, match="measure_reach"):
+        calibrate_thresholds_(tiny_model("bert"), BATCHES)
+    with pytest.raises(ValueError, match="calibrate_thresholds_"):
         model.set_selection(type="threshold", k=0.5)
     assert model.config.moefication["selection"]["type"] == "top_k"

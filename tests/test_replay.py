@@ -5,8 +5,8 @@ import torch
 from tiny import NAMES, convert, tiny, tiny_inputs, tiny_model
 from torch import nn
 
-from moefy_hf import find_sites
 from moefy_hf.conversion.replay import before, block_of, recorded, replayed
+from moefy_hf.modeling.ffn_sites import find_sites
 
 CACHING = ("llama", "gpt2", "opt", "t5", "bart", "gpt_neox", "qwen3", "gemma3_text", "phi3")  # decoders with a cache
 

@@ -7,7 +7,7 @@ import torch
 from batches import text_batches
 from tiny import tiny_model
 
-from moefy_hf import MoEficationConfig, measure_reach, moefy_, profile, reroute_
+from moefy_hf import MoEficationConfig, calibrate_thresholds_, moefy_, profile, reroute_
 from moefy_hf.modeling.routers import ROUTERS
 
 
@@ -84,10 +84,10 @@ def test_a_model_of_an_older_format_is_of_this_one_then(found):
 
 def test_what_old_routers_measured_is_forgotten(found):
     model = converted("linear", found)
-    measure_reach(model, found, ["threshold"], progress=False)
+    calibrate_thresholds_(model, found, ["threshold"], progress=False)
     reroute_(model, "similarity")
     assert "reach" not in model.config.moefication
-    with pytest.raises(ValueError, match="measure_reach"):
+    with pytest.raises(ValueError, match="calibrate_thresholds_"):
         model.set_selection(type="threshold", k=0.5)
 
 

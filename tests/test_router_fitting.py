@@ -7,17 +7,12 @@ import torch
 from batches import real_count, text_batches
 from tiny import tiny_config, tiny_model
 
-from moefy_hf import (
-    MoEficationConfig,
-    find_sites,
-    fit_routers,
-    measure_reach,
-    moefied_class,
-    permute_neurons_,
-    profile,
-)
+from moefy_hf import MoEficationConfig, calibrate_thresholds_, fit_routers_, profile
 from moefy_hf.conversion.fit_routers import tokens_needed
+from moefy_hf.conversion.permute import permute_neurons_
+from moefy_hf.loading import moefied_class
 from moefy_hf.measure.profile import ModelProfile
+from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.modeling.routers import ROUTERS
 
 EXPERTS, SIZE, WIDTH = 8, 8, 16
@@ -87,7 +82,7 @@ def by_hand(model, found: ModelProfile, position: int, k: int) -> dict[str, floa
 def test_figures_are_those_of_a_loop(router, batches):
     model = routed_bert(router)
     with profile(model, batches, progress=False) as found:
-        fits = fit_routers(model, found, epochs=2, progress=False)
+        fits = fit_routers_(model, found, epochs=2, progress=False)
         for position, fit in enumerate(fits):
             expected = by_hand(model, found, position, 1)  # a fifth of 8 experts; of the router as it was left
             assert fit.captured == pytest.approx(expected["captured"], abs=1e-4)
@@ -101,21 +96,21 @@ def test_figures_are_those_of_a_loop(router, batches):
 def test_k_follows_the_model_up_to_a_fifth(batches):
     model = routed_bert("linear")
     with profile(model, batches, progress=False) as found:
-        assert [fit.k for fit in fit_routers(model, found, epochs=0, progress=False)] == [1, 1]
+        assert [fit.k for fit in fit_routers_(model, found, epochs=0, progress=False)] == [1, 1]
     model = routed_bert("linear")
     model.config.moefication |= {"expert_size": 4, "num_experts": None}
     model = type(model)(model.config)  # 16 experts
     with profile(model, batches, progress=False) as found:
         model.set_selection(k=[2, 16])
-        assert [fit.k for fit in fit_routers(model, found, epochs=0, progress=False)] == [2, 3]
+        assert [fit.k for fit in fit_routers_(model, found, epochs=0, progress=False)] == [2, 3]
 
 
 @pytest.mark.parametrize("router", TRAINABLE)
 def test_learns_a_planted_problem(router, batches):
     model = routed_bert(router, planted=True)
     with profile(model, batches, progress=False) as found:
-        start = fit_routers(model, found, epochs=0, progress=False)
-        fits = fit_routers(model, found, epochs=30, lr=0.02, progress=False)
+        start = fit_routers_(model, found, epochs=0, progress=False)
+        fits = fit_routers_(model, found, epochs=30, lr=0.02, progress=False)
     for before, after in zip(start, fits, strict=True):
         assert before.best_epoch == 0 < after.best_epoch
         assert after.oracle == before.oracle  # the targets do not depend on the router
@@ -126,7 +121,7 @@ def test_learns_a_planted_problem(router, batches):
 def test_linear_router_nearly_finds_planted_experts(batches):
     model = routed_bert("linear", planted=True)
     with profile(model, batches, progress=False) as found:
-        for fit in fit_routers(model, found, epochs=20, lr=0.01, progress=False):
+        for fit in fit_routers_(model, found, epochs=20, lr=0.01, progress=False):
             assert fit.captured > 0.85 * fit.oracle
 
 
@@ -134,11 +129,11 @@ def test_linear_router_nearly_finds_planted_experts(batches):
 def test_never_worse_than_the_start(router, batches, monkeypatch):
     model = routed_bert(router, planted=True)
     with profile(model, batches, progress=False) as found:
-        good = fit_routers(model, found, epochs=15, lr=0.01, progress=False)
+        good = fit_routers_(model, found, epochs=15, lr=0.01, progress=False)
         weights = copy.deepcopy([site.act.router.state_dict() for site in model.moe_sites()])
         loss = ROUTERS[router].loss
         monkeypatch.setattr(ROUTERS[router], "loss", lambda *inputs: -loss(*inputs))  # away from the targets
-        ruined = fit_routers(model, found, epochs=2, lr=0.1, progress=False)
+        ruined = fit_routers_(model, found, epochs=2, lr=0.1, progress=False)
     for before, after, state, site in zip(good, ruined, weights, model.moe_sites(), strict=True):
         assert after.captured >= before.captured
         if after.best_epoch == 0:
@@ -151,7 +146,7 @@ def test_deterministic_under_the_seed(batches):
     for seed in (3, 3, 4):
         model = routed_bert("linear")
         with profile(model, batches, progress=False) as found:
-            fit_routers(model, found, epochs=2, seed=seed, progress=False)
+            fit_routers_(model, found, epochs=2, seed=seed, progress=False)
         states.append(torch.cat([site.act.router.weight.flatten() for site in model.moe_sites()]))
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
 
@@ -161,7 +156,7 @@ def test_only_routers_change_and_end_frozen(router, batches):
     model = routed_bert(router)
     before = copy.deepcopy(model.state_dict())
     with profile(model, batches, progress=False) as found:
-        fits = fit_routers(model, found, epochs=2, progress=False)
+        fits = fit_routers_(model, found, epochs=2, progress=False)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert all(".router." in name for name in changed)
     assert bool(changed) is (router in TRAINABLE)
@@ -177,7 +172,7 @@ def test_neurons_may_be_permuted_after_profiling(batches):
     with profile(model, batches, progress=False) as found:
         for site in model.moe_sites():
             permute_neurons_(site, torch.randperm(EXPERTS * SIZE))
-        for position, fit in enumerate(fit_routers(model, found, epochs=1, progress=False)):
+        for position, fit in enumerate(fit_routers_(model, found, epochs=1, progress=False)):
             assert fit.oracle == pytest.approx(by_hand(model, found, position, 1)["oracle"], abs=1e-4)
 
 
@@ -186,7 +181,7 @@ def test_bf16_model_keeps_float32_routers(batches):
     for site in model.moe_sites():
         site.act.router.float()
     with profile(model, batches, progress=False) as found:
-        fits = fit_routers(model, found, epochs=5, lr=0.01, progress=False)
+        fits = fit_routers_(model, found, epochs=5, lr=0.01, progress=False)
     assert all(site.act.router.weight.dtype == torch.float32 for site in model.moe_sites())
     assert all(fit.captured > fit.random + 0.5 * (fit.oracle - fit.random) for fit in fits)
 
@@ -194,10 +189,10 @@ def test_bf16_model_keeps_float32_routers(batches):
 def test_one_layer_does_not_depend_on_the_others(batches):
     model, again = routed_bert("linear"), routed_bert("linear")
     with profile(model, batches, progress=False) as found:
-        fit_routers(model, found, epochs=2, progress=False)
+        fit_routers_(model, found, epochs=2, progress=False)
         with torch.no_grad():
             again.moe_sites()[0].act.router.weight.zero_()
-        fit_routers(again, found, epochs=2, progress=False)
+        fit_routers_(again, found, epochs=2, progress=False)
     assert torch.equal(model.moe_sites()[1].act.router.weight, again.moe_sites()[1].act.router.weight)
 
 
@@ -208,7 +203,7 @@ def test_too_few_tokens_names_both_numbers():
     before = copy.deepcopy(model.state_dict())
     with profile(model, few, progress=False) as found:
         with pytest.raises(ValueError, match=rf"\b{real_count(few)}\b.*\b{2 * WIDTH}\b"):
-            fit_routers(model, found, progress=False)
+            fit_routers_(model, found, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -217,35 +212,35 @@ def test_routers_that_learn_nothing_need_few_tokens(router):
     model = routed_bert(router)
     with profile(model, text_batches(1, rows=1, length=1), progress=False) as found:
         assert found.tokens == 1
-        assert len(fit_routers(model, found, progress=False)) == 2
+        assert len(fit_routers_(model, found, progress=False)) == 2
 
 
 def test_profile_of_another_model_is_refused(batches):
     model = routed_bert("linear")
     with profile(model, batches, layers=[0], progress=False) as found:
         with pytest.raises(ValueError, match="1 layers, the model 2"):
-            fit_routers(model, found, progress=False)
+            fit_routers_(model, found, progress=False)
 
 
 def test_profile_without_a_sample_is_refused(batches):
     model = routed_bert("linear")
     with pytest.raises(ValueError, match="sample"):
-        fit_routers(model, profile(model, batches, sample=False, progress=False), progress=False)
+        fit_routers_(model, profile(model, batches, sample=False, progress=False), progress=False)
     with profile(model, batches, progress=False) as found:
         pass
     with pytest.raises(ValueError, match="sample"):  # closed
-        fit_routers(model, found, progress=False)
+        fit_routers_(model, found, progress=False)
 
 
 def test_what_selections_spend_is_measured_anew(batches):
     model = routed_bert("linear", planted=True)
     with profile(model, batches, progress=False) as found:
-        measure_reach(model, found, ["threshold", "level"], progress=False)
+        calibrate_thresholds_(model, found, ["threshold", "level"], progress=False)
         model.set_selection(type="threshold", k=0.5)
         stale = copy.deepcopy(model.config.moefication["reach"])
-        fit_routers(model, found, progress=False)
+        fit_routers_(model, found, progress=False)
         fitted = copy.deepcopy(model.config.moefication["reach"])
-        measure_reach(model, found, ["threshold", "level"], progress=False)
+        calibrate_thresholds_(model, found, ["threshold", "level"], progress=False)
     assert model.config.moefication["reach"] == fitted != stale and fitted.keys() == stale.keys()
     before = [site.act.selection.threshold for site in model.moe_sites()]
     model.set_selection()

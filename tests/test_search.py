@@ -5,7 +5,7 @@ import torch
 from batches import text_batches
 from tiny import convert, tiny_model
 
-from moefy_hf import allocate_budgets, evaluate, find_budget, measure_reach
+from moefy_hf import allocate_budgets_, calibrate_thresholds_, evaluate, find_budget
 from moefy_hf.evaluation.search import search, share_within
 from moefy_hf.modeling.selection import SELECTIONS
 
@@ -40,7 +40,7 @@ def spent(model, k) -> float:
 def test_the_most_experts_within_flops(flops, allocation):
     model = language_model(k=0.5)
     if allocation == "sensitivity":
-        allocate_budgets(model, batches(), 0.5, progress=False)
+        allocate_budgets_(model, batches(), 0.5, progress=False)
     before = dict(model.config.moefication["selection"])
     share = share_within(model, flops)
     assert model.config.moefication["selection"] == before
@@ -51,7 +51,7 @@ def test_the_most_experts_within_flops(flops, allocation):
 
 def test_flops_of_a_selection_that_depends_on_the_token():
     model = language_model(k=0.5)
-    measure_reach(model, batches(), ["level"], progress=False)
+    calibrate_thresholds_(model, batches(), ["level"], progress=False)
     model.set_selection(type="level", k=0.5, allocation="global")
     with torch.no_grad():
         share = share_within(model, 0.6)
@@ -71,7 +71,7 @@ def test_flops_that_cannot_be(flops, message):
 @pytest.mark.parametrize(("kind", "allocation"), [("top_k", "uniform"), ("level", "uniform"), ("level", "global")])
 def test_the_fewest_experts_that_keep_a_quality(kind, allocation):
     model, data = language_model(k=0.5), batches()
-    measure_reach(model, data, DYNAMIC, progress=False)
+    calibrate_thresholds_(model, data, DYNAMIC, progress=False)
     before = dict(model.config.moefication["selection"])
     whole = evaluate(model, data, [k / 24 for k in range(1, 25)], controls=[], selections=[kind], local_tokens=0,
                      allocations=[allocation], progress=False)  # fmt: skip
@@ -130,5 +130,5 @@ def test_one_verb_for_both_goals():
 
 
 def test_a_type_that_was_not_measured():
-    with pytest.raises(ValueError, match="measure_reach"):
+    with pytest.raises(ValueError, match="calibrate_thresholds_"):
         search(language_model(k=0.5), batches(), 1.1, selection={"type": "threshold"}, progress=False)

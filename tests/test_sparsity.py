@@ -12,7 +12,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.activations import ACT2FN
 
-from moefy_hf import MoEficationConfig, SparsityPenaltyCallback, find_sites, moefy_, profile, relufy_
+from moefy_hf import MoEficationConfig, SparsityPenaltyCallback, moefy_, profile, relufy_
+from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.training.sparsity import PENALTIES
 
 # ---- relufy_

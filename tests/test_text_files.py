@@ -11,7 +11,7 @@ from test_cli import number_tokenizer
 from tiny import VOCAB, convert, tiny_model
 from transformers import AutoTokenizer
 
-from moefy_hf import load_checkpoint
+from moefy_hf import load
 from moefy_hf.cli import common
 from moefy_hf.cli import convert as convert_command
 from moefy_hf.cli.main import main
@@ -54,7 +54,7 @@ def table(path: Path, rows=ROWS, encoding: str = "utf-8", columns=("text", "labe
 
 def test_a_table_that_excel_saved_is_read(classifier, tmp_path, capsys):
     plain, excel = (table(tmp_path / f"{name}.csv", encoding=name) for name in ("utf-8", "utf-8-sig"))
-    config = load_checkpoint(classifier).config
+    config = load(classifier).config
     assert read_labelled(str(plain), config) == read_labelled(str(excel), config)
     main(["sweep", str(classifier), "--data", str(excel), "--k", "0.5", "--controls"])
     assert "| own |" in capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_encoder_decoders_read_texts_with_both(name, tmp_path, capsys):
     main(["convert", str(folder), str(tmp_path / "moe"), *settings, "--force"])
     out = capsys.readouterr().out
     assert "predicted: agreement with dense" in out
-    model = load_checkpoint(tmp_path / "moe")
+    model = load(tmp_path / "moe")
     assert len(model.moe_sites()) == 4 and all(len(v) == 4 for v in [model.config.moefication["sensitivity"]["k"]])
 
 
@@ -186,7 +186,7 @@ def test_a_config_that_names_no_head_takes_one(tmp_path, capsys):
     assert "DebertaV2ForMaskedLM" in capsys.readouterr().out
     settings = ["--splitter", "random", "--router", "random", "--expert_size", "8", "--allocation", "uniform"]
     main(["convert", str(folder), str(tmp_path / "moe"), *settings, "--head", "AutoModelForMaskedLM"])
-    assert type(load_checkpoint(tmp_path / "moe")).__name__ == "MoefiedDebertaV2ForMaskedLM"
+    assert type(load(tmp_path / "moe")).__name__ == "MoefiedDebertaV2ForMaskedLM"
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -204,10 +204,10 @@ def test_a_processor_without_bfloat16_computes_in_float32_and_saves_bfloat16(nat
     settings = ["--data", str(tmp_path / "texts.txt"), "--expert_size", "8", "--k", "3", "--force"]
     main(["convert", str(folder), str(tmp_path / "moe"), *settings])
     assert computed == [torch.bfloat16 if native else torch.float32]
-    model = load_checkpoint(tmp_path / "moe")
+    model = load(tmp_path / "moe")
     for name, each in model.named_parameters():
         assert each.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
-    dense, loaded = load_checkpoint(folder), load_checkpoint(tmp_path / "moe")
+    dense, loaded = load(folder), load(tmp_path / "moe")
     loaded.set_selection(k=1.0)
     ids = AutoTokenizer.from_pretrained(folder)("5 6 7 8", return_tensors="pt")
     torch.testing.assert_close(loaded(**ids).logits, dense(**ids).logits, rtol=0.05, atol=0.05)
@@ -235,5 +235,5 @@ def test_pruning_saves_the_type_that_it_came_in(tmp_path, monkeypatch):
     folder = save(model, tmp_path / "moe")
     (tmp_path / "texts.txt").write_text(words())
     main(["prune", str(folder), str(tmp_path / "less"), "--count", "1", "--data", str(tmp_path / "texts.txt")])
-    for name, each in load_checkpoint(tmp_path / "less").named_parameters():
+    for name, each in load(tmp_path / "less").named_parameters():
         assert each.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name

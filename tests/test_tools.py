@@ -8,7 +8,7 @@ import transformers
 from tiny import VOCAB, convert, distance, run, tiny_inputs, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from moefy_hf import load_checkpoint
+from moefy_hf import load
 
 CAUSAL = "AutoModelForCausalLM"
 
@@ -98,7 +98,7 @@ def test_sentence_transformers_embeds(saved, tmp_path):
 def test_onnx_exports_with_dynamic_shapes(saved, tmp_path):
     import onnxruntime
 
-    model = load_checkpoint(saved("bert", "AutoModelForSequenceClassification")).eval()
+    model = load(saved("bert", "AutoModelForSequenceClassification")).eval()
     inputs, path = tiny_inputs("bert"), str(tmp_path / "model.onnx")
     axes = {name: {0: "rows", 1: "tokens"} for name in inputs}
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_bitsandbytes_quantises_linears_and_leaves_routers(bits, saved):
 def test_torchao_quantises_linears_and_leaves_routers(saved):
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    model = load_checkpoint(saved()).eval()
+    model = load(saved()).eval()
     expected = run(model, tiny_inputs("llama"))
     quantize_(model, Int8WeightOnlyConfig())
     assert type(model.moe_sites()[0].act.router.weight) is torch.nn.Parameter
@@ -173,7 +173,7 @@ def test_offloaded_layers_run(compensation, buffers, tmp_path):
     found = offloaded(tmp_path, offload_buffers=buffers)
     assert distance(run(found, tiny_inputs("llama")), run(model, tiny_inputs("llama"))) < 1e-5
     found.save_pretrained(tmp_path / "again")
-    again = load_checkpoint(tmp_path / "again")
+    again = load(tmp_path / "again")
     assert all(torch.equal(each, model.state_dict()[name]) for name, each in again.state_dict().items())
 
 

@@ -12,8 +12,9 @@ from tiny import convert, distance, run, tiny_inputs, tiny_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from moefy_hf import MoEficationConfig, evaluate, moefy_, permute_neurons_, profile
+from moefy_hf import MoEficationConfig, evaluate, moefy_, profile
 from moefy_hf.conversion import checks as convertible
+from moefy_hf.conversion.permute import permute_neurons_
 
 CAUSAL = "AutoModelForCausalLM"
 WHOLE_AROUND = convertible.whole_around  # which conftest.py replaces in each test

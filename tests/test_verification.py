@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY, convert, run, tiny_inputs, tiny_model
 
-from moefy_hf import verify
-from moefy_hf.hub.verify import VerificationError, example_inputs
+from moefy_hf.hub.verify import VerificationError, example_inputs, verify
 
 HEAD = "AutoModelForSequenceClassification"
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..errors import MoefyError
 from ..io import markdown
 from ..loading import MoefiedModel, check_moefied, routed
 from ..measure.contexts import evaluating, hooked
@@ -41,11 +42,11 @@ def labelled(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch.Te
     """Return logits (N, C) and labels (N,) of a batch.
 
     Raises:
-        ValueError: it has no labels.
+        MoefyError: it has no labels.
     """
     logits, labels = predictions(model, batch)
     if labels is None:
-        raise ValueError("ablation needs batches with labels")
+        raise MoefyError("ablation needs batches with labels")
     return logits.float(), labels
 
 
@@ -97,7 +98,7 @@ def measure_task(model: PreTrainedModel, batches: Batches) -> Task:
     """Run a model on a task.
 
     Raises:
-        ValueError: a batch has no labels.
+        MoefyError: a batch has no labels.
     """
     losses, hits = [], []
     for batch in batches:
@@ -130,7 +131,7 @@ def ablate(
         are not independent); `whole`, the loss and accuracy with all experts; `unit`, what the error is over; `table`.
 
     Raises:
-        ValueError: the model is not MoEfied, or batches can be read only once or have no labels.
+        MoefyError: the model is not MoEfied, or batches can be read only once or have no labels.
 
     Example:
         ranking = ablate(model, batches)["ranking"]
@@ -139,7 +140,7 @@ def ablate(
     model = check_moefied(model)
     tasks: dict[str, Batches] = {"task": batches} | ({} if other is None else {"other": other})
     if any(iter(data) is data for data in tasks.values()):
-        raise ValueError("ablate reads the batches more than once: give a list or a DataLoader, not an iterator")
+        raise MoefyError("ablate reads the batches more than once: give a list or a DataLoader, not an iterator")
     with evaluating(model):
         dense = {name: measure_task(model, data) for name, data in tasks.items()}
         effects = {name: estimated_effects(model, data) for name, data in tasks.items()}
@@ -202,12 +203,12 @@ def remove_together(
         "random: " and its name.
 
     Raises:
-        ValueError: the model is not MoEfied, a count is larger than the number of experts, or a batch has no labels.
+        MoefyError: the model is not MoEfied, a count is larger than the number of experts, or a batch has no labels.
     """
     model = check_moefied(model)
     counts = list(counts)
     if max(counts, default=0) > len(ranking):
-        raise ValueError(f"{max(counts)} experts to remove together are more than the {len(ranking)} of the ranking")
+        raise MoefyError(f"{max(counts)} experts to remove together are more than the {len(ranking)} of the ranking")
     generator = torch.Generator().manual_seed(seed)
     sizes = [routed(site).num_experts for site in model.moe_sites()]
     rows = []
@@ -232,14 +233,14 @@ def read_ablation(path: str | Path, *parts: str) -> dict[str, Any]:
         parts: keys that it must have: "ranking", "rows", and of the command's own "title" and "together".
 
     Raises:
-        ValueError: there is no such file, or it has not all parts.
+        MoefyError: there is no such file, or it has not all parts.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{path} is no file that moefy ablate wrote")
+        raise MoefyError(f"{path} is no file that moefy ablate wrote")
     ablation = json.loads(Path(path).read_text(encoding="utf-8"))
     missing = [part for part in parts if not isinstance(ablation, dict) or part not in ablation]
     if missing:
-        raise ValueError(f"{path} is not what moefy ablate writes: it has no {missing[0]!r}")
+        raise MoefyError(f"{path} is not what moefy ablate writes: it has no {missing[0]!r}")
     return ablation
 
 
@@ -256,15 +257,15 @@ def split_by_class(
         texts and labels of the "task", and of the "other".
 
     Raises:
-        ValueError: there is no such class, or no text of it, or none of another.
+        MoefyError: there is no such class, or no text of it, or none of another.
     """
     classes = {str(name): int(i) for i, name in (config.id2label or {}).items()}
     if topic not in classes:
-        raise ValueError(f"unknown class {topic!r}; choose from {', '.join(classes)}")
+        raise MoefyError(f"unknown class {topic!r}; choose from {', '.join(classes)}")
     rows = {
         "task": [i for i, label in enumerate(labels) if label == classes[topic]],
         "other": [i for i, label in enumerate(labels) if label != classes[topic]],
     }
     if not all(rows.values()):
-        raise ValueError(f"there must be texts of class {topic!r}, and of others")
+        raise MoefyError(f"there must be texts of class {topic!r}, and of others")
     return {name: ([texts[i] for i in part], [labels[i] for i in part]) for name, part in rows.items()}

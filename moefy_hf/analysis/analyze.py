@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import MoefyError
 from ..io import markdown, write_whole
 from ..loading import MoefiedModel, check_moefied, routed
 from ..modeling.section import Section
@@ -91,7 +92,7 @@ def analyze(
         seed: of the random split and the shuffled labels that are measured beside.
 
     Raises:
-        ValueError: the model is not MoEfied, is an encoder-decoder or selects all experts; or there is no text.
+        MoefyError: the model is not MoEfied, is an encoder-decoder or selects all experts; or there is no text.
 
     Example:
         stream = TextStream("reviews.csv", tokenizer, model.config)
@@ -99,11 +100,11 @@ def analyze(
     """
     model = check_moefied(model)
     if model.config.is_encoder_decoder:
-        raise ValueError("an encoder-decoder sees two texts at once; analyze takes models of one")
+        raise MoefyError("an encoder-decoder sees two texts at once; analyze takes models of one")
     if not 0 < rate < 1:
-        raise ValueError(f"the rate of false discoveries must lie between 0 and 1, got {rate}")
+        raise MoefyError(f"the rate of false discoveries must lie between 0 and 1, got {rate}")
     if all(routed(site).computes_all for site in model.moe_sites()):
-        raise ValueError("every layer computes all its experts: choose a budget first, model.set_selection(k=0.2)")
+        raise MoefyError("every layer computes all its experts: choose a budget first, model.set_selection(k=0.2)")
     survey = survey_texts(stream, model.config.vocab_size, len(label_names(model)) if stream.labelled else 1)
     words = survey.ids.argsort(descending=True, stable=True)[: min(WORDS, int((survey.ids > 0).sum()))]
     start = time.perf_counter()

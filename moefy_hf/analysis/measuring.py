@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import MoefyError
 from ..loading import MoefiedModel, routed
 from ..measure.contexts import all_experts
 from ..measure.hooks import run_with_hooks
@@ -48,7 +49,7 @@ def survey_texts(stream: TextStream, vocabulary: int, classes: int) -> Survey:
         vocabulary, classes: how many token ids and classes there are.
 
     Raises:
-        ValueError: there is no text.
+        MoefyError: there is no text.
     """
     survey = Survey(0, 0, torch.zeros(vocabulary, dtype=torch.int64), torch.zeros(classes, dtype=torch.int64))
     for ids, labels in stream.windows():
@@ -57,7 +58,7 @@ def survey_texts(stream: TextStream, vocabulary: int, classes: int) -> Survey:
         survey.ids += torch.bincount(flat, minlength=vocabulary)
         survey.classes += torch.bincount(torch.tensor(labels), minlength=classes)
     if not survey.tokens:
-        raise ValueError(f"{stream.path} holds no text")
+        raise MoefyError(f"{stream.path} holds no text")
     return survey
 
 
@@ -232,7 +233,7 @@ def measure_load(model: MoefiedModel, stream: TextStream) -> list[list[float]]:
     """Return for each routed FFN how many tokens its router sends to each expert as the model runs.
 
     Raises:
-        ValueError: there is no text.
+        MoefyError: there is no text.
     """
     sites = model.moe_sites()
     acts = [routed(site) for site in sites]
@@ -248,5 +249,5 @@ def measure_load(model: MoefiedModel, stream: TextStream) -> list[list[float]]:
             rows.pop("labels")
             run(rows)
     if not loads[0].sum():
-        raise ValueError(f"{stream.path} holds no text")
+        raise MoefyError(f"{stream.path} holds no text")
     return [load.tolist() for load in loads]

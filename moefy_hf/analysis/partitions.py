@@ -9,6 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 from transformers import PreTrainedModel
 
+from ..errors import MoefyError
 from ..loading import check_moefied, routed
 from ..modeling.ffn_sites import FfnSite
 
@@ -57,12 +58,12 @@ def compare_partitions(model: PreTrainedModel, other: PreTrainedModel, seed: int
         a row per FFN: `name`, `matched_cosine`, and the adjusted Rand indices `agreement` and `random`.
 
     Raises:
-        ValueError: a model is not MoEfied, or their FFNs have different sizes.
+        MoefyError: a model is not MoEfied, or their FFNs have different sizes.
     """
     left_sites, right_sites = (check_moefied(side).moe_sites() for side in (model, other))
     pairs = list(zip(left_sites, right_sites, strict=False))
     if len(left_sites) != len(right_sites) or any(a.sizes != b.sizes for a, b in pairs):
-        raise ValueError("the models have FFNs of different numbers or sizes: there is nothing to compare")
+        raise MoefyError("the models have FFNs of different numbers or sizes: there is nothing to compare")
     generator, rows = np.random.default_rng(seed), []
     for a, b in pairs:
         to, cosine = matched(rows_of(a), rows_of(b))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..errors import MoefyError
 from ..loading import MoefiedModel, check_moefied, routed
 from ..measure.router_inputs import inputs_from
 from ..modeling.ffn_sites import FfnSite, find_sites
@@ -35,7 +36,7 @@ def prune(model: PreTrainedModel, experts: Mapping[int, Iterable[int]]) -> PreTr
         experts: `{layer: [expert, ...]}`, as `least_used` and `least_needed` return it.
 
     Raises:
-        ValueError: the model is not MoEfied; not every FFN is routed, or has equally many experts to prune; an expert
+        MoefyError: the model is not MoEfied; not every FFN is routed, or has equally many experts to prune; an expert
             does not exist or is a shared one; the routers mix experts (`mlp`), or one for all layers would lose
             different ones; or the config does not say how wide the FFNs are; nothing is made then.
 
@@ -67,13 +68,13 @@ def check_prunable(model: PreTrainedModel, experts: Mapping[int, Iterable[int]])
     """Return the experts that stay in each layer, and the config with narrower FFNs.
 
     Raises:
-        ValueError: see `prune`.
+        MoefyError: see `prune`.
     """
     model = check_moefied(model)
     remaining, sites = remaining_experts(model, experts), model.moe_sites()
     for position, read in enumerate(inputs_from(sites)):
         if remaining[position] != remaining[read]:
-            raise ValueError(
+            raise MoefyError(
                 f"layers {read} and {position} have one router, which chooses the same of their experts: prune the "
                 "same in both"
             )
@@ -82,7 +83,7 @@ def check_prunable(model: PreTrainedModel, experts: Mapping[int, Iterable[int]])
         for param in router.parameters():
             if tuple(param.shape) != (router.num_experts, site.sizes[0]):
                 kind = type(router).__name__
-                raise ValueError(f"{site.name}: a {kind} mixes experts; prune a model whose router is linear")
+                raise MoefyError(f"{site.name}: a {kind} mixes experts; prune a model whose router is linear")
     return remaining, smaller_config(model, len(remaining[0]))
 
 
@@ -90,20 +91,20 @@ def remaining_experts(model: MoefiedModel, experts: Mapping[int, Iterable[int]])
     """Return the experts that stay in each layer, in order, when `experts` go.
 
     Raises:
-        ValueError: see `prune`.
+        MoefyError: see `prune`.
     """
     sites = model.moe_sites()
     sizes = [routed(site).num_experts for site in sites]
     if len(sites) < len(find_sites(model)):
-        raise ValueError("FFNs that are not routed keep their width, and one config gives all the same: convert all")
+        raise MoefyError("FFNs that are not routed keep their width, and one config gives all the same: convert all")
     if len({site.sizes[1] for site in sites}) > 1:
-        raise ValueError("FFNs of different widths cannot be pruned: convert with the same number of experts in all")
+        raise MoefyError("FFNs of different widths cannot be pruned: convert with the same number of experts in all")
     gone = {layer: set(pruned) for layer, pruned in experts.items()}
     if unknown := sorted(set(gone) - set(range(len(sites)))):
-        raise ValueError(f"there is no routed layer {unknown[0]!r}: choose from 0 to {len(sites) - 1}")
+        raise MoefyError(f"there is no routed layer {unknown[0]!r}: choose from 0 to {len(sites) - 1}")
     counts = [len(gone.get(layer, ())) for layer in range(len(sites))]
     if len(set(counts)) > 1:
-        raise ValueError(
+        raise MoefyError(
             f"layers would lose {', '.join(map(str, counts))} experts: an ordinary config has one width for all, so "
             "prune equally many in each"
         )
@@ -111,10 +112,10 @@ def remaining_experts(model: MoefiedModel, experts: Mapping[int, Iterable[int]])
     for layer, pruned in gone.items():
         last = sizes[layer] - 1
         if wrong := sorted(e for e in pruned if not (isinstance(e, int) and shared <= e <= last)):
-            raise ValueError(f"layer {layer} has no expert {wrong[0]!r} to prune: choose from {shared} to {last}")
+            raise MoefyError(f"layer {layer} has no expert {wrong[0]!r} to prune: choose from {shared} to {last}")
     least = max(shared + 1, 1)
     if sizes[0] - counts[0] < least:
-        raise ValueError(f"{counts[0]} of {sizes[0]} experts cannot go: at least {least} must be left")
+        raise MoefyError(f"{counts[0]} of {sizes[0]} experts cannot go: at least {least} must be left")
     return [[e for e in range(size) if e not in gone.get(layer, ())] for layer, size in enumerate(sizes)]
 
 
@@ -122,7 +123,7 @@ def smaller_config(model: MoefiedModel, experts: int) -> Any:
     """Return the model's config with FFNs of so many experts.
 
     Raises:
-        ValueError: its selection has a budget that was measured, or the config does not say how wide FFNs are.
+        MoefyError: its selection has a budget that was measured, or the config does not say how wide FFNs are.
     """
     sites = model.moe_sites()
     width, before = experts * routed(sites[0]).expert_size, sites[0].sizes[1]
@@ -135,7 +136,7 @@ def smaller_config(model: MoefiedModel, experts: int) -> Any:
         section.num_experts = experts
     section.forget(MEASURED_OF_EXPERTS)
     if section.selection["type"] != "top_k" and "k" in section.selection:
-        raise ValueError("a budget that was measured with all experts cannot be kept: set the selection's own setting")
+        raise MoefyError("a budget that was measured with all experts cannot be kept: set the selection's own setting")
     if section.selection["type"] == "top_k":
         ks = [min(int(k), experts) for site in sites if (k := routed(site).k) is not None]
         same = len(set(ks)) == 1
@@ -143,7 +144,7 @@ def smaller_config(model: MoefiedModel, experts: int) -> Any:
     with torch.device("meta"):
         widths = {site.sizes[1] for site in find_sites(type(model)(copy.deepcopy(config)))}
     if widths != {width}:
-        raise ValueError(
+        raise MoefyError(
             f"the config of model type {config.model_type!r} does not decide the width of its FFNs by "
             f"{', '.join(WIDTHS)}: it cannot be pruned"
         )
@@ -172,14 +173,14 @@ def check_count(model: PreTrainedModel, count: int) -> None:
     """Check that so many experts of every layer can be pruned, whichever they are.
 
     Raises:
-        ValueError: see `prune`.
+        MoefyError: see `prune`.
     """
     model = check_moefied(model)
     sizes = [routed(site).num_experts for site in model.moe_sites()]
     shared = routed(model.moe_sites()[0]).shared
     most = min(sizes) - shared - 1
     if not 1 <= count <= most:
-        raise ValueError(f"{count} experts cannot be pruned: choose 1 to {most} experts of each layer")
+        raise MoefyError(f"{count} experts cannot be pruned: choose 1 to {most} experts of each layer")
     check_prunable(model, {layer: range(shared, shared + count) for layer in range(len(sizes))})
 
 
@@ -203,12 +204,12 @@ def least_needed(model: PreTrainedModel, ranking: Iterable[Sequence[int]], count
         ranking: (layer, expert) of all experts, the most needed first, as `ablate` returns it.
 
     Raises:
-        ValueError: the model is not MoEfied, or has other experts than those that are ranked.
+        MoefyError: the model is not MoEfied, or has other experts than those that are ranked.
     """
     sites = check_moefied(model).moe_sites()
     sizes = [routed(site).num_experts for site in sites]
     places = {(int(layer), int(expert)): -place for place, (layer, expert) in enumerate(ranking)}
     if places.keys() != {(layer, e) for layer, size in enumerate(sizes) for e in range(size)}:
-        raise ValueError(f"the ranking ranks other experts than those {sum(sizes)} that the model has")
+        raise MoefyError(f"the ranking ranks other experts than those {sum(sizes)} that the model has")
     loads = [[float(places[layer, e]) for e in range(size)] for layer, size in enumerate(sizes)]
     return least_used(loads, count, routed(sites[0]).shared)

@@ -27,7 +27,7 @@ class TextStream:
         limit: tokens after which no new window is begun.
 
     Raises:
-        ValueError: no such file or columns; while reading, a label that the model does not have.
+        MoefyError: no such file or columns; while reading, a label that the model does not have.
     """
 
     def __init__(

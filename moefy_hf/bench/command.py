@@ -5,6 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from ..errors import MoefyError
 from ..evaluation.plots import plot_bench
 from ..io import check_files, write_whole
 from .ffns import TOKENS, bench_ffns
@@ -19,19 +20,19 @@ def run_bench(args: Namespace) -> dict[str, Any]:
     """Time whole models with `--generate` or `--batches`, else FFNs.
 
     Raises:
-        ValueError: arguments that do not go together, or as `Settings`.
+        MoefyError: arguments that do not go together, or as `Settings`.
     """
     check_files(*args.output, plot=args.plot)
     for path in args.output:
         if Path(path).suffix not in FIGURES:
-            raise ValueError(f"--output writes {' or '.join(FIGURES)}, got {path}")
+            raise MoefyError(f"--output writes {' or '.join(FIGURES)}, got {path}")
     whole = args.generate or args.batches
     ffns_only = {"tokens": args.tokens, "weights": args.weights, "nonzero": args.nonzero, "plot": args.plot}
     for name, value in ffns_only.items() if whole else ():
         if value is not None:
-            raise ValueError(f"--{name} is for FFNs alone: leave out --generate and --batches")
+            raise MoefyError(f"--{name} is for FFNs alone: leave out --generate and --batches")
     if args.generate and args.generate[1] < 1:
-        raise ValueError(f"--generate at least one token, not {args.generate[1]}")
+        raise MoefyError(f"--generate at least one token, not {args.generate[1]}")
     settings = Settings(
         preset=args.preset or (None if args.model else "t5-base"),
         checkpoint=args.model,

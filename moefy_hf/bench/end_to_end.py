@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time the models, and return a row per implementation.
 
     Raises:
-        ValueError: the checkpoint is not MoEfied, or the texts cannot be read.
+        MoefyError: the checkpoint is not MoEfied, or the texts cannot be read.
     """
     texts = read_lines(args.texts)
     names = ("masked", "cpu", "auto")

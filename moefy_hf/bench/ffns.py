@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..errors import MoefyError
 from ..loading import routed
 from ..modeling.routed_activation import RoutedActivation
 from ..runtime.torch_rows import FEW_TOKENS
@@ -56,14 +57,14 @@ def bench_ffns(
         machine's measured best, over the method's time; `bound`: which of them it is.
 
     Raises:
-        ValueError: settings that the FFNs do not fit.
+        MoefyError: settings that the FFNs do not fit.
     """
     if not tokens or min(tokens) < 1:
-        raise ValueError(f"tokens must be positive, got {', '.join(map(str, tokens))}")
+        raise MoefyError(f"tokens must be positive, got {', '.join(map(str, tokens))}")
     if "auto" in settings.implementations:
-        raise ValueError("implementation 'auto' is for whole models: it chooses among the others call by call")
+        raise MoefyError("implementation 'auto' is for whole models: it chooses among the others call by call")
     if nonzero is not None and (settings.preset is None or not 0 < nonzero <= 0.5):
-        raise ValueError(f"nonzero must lie in (0, 0.5] and is for presets, got {nonzero} for {settings.source}")
+        raise MoefyError(f"nonzero must lie in (0, 0.5] and is for presets, got {nonzero} for {settings.source}")
     with torch.no_grad(), threads_set(settings.threads):
         least = COLD_BYTES if cold else 0
         layers = preset_layers(settings, least, nonzero) if settings.preset else checkpoint_layers(settings, least)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from moefy_ffn import MoeFfn
 from torch import nn
 
-from ..loading import MoefiedModel, check_moefied, load_checkpoint, routed
+from ..errors import MoefyError
+from ..loading import MoefiedModel, check_moefied, load, routed
 from ..measure.router_inputs import run_alone
 from ..modeling.ffn_sites import FfnSite, FfnWeights
 from ..modeling.moefied import is_moefied
@@ -54,13 +55,13 @@ def preset_layers(settings: Settings, least_bytes: int, nonzero: float | None) -
         nonzero: biases that leave at most this share of ReLU's neurons non-zero.
 
     Raises:
-        ValueError: an expert size that does not divide the FFN, or `nonzero` where neurons are never zero.
+        MoefyError: an expert size that does not divide the FFN, or `nonzero` where neurons are never zero.
     """
     config = preset_config(settings.source, settings.moefication().section())
     (template, *_) = check_moefied(shape_of(config)).moe_sites()
     name = ACTIVATIONS[type(routed(template).inner).__name__]
     if nonzero is not None and (name != "relu" or template.gate is not None):
-        raise ValueError(f"nonzero={nonzero} wants an FFN of ReLU: that of {settings.preset} has {name}")
+        raise MoefyError(f"nonzero={nonzero} wants an FFN of ReLU: that of {settings.preset} has {name}")
     dtype, generator = DTYPES[settings.dtype], torch.Generator().manual_seed(0)
     layers: list[Layer] = []
     made = 0  # bytes
@@ -84,7 +85,7 @@ def checkpoint_layers(settings: Settings, least_bytes: int) -> list[Layer]:
     `least_bytes`.
 
     Raises:
-        ValueError: as `load_moefied`.
+        MoefyError: as `load_moefied`.
     """
     sites = load_moefied(settings).moe_sites()
     layers, made = list[Layer](), 0
@@ -99,14 +100,14 @@ def load_moefied(settings: Settings) -> MoefiedModel:
     """Load the checkpoint that is timed, at the budget that is timed.
 
     Raises:
-        ValueError: the checkpoint is not MoEfied, or its FFNs cannot run alone.
+        MoefyError: the checkpoint is not MoEfied, or its FFNs cannot run alone.
     """
-    loaded = load_checkpoint(settings.source, dtype=DTYPES[settings.dtype]).eval()
+    loaded = load(settings.source, dtype=DTYPES[settings.dtype]).eval()
     if not is_moefied(loaded):
-        raise ValueError(f"{settings.source} is not MoEfied: moefy convert makes a checkpoint that is")
+        raise MoefyError(f"{settings.source} is not MoEfied: moefy convert makes a checkpoint that is")
     model = check_moefied(loaded)
     if not run_alone(model.moe_sites()):
-        raise ValueError(
+        raise MoefyError(
             f"the FFNs of {settings.source} have one router for all layers, so that none runs alone: measure the "
             "whole model"
         )
@@ -124,11 +125,11 @@ def layer_of(site: FfnSite) -> Layer:
     """Return an FFN as all methods want it.
 
     Raises:
-        ValueError: the sparse implementations cannot run it.
+        MoefyError: the sparse implementations cannot run it.
     """
     reason = misfit(site, CpuKernel)
     if reason is not None:
-        raise ValueError(f"no sparse implementation can run {site.name}: {reason}")
+        raise MoefyError(f"no sparse implementation can run {site.name}: {reason}")
     changed = {id(linear.weight) for linear in SparseFfn(CpuKernel(site)).transposed()}
     shared = [param for param in site.owner.parameters() if id(param) not in changed]
     compiled = copy_of(site, shared)

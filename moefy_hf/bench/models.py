@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..conversion.convert import moefy_
+from ..errors import MoefyError
 from ..loading import MoefiedModel, check_moefied, checkpoint_class
 from ..measure.contexts import hooked
 from ..modeling.section import Section
@@ -39,10 +40,10 @@ def bench_model(
         `settings`, `hardware` and `rows`; `ratio` and `spread` as in `bench_ffns`.
 
     Raises:
-        ValueError: a number out of range, or a model that the settings do not fit.
+        MoefyError: a number out of range, or a model that the settings do not fit.
     """
     if min(batch, length) < 1 or new_tokens < 0:
-        raise ValueError(f"batch, length and new tokens must be positive, got {batch}, {length}, {new_tokens}")
+        raise MoefyError(f"batch, length and new tokens must be positive, got {batch}, {length}, {new_tokens}")
     with torch.no_grad(), threads_set(settings.threads):
         if settings.preset:
             config = preset_config(settings.source, settings.moefication().section())
@@ -96,7 +97,7 @@ def checkpoint_models(settings: Settings) -> tuple[PreTrainedModel, MoefiedModel
     """Return a checkpoint as the stock class loads it, and routed.
 
     Raises:
-        ValueError: as `load_moefied`.
+        MoefyError: as `load_moefied`.
     """
     model = load_moefied(settings)
     return model.stock_class().from_pretrained(settings.checkpoint, dtype=DTYPES[settings.dtype]).eval(), model
@@ -106,13 +107,13 @@ def check_length(model: PreTrainedModel, length: int, new_tokens: int) -> None:
     """Check that a model takes texts of `length` tokens, and can generate `new_tokens` more.
 
     Raises:
-        ValueError: it does not.
+        MoefyError: it does not.
     """
     if new_tokens and not model.can_generate():
-        raise ValueError(f"{model._get_name()} is no language model: it generates nothing")
+        raise MoefyError(f"{model._get_name()} is no language model: it generates nothing")
     positions = getattr(model.config, "max_position_embeddings", None)  # T5 has none
     if positions is not None and length + new_tokens > positions:
-        raise ValueError(f"{length} and {new_tokens} new tokens are more than the {positions} positions of the model")
+        raise MoefyError(f"{length} and {new_tokens} new tokens are more than the {positions} positions of the model")
 
 
 def variants(model: MoefiedModel, names: Iterable[str]) -> dict[str, MoefiedModel]:

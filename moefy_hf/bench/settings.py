@@ -9,6 +9,7 @@ from moefy_ffn import BuildError
 from moefy_ffn.build import library
 
 from ..config import MoEficationConfig
+from ..errors import MoefyError
 from ..modeling.routers import ROUTERS
 from .presets import PRESETS
 
@@ -38,7 +39,7 @@ class Settings:
         implementations: that are timed beside dense, of `WHOLE`.
 
     Raises:
-        ValueError: an unknown name, a number out of range, or what needs the C++ kernel without a compiler.
+        MoefyError: an unknown name, a number out of range, or what needs the C++ kernel without a compiler.
     """
 
     preset: str | None = None
@@ -54,9 +55,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if (self.preset is None) == (self.checkpoint is None):
-            raise ValueError(f"give a preset ({', '.join(PRESETS)}) or a MoEfied checkpoint")
+            raise MoefyError(f"give a preset ({', '.join(PRESETS)}) or a MoEfied checkpoint")
         if self.checkpoint is not None and (self.expert_size is not None or self.router is not None):
-            raise ValueError(f"expert sizes and routers are for presets: {self.checkpoint} has its own")
+            raise MoefyError(f"expert sizes and routers are for presets: {self.checkpoint} has its own")
         known: dict[str, tuple[Iterable[str | None], Collection[str]]] = {
             "preset": ([self.preset], PRESETS),
             "router": ([self.router], BENCH_ROUTERS),
@@ -66,17 +67,17 @@ class Settings:
         for what, (names, registry) in known.items():
             for name in names:
                 if name is not None and name not in registry:
-                    raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(registry)}")
+                    raise MoefyError(f"unknown {what} {name!r}; choose from {', '.join(registry)}")
         if self.share is not None and not 0 < self.share <= 1:
-            raise ValueError(f"share must lie in (0, 1], got {self.share}")
+            raise MoefyError(f"share must lie in (0, 1], got {self.share}")
         for name in ("threads", "rounds", "seconds"):
             if vars(self)[name] <= 0:
-                raise ValueError(f"{name} must be positive, got {vars(self)[name]}")
+                raise MoefyError(f"{name} must be positive, got {vars(self)[name]}")
         if "cpu" in self.implementations:
             try:
                 library()
             except BuildError as error:
-                raise ValueError(f"the kernel of implementation 'cpu' cannot be made here: {error}") from error
+                raise MoefyError(f"the kernel of implementation 'cpu' cannot be made here: {error}") from error
 
     @property
     def source(self) -> str:

@@ -16,10 +16,11 @@ from ..analysis.measuring import measure_load
 from ..analysis.pruning import check_count, least_needed, least_used, prune
 from ..arguments import positive, share_or_count
 from ..data import TextBatches, longest_text, read_labelled, read_texts
+from ..errors import MoefyError
 from ..hub.facts import add_facts, read_facts
 from ..hub.push import add_license
 from ..io import check_files, markdown, write_whole, written_whole
-from ..loading import load_checkpoint, routed
+from ..loading import load, routed
 from ..measure.metrics import is_causal
 from ..modeling.section import Section
 from .common import (
@@ -46,13 +47,13 @@ def stream_of(args: Namespace, model: PreTrainedModel) -> TextStream:
 
 def analyze_model(args: Namespace) -> dict[str, Any]:
     if find_spec("plotly") is None:
-        raise ValueError("the report needs plotly: pip install 'moefy-hf[report]'")
+        raise MoefyError("the report needs plotly: pip install 'moefy-hf[report]'")
     output = Path(args.output)
     if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file: name a folder for the report")
+        raise MoefyError(f"{output} is a file: name a folder for the report")
     removal = read_ablation(args.removal, "title", "together") if args.removal else None
     model = load_moefied(args)
-    other = load_checkpoint(args.compare, head=args.head, dtype=args.dtype) if args.compare else None
+    other = load(args.compare, head=args.head, dtype=args.dtype) if args.compare else None
     partitions = compare_partitions(model, other, args.seed) if other is not None else None
     found = analyze(model, load_tokenizer(args), stream_of(args, model), rate=args.rate, seed=args.seed)
     facts = add_facts(args.model, analysis=found.summary()) if Path(args.model).is_dir() else {}
@@ -68,16 +69,16 @@ def analyze_model(args: Namespace) -> dict[str, Any]:
 
 def ablate_model(args: Namespace) -> dict[str, Any]:
     if args.topic and args.other:
-        raise ValueError("--topic splits --data into a class and the others: leave out --other")
+        raise MoefyError("--topic splits --data into a class and the others: leave out --other")
     if args.test and not args.together or args.other_test and not (args.test and args.other):
-        raise ValueError("--test is for --together, and --other_test is that of --other")
+        raise MoefyError("--test is for --together, and --other_test is that of --other")
     check_files(args.output, plot=None)
     model = load_moefied(args)
     tasks = tasks_of(args, model, args.data, args.other)
     held_out = tasks_of(args, model, args.test, args.other_test) if args.test else tasks
     experts = sum(site.act.num_experts for site in model.moe_sites())
     if max(args.together or [1]) > experts:
-        raise ValueError(f"--together {max(args.together)} is more than the {experts} experts that the model has")
+        raise MoefyError(f"--together {max(args.together)} is more than the {experts} experts that the model has")
     found = ablate(model, tasks["task"], tasks.get("other"), measured=args.measure)
     found["title"] = f"Without what {args.topic!r} needs" if args.topic else "Without what the task needs"
     if args.together:
@@ -100,7 +101,7 @@ def tasks_of(args: Namespace, model: PreTrainedModel, path: str, other: str | No
 
     if is_causal(model):
         if args.topic:
-            raise ValueError("a language model has no classes: leave out --topic")
+            raise MoefyError("a language model has no classes: leave out --topic")
         files = {"task": path} | ({"other": other} if other else {})
         return {name: batches(read_texts(file), "next") for name, file in files.items()}
     texts, labels = read_labelled(path, model.config)
@@ -113,7 +114,7 @@ def tasks_of(args: Namespace, model: PreTrainedModel, path: str, other: str | No
 def prune_model(args: Namespace) -> dict[str, Any]:
     output = new_folder(args.output)
     if bool(args.ranking) == bool(args.data):
-        raise ValueError("give --ranking (what moefy ablate wrote) or --data (the experts that it uses least go)")
+        raise MoefyError("give --ranking (what moefy ablate wrote) or --data (the experts that it uses least go)")
     ranking = read_ablation(args.ranking, "ranking")["ranking"] if args.ranking else None
     model = load_moefied(args)
     check_count(model, args.count)

@@ -14,8 +14,9 @@ from transformers.utils import logging
 
 from ..arguments import positive
 from ..data import TextBatches, decoder_start_of, longest_text
+from ..errors import MoefyError
 from ..hub.card import moefied_config
-from ..loading import MoefiedModel, check_moefied, load_checkpoint
+from ..loading import MoefiedModel, check_moefied, load
 from ..modeling.moefied import is_moefied
 
 logger = logging.get_logger("moefy_hf")
@@ -55,17 +56,17 @@ def show_output(result: dict[str, Any]) -> str:
 def new_folder(path: str) -> Path:
     """
     Raises:
-        ValueError: there is something at this path.
+        MoefyError: there is something at this path.
     """
     if Path(path).exists():
-        raise ValueError(f"{path} exists: choose another OUTPUT")
+        raise MoefyError(f"{path} exists: choose another OUTPUT")
     return Path(path)
 
 
 def load_model(args: Namespace) -> PreTrainedModel:
     """Load MODEL on the accelerator, where there is one; in float32 where the processor knows no bfloat16."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    model = load_checkpoint(args.model, args.revision, head=args.head, dtype=args.dtype)
+    model = load(args.model, args.revision, head=args.head, dtype=args.dtype)
     if device is not None:
         return model.to(device)  # type: ignore[arg-type]
     if args.dtype == "auto" and model.dtype == torch.bfloat16 and not computes_bfloat16():
@@ -78,7 +79,7 @@ def load_moefied(args: Namespace) -> MoefiedModel:
     """Load MODEL at the budget --k.
 
     Raises:
-        ValueError: it is dense.
+        MoefyError: it is dense.
     """
     model = check_is_moefied(args, load_model(args))
     if args.k is not None:
@@ -89,10 +90,10 @@ def load_moefied(args: Namespace) -> MoefiedModel:
 def check_is_moefied(args: Namespace, model: PreTrainedModel) -> MoefiedModel:
     """
     Raises:
-        ValueError: MODEL is dense.
+        MoefyError: MODEL is dense.
     """
     if not is_moefied(model):
-        raise ValueError(f"{args.model} is not MoEfied: moefy convert makes a checkpoint that is")
+        raise MoefyError(f"{args.model} is not MoEfied: moefy convert makes a checkpoint that is")
     return check_moefied(model)
 
 
@@ -121,10 +122,10 @@ def text_batches(
     """Make batches of texts as this model reads them.
 
     Raises:
-        ValueError: it reads none.
+        MoefyError: it reads none.
     """
     if model.main_input_name != "input_ids":
-        raise ValueError(
+        raise MoefyError(
             f"a {model._get_name()} reads {model.main_input_name}, not texts: use moefy_hf in Python, or a recipe"
         )
     return TextBatches(

@@ -14,6 +14,7 @@ from ..config import SETTINGS, MoEficationConfig
 from ..conversion.checks import check_convertible
 from ..conversion.convert import moefy_
 from ..data import TextBatches, read_texts, split_off
+from ..errors import MoefyError
 from ..evaluation.quality_check import QualityCheck, check_quality
 from ..hub.facts import add_facts
 from ..hub.push import add_license
@@ -68,7 +69,7 @@ def convert(args: Namespace) -> dict[str, Any]:
     report = moefy_(model, config, batches)
     check, line = check_of(model, held_out)
     if check is not None and check.degenerate and not args.force:
-        raise ValueError(f"{check.message()}; nothing was written (--force writes it all the same)")
+        raise MoefyError(f"{check.message()}; nothing was written (--force writes it all the same)")
     with written_whole(output) as folder:
         save_beside(args, model, folder)
         calibration = Path(args.data).name if texts else None

@@ -8,7 +8,7 @@ from ..arguments import share_or_count
 from ..conversion.adapters import permute_adapter
 from ..exporters.export import export
 from ..exporters.formats import EXPORT_FORMATS
-from ..loading import load_checkpoint
+from ..loading import load
 from ..modeling.moefied import is_moefied
 from .common import NEW_FOLDER, load_tokenizer, new_folder, of_model, show_output
 
@@ -29,7 +29,7 @@ def add_adapter(command: argparse.ArgumentParser) -> None:
 def export_model(args: Namespace) -> dict[str, Any]:
     output = new_folder(args.output)
     # on the CPU, where it is written from
-    model = load_checkpoint(args.model, args.revision, head=args.head, dtype=args.dtype)
+    model = load(args.model, args.revision, head=args.head, dtype=args.dtype)
     if args.k is not None and is_moefied(model):
         model.set_selection(k=args.k, allocation="uniform")
     try:
@@ -41,5 +41,5 @@ def export_model(args: Namespace) -> dict[str, Any]:
 
 def permuted_adapter(args: Namespace) -> dict[str, Any]:
     output = new_folder(args.output)
-    model = load_checkpoint(args.model, args.revision, head=args.head, dtype=args.dtype)
+    model = load(args.model, args.revision, head=args.head, dtype=args.dtype)
     return {"output": str(permute_adapter(args.adapter, model, output))}

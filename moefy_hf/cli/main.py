@@ -5,6 +5,8 @@ import importlib
 import json
 import sys
 
+from ..errors import MoefyError
+
 COMMANDS = {  # in the order of work: where its arguments are, which take torch and seconds to import; what it does
     "inspect": ("inspect_model:add_arguments", "What can be MoEfied in a model: its FFNs, and the sizes of experts."),
     "profile": ("profile_model:add_arguments", "How sparse a model's FFNs are on texts, layer by layer."),
@@ -62,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser(arguments).parse_args(arguments)
     try:
         result = args.run(args)
-    except (ValueError, OSError) as error:  # what users can mend; anything else is a bug and shows its traceback
+    except (MoefyError, OSError) as error:  # what users can mend; anything else is a bug and shows its traceback
         print(f"moefy {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     print(json.dumps(result, indent=1) if args.json else args.show(result))

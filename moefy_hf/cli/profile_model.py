@@ -8,6 +8,7 @@ from typing import Any
 from ..arguments import positive
 from ..config import MoEficationConfig
 from ..data import read_texts
+from ..errors import MoefyError
 from ..measure.metrics import is_causal
 from ..measure.profile import profile
 from ..measure.sparsity import cett_curves, describe_ffn, ppl_activation, profile_table
@@ -32,12 +33,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def profile_model(args: Namespace) -> dict[str, Any]:
     if args.ppl is not None and not args.ppl > 0:
-        raise ValueError(f"--ppl is a growth in percent, more than 0: got {args.ppl}")
+        raise MoefyError(f"--ppl is a growth in percent, more than 0: got {args.ppl}")
     texts = read_texts(args.data)
     model, tokenizer = load_model(args), load_tokenizer(args)
     batches = text_batches(args, model, tokenizer, texts)
     if args.ppl is not None and not is_causal(model):
-        raise ValueError(f"--ppl needs a language model, whose labels are the texts; {model._get_name()} is none")
+        raise MoefyError(f"--ppl needs a language model, whose labels are the texts; {model._get_name()} is none")
     with profile(model, batches, max_tokens=args.calibration_tokens, sample=False) as measured:
         first = measured.batches
     curves = cett_curves(model, first)

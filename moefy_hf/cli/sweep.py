@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..arguments import share_or_count
-from ..conversion.thresholds import measure_reach
+from ..conversion.thresholds import calibrate_thresholds_
 from ..data import TextBatches, read_labelled, read_texts
+from ..errors import MoefyError
 from ..evaluation.controls import BASELINES, CONTROLS, check_control
 from ..evaluation.search import search, share_within
 from ..evaluation.sweep import Sweep, evaluate
@@ -64,8 +65,8 @@ def sweep(args: Namespace) -> dict[str, Any]:
     kinds = args.selections or [selection["type"] if budgeted else selection]
     missing = [kind for kind in kinds if setting_name(kind) and kind not in known]  # of types, not of thresholds
     if missing and others is None:
-        raise ValueError(f"what {', '.join(missing)} compute is measured on other texts: give --calibration")
-    measure_reach(model, others or [], missing)
+        raise MoefyError(f"what {', '.join(missing)} compute is measured on other texts: give --calibration")
+    calibrate_thresholds_(model, others or [], missing)
     if args.quality is not None:
         return searched(args, model, batches, kinds)
     shares = [share_within(model, flops) for flops in args.flops] if args.flops else args.k
@@ -82,13 +83,13 @@ def check_arguments(args: Namespace) -> None:
         check_control(control)
     check_files(args.output, plot=args.plot)
     if not args.calibration and set(args.controls) & set(BASELINES):
-        raise ValueError(f"{', '.join(BASELINES)} set thresholds on other texts: give --calibration")
+        raise MoefyError(f"{', '.join(BASELINES)} set thresholds on other texts: give --calibration")
 
 
 def check_model(args: Namespace, model: PreTrainedModel) -> None:
     check_is_moefied(args, model)
     if model.config.is_encoder_decoder and not model._get_name().endswith("Classification"):
-        raise ValueError(
+        raise MoefyError(
             "texts alone are no data for an encoder-decoder: use moefy_hf.evaluate on batches with labels"
         )
 

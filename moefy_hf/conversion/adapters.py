@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import MoefyError
 from ..io import written_whole
 from ..loading import check_moefied
 from ..modeling.adapters import ffn_linears, is_of_moefied
@@ -46,17 +47,17 @@ def permute_adapter_(model: PeftModel, adapter_name: str = "default") -> None:
         adapter_name: of the adapter.
 
     Raises:
-        ValueError: the model is not MoEfied, has no such adapter or one that fits already, does not know the order its
+        MoefyError: the model is not MoEfied, has no such adapter or one that fits already, does not know the order its
             neurons had (it was converted by an older version), or the adapter mixes neurons (VeRA, OFT, LoKr on an
             FFN): merge that into the dense model before conversion. Nothing is changed then.
 
     Example:
-        >>> model = PeftModel.from_pretrained(load_checkpoint("my-moe"), "my-lora")
+        >>> model = PeftModel.from_pretrained(load("my-moe"), "my-lora")
         >>> permute_adapter_(model)
     """
     if not isinstance(model, PeftModel) or adapter_name not in model.peft_config:
         has = ", ".join(model.peft_config) if isinstance(model, PeftModel) else "none that PeftModel has loaded"
-        raise ValueError(
+        raise MoefyError(
             f"the model has no adapter {adapter_name!r}; it has: {has} (moefy permute-adapter takes files)"
         )
     base: Any = model.get_base_model()
@@ -70,11 +71,11 @@ def permute_adapter(adapter: str | Path, model: PreTrainedModel, output_dir: str
     """The same for an adapter's checkpoint (a folder, or a Hub id): write one that fits the MoEfied model.
 
     Raises:
-        ValueError: see `permute_adapter_`; or `output_dir` exists.
+        MoefyError: see `permute_adapter_`; or `output_dir` exists.
     """
     output_dir = Path(output_dir)
     if output_dir.exists():
-        raise ValueError(f"{output_dir} exists: choose another output_dir")
+        raise MoefyError(f"{output_dir} exists: choose another output_dir")
     config = PeftConfig.from_pretrained(str(adapter))
     check_of_dense(config, model)
     permuted = permuted_adapter(load_peft_weights(str(adapter), device="cpu"), model)
@@ -90,11 +91,11 @@ def permute_adapter(adapter: str | Path, model: PreTrainedModel, output_dir: str
 def check_of_dense(config: PeftConfig, model: Any) -> None:
     """
     Raises:
-        ValueError: the model is dense, or the adapter was trained on the MoEfied model, or is permuted already.
+        MoefyError: the model is dense, or the adapter was trained on the MoEfied model, or is permuted already.
     """
     check_moefied(model)
     if is_of_moefied(config, model):
-        raise ValueError(
+        raise MoefyError(
             f"this adapter was trained on, or permuted for, {config.base_model_name_or_path!r}, a MoEfied model: it "
             "fits as it is"
         )
@@ -104,7 +105,7 @@ def permuted_adapter(state: dict[str, torch.Tensor], model: PreTrainedModel) -> 
     """An adapter's tensors, by the names that peft saves them under, in the order of a MoEfied model's neurons.
 
     Raises:
-        ValueError: see `permute_adapter_`.
+        MoefyError: see `permute_adapter_`.
     """
     found = dict(state)
     for site in model.moe_sites():
@@ -121,7 +122,7 @@ def in_order(site: FfnSite, part: str, name: str, tensor: torch.Tensor) -> torch
     if kind.startswith("lora_magnitude_vector"):
         kind = "lora_magnitude_vector"
     if kind not in DIMENSIONS:
-        raise ValueError(
+        raise MoefyError(
             f"{name} of {site.name} mixes neurons, or is not known here, and cannot be permuted: merge this adapter "
             "into the dense model (merge_and_unload), and convert that"
         )
@@ -135,7 +136,7 @@ def in_order(site: FfnSite, part: str, name: str, tensor: torch.Tensor) -> torch
     blocks = site.spec.parts if part == "up" else 1
     width = tensor.shape[dim] // blocks
     if tensor.shape[dim] % blocks or int(order.max()) >= width:
-        raise ValueError(
+        raise MoefyError(
             f"{name} of {site.name} has shape {tuple(tensor.shape)}, too few for neurons up to {int(order.max())}: "
             "this adapter is of another model"
         )
@@ -146,7 +147,7 @@ def order_of(site: FfnSite) -> torch.Tensor:
     """(f,) the position that each neuron had in the dense model."""
     order = getattr(site.act, "neuron_order", None)
     if order is None or int(order.min()) < 0:
-        raise ValueError(
+        raise MoefyError(
             f"{site.name}: this checkpoint does not know the order of neurons in its dense model, as an older version "
             "converted it: merge the adapter into the dense model, and convert that; or convert it again"
         )

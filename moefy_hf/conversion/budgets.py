@@ -9,6 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..errors import MoefyError
 from ..loading import check_moefied
 from ..measure.contexts import all_experts, evaluating
 from ..measure.metrics import Quality, predictions
@@ -52,7 +53,7 @@ def measure_sensitivity(
                 site.act.selection = everything
             bar.update()
     if positions == 0:
-        raise ValueError("sensitivity cannot be measured: no batch, or none with a position that counts, was given")
+        raise MoefyError("sensitivity cannot be measured: no batch, or none with a position that counts, was given")
     losses = [[found.divergence / found.count for found in layer[:-1]] + [0.0] for layer in quality]
     return {"k": grids, "loss": losses}
 
@@ -67,7 +68,7 @@ MEASURES: dict[str, Callable[..., dict[str, Any]]] = {"sensitivity": measure_sen
 COMPARING_PREDICTIONS = ("sensitivity",)  # those that need a head
 
 
-def allocate_budgets(
+def allocate_budgets_(
     model: PreTrainedModel,
     data: Iterable[Mapping[str, Any]],
     share: int | float = 0.2,
@@ -90,12 +91,12 @@ def allocate_budgets(
         k of each routed layer.
 
     Raises:
-        ValueError: the model is not MoEfied, `share` is out of range, `data` is empty, or `allocation` is none that is
+        MoefyError: the model is not MoEfied, `share` is out of range, `data` is empty, or `allocation` is none that is
             measured (the valid ones are listed).
     """
     check_moefied(model)
     if allocation not in MEASURES:
-        raise ValueError(f"allocation {allocation!r} measures nothing; choose from {', '.join(MEASURES)}")
+        raise MoefyError(f"allocation {allocation!r} measures nothing; choose from {', '.join(MEASURES)}")
     for site in model.moe_sites():  # finds a bad share before the work
         count_experts(share, site.act.num_experts, site.act.shared)
     Section(model.config).set_measured(allocation, MEASURES[allocation](model, data, progress=progress))

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..config import AUTO, MoEficationConfig
 from ..conversion.permute import check_plain
+from ..errors import MoefyError
 from ..loading import moefied_class
 from ..measure.metrics import OVERFLOW, is_adapted, predictions, usable
 from ..measure.profile import ModelProfile
@@ -35,12 +36,12 @@ def check_convertible(
         the FFNs to convert, and (E, m) of each.
 
     Raises:
-        ValueError: as `moefy_`, but for what only reading the calibration data shows.
+        MoefyError: as `moefy_`, but for what only reading the calibration data shows.
     """
     check_unwrapped(model)
     if is_moefied(model):
-        raise ValueError(
-            f"{type(model).__name__} is MoEfied already; use set_selection, fit_routers or allocate_budgets on it"
+        raise MoefyError(
+            f"{type(model).__name__} is MoEfied already; use set_selection, fit_routers_ or allocate_budgets_ on it"
         )
     sites = selected_sites(find_sites(model), config.layers)
     moefied_class(type(model))
@@ -59,24 +60,24 @@ def check_convertible(
         for name, param, _, _ in site.neuron_dims():
             if type(param) is not torch.nn.Parameter or param.is_meta:
                 kind = "on the meta device" if param.is_meta else f"a {type(param).__name__}"
-                raise ValueError(
+                raise MoefyError(
                     f"{site.name}.{name} is {kind}: convert a model that is neither sharded, quantised nor offloaded"
                 )
             if (other := owners.setdefault(id(param), site.name)) != site.name:
-                raise ValueError(f"{site.name} and {other} share {name}: one order of neurons cannot suit both")
+                raise MoefyError(f"{site.name} and {other} share {name}: one order of neurons cannot suit both")
             if not param.isfinite().all():
-                raise ValueError(f"{site.name}.{name} holds weights that are not finite in {param.dtype}: {OVERFLOW}")
+                raise MoefyError(f"{site.name}.{name} holds weights that are not finite in {param.dtype}: {OVERFLOW}")
         if next(site.act.parameters(), None) is not None:
-            raise ValueError(
+            raise MoefyError(
                 f"{site.name}: its activation {type(site.act).__name__} has parameters, which no split can follow"
             )
     if config.allocation in COMPARING_PREDICTIONS and _headless(model):
-        raise ValueError(
+        raise MoefyError(
             f'allocation "{config.allocation}" compares predictions and {type(model).__name__} has no head: convert '
             'one that has, or use allocation "angular" or "uniform"'
         )
     if calibration is None and (users := config.needs()):
-        raise ValueError(
+        raise MoefyError(
             f"calibration data is missing: {' and '.join(users)} learns from it; give batches, or choose from "
             f"splitters {_names(SPLITTERS, 'needs_profile')} and routers {_names(ROUTERS, 'trainable')}"
         )
@@ -86,26 +87,26 @@ def check_convertible(
 def check_unwrapped(model: Any) -> None:
     """
     Raises:
-        ValueError: no transformers model, or one that is wrapped, sharded, or part of a larger one.
+        MoefyError: no transformers model, or one that is wrapped, sharded, or part of a larger one.
     """
     names = {base.__name__ for base in type(model).__mro__}
     if is_adapted(model):
-        raise ValueError(
+        raise MoefyError(
             "an adapter cannot follow neurons that are permuted: merge it first, model = model.merge_and_unload(), or "
             "add it after conversion"
         )
     if "OptimizedModule" in names:
-        raise ValueError("this model is compiled: convert the one inside, model._orig_mod, and compile that")
+        raise MoefyError("this model is compiled: convert the one inside, model._orig_mod, and compile that")
     if names & {"FSDPModule", "FullyShardedDataParallel"}:
-        raise ValueError("FSDP has sharded this model, and shards cannot be permuted: convert it before it is sharded")
+        raise MoefyError("FSDP has sharded this model, and shards cannot be permuted: convert it before it is sharded")
     if names & {"DataParallel", "DistributedDataParallel"}:
-        raise ValueError(f"this is a {type(model).__name__}: convert the model inside, model.module, and wrap that")
+        raise MoefyError(f"this is a {type(model).__name__}: convert the model inside, model.module, and wrap that")
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"what is converted is a transformers model, got a {type(model).__name__}")
+        raise MoefyError(f"what is converted is a transformers model, got a {type(model).__name__}")
     if whole_around(model) is not None:
         gc.collect()  # a whole that was deleted may linger
     if (whole := whole_around(model)) is not None:
-        raise ValueError(
+        raise MoefyError(
             f"this {type(model).__name__} is part of a {type(whole).__name__}, which would be saved with routers and "
             "load as a dense model: convert the whole; or take the part out first (part = whole.part; del whole)"
         )
@@ -140,14 +141,14 @@ def check_profile(
     config: MoEficationConfig, sites: list[FfnSite], sizes: list[tuple[int, int]], found: ModelProfile
 ) -> None:
     if len(found.sites) != len(sites):
-        raise ValueError(f"the profile has {len(found.sites)} layers, {len(sites)} are to be converted")
+        raise MoefyError(f"the profile has {len(found.sites)} layers, {len(sites)} are to be converted")
     for site, (experts, _), stats in zip(sites, sizes, found.sites, strict=True):
         if len(stats.active) != site.sizes[1]:
-            raise ValueError(
+            raise MoefyError(
                 f"the profile is of another model: {len(stats.active)} neurons, {site.name} has {site.sizes[1]}"
             )
         if stats.inputs is None:
-            raise ValueError(
+            raise MoefyError(
                 f"the profile holds no sample of the inputs of {site.name}: none was kept, or it was closed"
             )
         needed = {"router " + repr(config.router): tokens_needed(site.sizes[0], experts - config.shared_experts)}
@@ -157,7 +158,7 @@ def check_profile(
             needed["splitter " + repr(config.splitter)] = site.sizes[1]
         for what, tokens in needed.items():
             if stats.tokens < tokens:
-                raise ValueError(
+                raise MoefyError(
                     f"calibration is too small: {stats.tokens} tokens reached {site.name}, "
                     f"{what} needs at least {tokens}"
                 )
@@ -172,12 +173,12 @@ def check_predictions(model: PreTrainedModel, batches: list[Mapping[str, Any]]) 
         for batch in batches:
             logits = predictions(model, batch)[0]
             if not usable(logits).all():
-                raise ValueError(f"the model's predictions on calibration data are not finite: {OVERFLOW}")
+                raise MoefyError(f"the model's predictions on calibration data are not finite: {OVERFLOW}")
             found = found or len(logits) > 0
     except ValueError as error:
-        raise ValueError(f"{error}; or {remedy}") from error
+        raise MoefyError(f"{error}; or {remedy}") from error
     if not found:
-        raise ValueError(f"no position of the calibration data counts, all its labels are -100: {remedy}")
+        raise MoefyError(f"no position of the calibration data counts, all its labels are -100: {remedy}")
 
 
 def _headless(model: PreTrainedModel) -> bool:

@@ -24,7 +24,7 @@ def compensate_(model: PreTrainedModel, profile: ModelProfile, *, progress: bool
         profile: of this model's routed FFNs, with a sample; neurons may have been permuted since.
 
     Raises:
-        ValueError: the model is not MoEfied, or the profile is of another number of FFNs or has no sample. The model
+        MoefyError: the model is not MoEfied, or the profile is of another number of FFNs or has no sample. The model
             is unchanged then.
     """
     check_moefied(model)

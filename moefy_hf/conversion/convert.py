@@ -66,7 +66,7 @@ def moefy_(
             "parameter_clustering" and "gate_clustering" with routers that are not fitted) work without.
 
     Raises:
-        ValueError: unsupported, already MoEfied, wrapped, adapted or sharded model, part of a larger one, settings
+        MoefyError: unsupported, already MoEfied, wrapped, adapted or sharded model, part of a larger one, settings
             that do not fit it, or missing, too little or not finite calibration data. The model is unchanged then.
     """
     config = config or MoEficationConfig()

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..errors import MoefyError
 from ..measure.profile import ModelProfile
 from ..measure.router_inputs import check_same_sample
 from ..measure.sample import CHUNK, FfnSample
@@ -36,14 +37,14 @@ def check_matchable(router: str, sites: Sequence[FfnSite], num_experts: Sequence
         num_experts: of each FFN, the shared experts included.
 
     Raises:
-        ValueError: one router for layers with different numbers of experts, or with code that came with a checkpoint.
+        MoefyError: one router for layers with different numbers of experts, or with code that came with a checkpoint.
     """
     if not ROUTERS[router].serves_stack:
         return
     if any(is_routed(site.act) and not isinstance(site.act, RoutedActivation) for site in sites):
-        raise ValueError(
+        raise MoefyError(
             f"router {router!r} needs this package's own code, not that of a checkpoint: load the model with "
-            "moefy_hf.load_checkpoint(name)"
+            "moefy_hf.load(name)"
         )
     counts = {site.name: experts for site, experts in zip(sites, num_experts, strict=True)}
     for members in stacks_of(sites).values():
@@ -73,7 +74,7 @@ def matched_orders(
         profile: of these FFNs, with a sample; neurons may have been permuted since.
 
     Raises:
-        ValueError: the samples of a stack are of different tokens.
+        MoefyError: the samples of a stack are of different tokens.
     """
     orders = list(orders)
     if profile is None or not ROUTERS[router].serves_stack:

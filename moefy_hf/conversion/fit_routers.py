@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..errors import MoefyError
 from ..measure.profile import ModelProfile, check_sample
 from ..measure.router_inputs import check_same_sample, inputs_from, scores_of
 from ..measure.sample import CHUNK
@@ -21,7 +22,7 @@ from ..modeling.router_base import Router
 from ..modeling.section import Section
 from ..modeling.selection import SELECTIONS
 from .expert_matching import expert_targets, shares_of
-from .thresholds import measure_reach
+from .thresholds import calibrate_thresholds_
 
 HELD_OUT = 0.1  # share of the tokens that measures the fit: the last ones, so of other texts than the rest
 BATCH = 512  # tokens per step, as in the paper
@@ -52,7 +53,7 @@ def tokens_needed(hidden_size: int, num_experts: int) -> int:
     return 2 * max(hidden_size, num_experts)
 
 
-def fit_routers(
+def fit_routers_(
     model: PreTrainedModel,
     profile: ModelProfile,
     *,
@@ -71,7 +72,7 @@ def fit_routers(
         epochs: passes over the sample, learning rate `lr` (Adam) falling to zero along a cosine.
 
     Raises:
-        ValueError: the profile belongs to another number of FFNs, has no sample, or holds too few tokens (says how
+        MoefyError: the profile belongs to another number of FFNs, has no sample, or holds too few tokens (says how
             many are needed), or other tokens of layers that one router scores for.
     """
     sites = model.moe_sites()
@@ -81,7 +82,7 @@ def fit_routers(
     for site, stats in zip(sites, profile.sites, strict=True):
         needed = tokens_needed(site.sizes[0], site.act.router.num_experts) if site.act.router.trainable else 1
         if stats.tokens < needed:
-            raise ValueError(
+            raise MoefyError(
                 f"{site.name}: {stats.tokens} calibration tokens cannot fit a router; at least {needed} are needed"
             )
     fits: list[RouterFit] = []
@@ -103,7 +104,7 @@ def fit_routers(
             oracle = _share(targets[held_out:], targets[held_out:], k)
         fits.append(RouterFit(site.name, k, captured, oracle, k / targets.shape[1], best_epoch))
     if measured := [kind for kind in Section(model.config).thresholds if kind in SELECTIONS]:
-        measure_reach(model, profile, measured)  # what the old routers spent says nothing of the new ones
+        calibrate_thresholds_(model, profile, measured)  # what the old routers spent says nothing of the new ones
         model.set_selection()
     return fits
 

@@ -9,6 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..errors import MoefyError
 from ..loading import check_moefied
 from ..measure.contexts import all_experts, hooked
 from ..measure.hooks import run_with_hooks
@@ -28,7 +29,7 @@ def measure_angles(
         it is given and returns; the mean over tokens that are no padding.
 
     Raises:
-        ValueError: no token is given, or a routed FFN is in no layer.
+        MoefyError: no token is given, or a routed FFN is in no layer.
     """
     sites = model.moe_sites()
     layers = [layer_of(model, site) for site in sites]
@@ -50,7 +51,7 @@ def measure_angles(
         for batch in tqdm(batches, desc="importance", unit="batch", disable=not progress):
             run(batch)
     if not sums[:, 1].all():
-        raise ValueError(
+        raise MoefyError(
             "importance cannot be measured: no batch, or none with a token that is not padding, was given"
         )
     return {"distance": (sums[:, 0] / sums[:, 1]).tolist()}
@@ -59,7 +60,7 @@ def measure_angles(
 def layer_of(model: PreTrainedModel, site: FfnSite) -> nn.Module:
     block = block_of(model, site)
     if block is None:
-        raise ValueError(f'{site.name} is in no list of layers, whose hidden states could be compared: use "uniform"')
+        raise MoefyError(f'{site.name} is in no list of layers, whose hidden states could be compared: use "uniform"')
     return block
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ..errors import MoefyError
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.routed_activation import is_routed
 
@@ -10,14 +11,14 @@ from ..modeling.routed_activation import is_routed
 def check_plain(site: FfnSite) -> None:
     """
     Raises:
-        ValueError: one of the FFN's Linears is more than a weight and a bias (pruning masks, weight or spectral norm,
+        MoefyError: one of the FFN's Linears is more than a weight and a bias (pruning masks, weight or spectral norm,
             adapters): what it holds beside these would stay in the old order of neurons.
     """
     for path in filter(None, (site.spec.gate, site.spec.up, site.spec.down)):
         linear = site.owner.get_submodule(path)
         held = [name for name, _ in (*linear.named_parameters(), *linear.named_buffers())]
         if more := sorted({*held} - {"weight", "bias"}):
-            raise ValueError(
+            raise MoefyError(
                 f"{site.name}: {path} holds {', '.join(more)} beside its weight and bias, which cannot follow neurons "
                 "that are permuted: make pruning or a parametrization permanent first (torch.nn.utils.prune.remove, "
                 "torch.nn.utils.parametrize.remove_parametrizations), merge adapters (merge_and_unload)"
@@ -33,7 +34,7 @@ def permute_neurons_(site: FfnSite, order: torch.Tensor, optimizer: torch.optim.
         optimizer: its per-parameter tensors of the parameter's shape (Adam's moments) are permuted alike.
 
     Raises:
-        ValueError: `order` is no permutation, a parameter is sharded, quantised or adapted, the optimizer keeps state
+        MoefyError: `order` is no permutation, a parameter is sharded, quantised or adapted, the optimizer keeps state
             of another shape (Adafactor, 8-bit) or copies of parameters (it does not hold a trainable one itself);
             nothing is changed then.
     """
@@ -45,11 +46,11 @@ def permute_neurons_(site: FfnSite, order: torch.Tensor, optimizer: torch.optim.
     for name, param, dim, blocks in site.neuron_dims():
         if type(param) is not nn.Parameter or param.shape[dim] != blocks * neurons:
             kind = f"{type(param).__name__} of shape {tuple(param.shape)}"
-            raise ValueError(
+            raise MoefyError(
                 f"{site.name}: {name} is a {kind}; sharded, quantised or adapted neurons cannot be permuted"
             )
         if optimizer and param.requires_grad and id(param) not in held:
-            raise ValueError(
+            raise MoefyError(
                 f"{site.name}: {name} is trained, but not by the {type(optimizer).__name__} itself: copies that it "
                 "keeps elsewhere cannot follow a permutation"
             )
@@ -66,11 +67,11 @@ def permute_neurons_(site: FfnSite, order: torch.Tensor, optimizer: torch.optim.
 def check_permutation(site: FfnSite, order: torch.Tensor) -> None:
     """
     Raises:
-        ValueError: `order` is no permutation of the neurons of a FFN.
+        MoefyError: `order` is no permutation of the neurons of a FFN.
     """
     neurons = site.sizes[1]
     if order.dtype != torch.int64 or not torch.equal(order.cpu().sort().values, torch.arange(neurons)):
-        raise ValueError(
+        raise MoefyError(
             f"{site.name}: `order` must be a permutation of range({neurons}), got shape {tuple(order.shape)}"
         )
 
@@ -79,14 +80,14 @@ def moments(optimizer: torch.optim.Optimizer | None, param: nn.Parameter, name: 
     """What an optimizer remembers of each number of a parameter.
 
     Raises:
-        ValueError: it keeps anything else of it but single numbers (Adafactor's rows and columns, 8-bit blocks).
+        MoefyError: it keeps anything else of it but single numbers (Adafactor's rows and columns, 8-bit blocks).
     """
     found = []
     for key, value in (optimizer.state.get(param, {}) if optimizer else {}).items():
         if torch.is_tensor(value) and value.dim() > 0:
             if value.shape != param.shape or type(value) not in (torch.Tensor, nn.Parameter):
                 what = f"{type(optimizer).__name__} keeps {key!r}, a {type(value).__name__} of {tuple(value.shape)}"
-                raise ValueError(
+                raise MoefyError(
                     f"{what}, for {name} of shape {tuple(param.shape)}: such state cannot follow a permutation; use "
                     "AdamW or SGD"
                 )

@@ -26,8 +26,8 @@ from ..splitters import SPLITTERS
 from ..splitters.shared_experts import activation_rates, apart
 from .budgets import MEASURES
 from .expert_matching import matched_orders
-from .fit_routers import RouterFit, fit_routers
-from .thresholds import measure_reach
+from .fit_routers import RouterFit, fit_routers_
+from .thresholds import calibrate_thresholds_
 
 
 @dataclass
@@ -80,7 +80,7 @@ def find_experts_(
         found.fits = start_routers_(model, profile, config.seed, progress=progress)
         kind = config.selection_section()["type"]
         if profile is not None and setting_name(kind):
-            measure_reach(model, profile, [kind])
+            calibrate_thresholds_(model, profile, [kind])
     if profile is not None and config.allocation in MEASURES:
         with timed(found.seconds, "budgets"):
             measured = MEASURES[config.allocation](model, profile.batches, progress=progress)
@@ -93,7 +93,7 @@ def start_routers_(
 ) -> list[RouterFit]:
     """Start every router from the experts that its FFN has now, in place, and fit those that learn from a profile."""
     init_routers_(model, seed)
-    return fit_routers(model, profile, seed=seed, progress=progress) if profile is not None else []
+    return fit_routers_(model, profile, seed=seed, progress=progress) if profile is not None else []
 
 
 def neuron_orders(

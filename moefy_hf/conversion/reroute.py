@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..conversion.permute import permute_neurons_
+from ..errors import MoefyError
 from ..loading import check_moefied
 from ..measure.profile import ModelProfile, check_sample
 from ..modeling.ffn_sites import FfnSite
@@ -45,7 +46,7 @@ def reroute_(
         how well each layer's router finds its experts; empty without a profile.
 
     Raises:
-        ValueError: the model is not MoEfied, an unknown router or setting (the valid ones are listed), a router that
+        MoefyError: the model is not MoEfied, an unknown router or setting (the valid ones are listed), a router that
             is fitted and no profile or one that is too small, one router for layers with different numbers of experts
             or with code that came with a checkpoint, or a selection that depends on what was measured. The model is
             unchanged then.
@@ -83,7 +84,7 @@ def check_reroutable(
 ) -> None:
     """
     Raises:
-        ValueError: see `reroute_`.
+        MoefyError: see `reroute_`.
     """
     check_moefied(model)
     router_class(router, settings)
@@ -91,13 +92,13 @@ def check_reroutable(
     selection = section.selection
     budget = "k" in selection and SELECTIONS[selection["type"]].dynamic
     if budget or selection.get("allocation") in MEASURED_WITH_ROUTERS or section.compensation:
-        raise ValueError(
+        raise MoefyError(
             f"{dict(selection)} depends on what was measured with the old routers: first "
             'model.set_selection(type="top_k", k=..., allocation="uniform"), and no compensation'
         )
     if profile is None and ROUTERS[router].trainable:
         free = ", ".join(name for name, cls in ROUTERS.items() if not cls.trainable)
-        raise ValueError(f"router {router!r} is fitted to data: give a profile, or choose from {free}")
+        raise MoefyError(f"router {router!r} is fitted to data: give a profile, or choose from {free}")
     if profile is not None:
         check_sample(sites, profile)
     check_matchable(router, sites, [site.act.num_experts for site in sites])

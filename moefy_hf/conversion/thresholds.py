@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..errors import MoefyError
 from ..loading import check_moefied
 from ..measure.contexts import hooked
 from ..measure.padding import without_padding
@@ -21,7 +22,7 @@ TOKENS = 8192  # that a layer's table is measured on
 STEPS = 32  # of a table: shares of the routed experts, evenly spaced
 
 
-def measure_reach(
+def calibrate_thresholds_(
     model: PreTrainedModel,
     data: Iterable[Mapping[str, Any]] | ModelProfile,
     kinds: Iterable[str] | None = None,
@@ -37,7 +38,7 @@ def measure_reach(
         kinds: of selections; all dynamic ones by default.
 
     Raises:
-        ValueError: the model is not MoEfied, an unknown selection (the valid ones are listed) or one that is not
+        MoefyError: the model is not MoEfied, an unknown selection (the valid ones are listed) or one that is not
             dynamic, no data, or a profile of other FFNs or without a sample.
     """
     check_moefied(model)
@@ -45,13 +46,13 @@ def measure_reach(
     kinds = list(dynamic if kinds is None else kinds)
     for kind in kinds:
         if kind not in dynamic:
-            raise ValueError(f"unknown dynamic selection {kind!r}; choose from {', '.join(dynamic)}")
+            raise MoefyError(f"unknown dynamic selection {kind!r}; choose from {', '.join(dynamic)}")
     if not kinds:
         return
     if not isinstance(data, ModelProfile):
         layers = Section(model.config).layers
         with profile(model, data, max_tokens=TOKENS, layers=layers, progress=progress) as found:
-            measure_reach(model, found, kinds)
+            calibrate_thresholds_(model, found, kinds)
         return
     shares = [step / STEPS for step in range(STEPS + 1)]
     tables: dict[str, list[list[float]]] = {kind: [] for kind in kinds}

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..errors import MoefyError
 from ..loading import MoefiedModel, routed
 from ..measure.contexts import all_experts, hooked
 from ..measure.flops import ModelFlops, ffn_flops
@@ -113,7 +114,7 @@ def calibrate_(model: MoefiedModel, places: Sequence[Place], batches: Iterable[M
     """Draw scores of every place while the dense model reads some thousand tokens.
 
     Raises:
-        ValueError: `batches` hold no token.
+        MoefyError: `batches` hold no token.
     """
     generator, tokens = torch.Generator().manual_seed(0), 0
     current: Mapping[str, Any] = {}
@@ -132,7 +133,7 @@ def calibrate_(model: MoefiedModel, places: Sequence[Place], batches: Iterable[M
             if tokens >= CALIBRATION_TOKENS:
                 break
     if not tokens:
-        raise ValueError("there is nothing to calibrate neuron-level baselines on: no batch held a token")
+        raise MoefyError("there is nothing to calibrate neuron-level baselines on: no batch held a token")
 
 
 @contextlib.contextmanager
@@ -204,7 +205,7 @@ def baseline_rows(
         flops: of the dense model.
 
     Raises:
-        ValueError: `calibration` or `batches` hold no token.
+        MoefyError: `calibration` or `batches` hold no token.
     """
     with all_experts(model):
         sites = model.moe_sites()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import MoefyError
 from ..loading import MoefiedModel, routed
 from ..modeling.ffn_sites import FfnSite, FfnWeights
 from ..modeling.router_base import Router, activation_mass, output_norm
@@ -98,10 +99,10 @@ def check_control(name: str, known: Collection[str] = (*CONTROLS, *BASELINES)) -
     """Check the name of a control.
 
     Raises:
-        ValueError: it is unknown; those that are known are listed.
+        MoefyError: it is unknown; those that are known are listed.
     """
     if name not in known:
-        raise ValueError(f"unknown control {name!r}; choose from {', '.join(known)}")
+        raise MoefyError(f"unknown control {name!r}; choose from {', '.join(known)}")
 
 
 def control_router(name: str, site: FfnSite, seed: int = 0) -> Router:
@@ -114,7 +115,7 @@ def routed_by(model: MoefiedModel, control: str | None) -> Iterator[None]:
     """Use a control in place of every router for a while; None keeps the model's own.
 
     Raises:
-        ValueError: the control is unknown.
+        MoefyError: the control is unknown.
     """
     if control is not None:
         check_control(control, CONTROLS)

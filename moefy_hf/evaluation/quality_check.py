@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..conversion.budgets import MEASURES
+from ..errors import MoefyError
 from ..loading import MoefiedModel, check_moefied, routed
 from ..measure.contexts import all_experts, evaluating, selecting
 from ..measure.metrics import Quality, is_causal, predictions
@@ -122,7 +123,7 @@ def check_quality(
         max_positions: no further batch is read after so many positions.
 
     Raises:
-        ValueError: the model is not MoEfied or has no head whose predictions could be compared, or `batches` are
+        MoefyError: the model is not MoEfied or has no head whose predictions could be compared, or `batches` are
             empty.
 
     Example:
@@ -147,7 +148,7 @@ def check_quality(
                 if dense.count >= max_positions:
                     break
         if not dense.count:
-            raise ValueError("quality cannot be checked: no batch, or none with a position that counts, was given")
+            raise MoefyError("quality cannot be checked: no batch, or none with a position that counts, was given")
         check = check_of(dense, converted, chance, uniform, is_causal(model))
         if not check.bad:
             return check

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..errors import MoefyError
 from ..loading import MoefiedModel, check_moefied, routed
 from ..measure.contexts import selecting
 from ..measure.flops import ffn_flops, routed_costs
@@ -39,18 +40,18 @@ def find_budget(
         what `model.set_selection(**...)` takes.
 
     Raises:
-        ValueError: as `search` and `share_within`; or not exactly one goal, or a quality without batches.
+        MoefyError: as `search` and `share_within`; or not exactly one goal, or a quality without batches.
 
     Example:
         model.set_selection(**find_budget(model, batches, quality=0.98))
         model.set_selection(**find_budget(model, flops=0.3))
     """
     if (quality is None) == (flops is None):
-        raise ValueError("find_budget takes one goal: a quality, or FLOPs")
+        raise MoefyError("find_budget takes one goal: a quality, or FLOPs")
     if flops is not None:
         return {"k": share_within(model, flops)}
     if batches is None or quality is None:
-        raise ValueError("a quality is measured on batches: give some, as evaluate takes them")
+        raise MoefyError("a quality is measured on batches: give some, as evaluate takes them")
     selection, _ = search(model, batches, quality, progress=progress)
     return selection
 
@@ -62,12 +63,12 @@ def share_within(model: PreTrainedModel, flops: float) -> float:
         flops: relative to the dense FFNs, routers included; type and allocation are those that the model has.
 
     Raises:
-        ValueError: the model is not MoEfied, `flops` is not in (0, 1], or the routers and one expert of every layer
+        MoefyError: the model is not MoEfied, `flops` is not in (0, 1], or the routers and one expert of every layer
             (the shared ones, where there are any) cost more; says how much.
     """
     model = check_moefied(model)
     if not 0 < flops <= 1:
-        raise ValueError(f"flops={flops} is no share of the dense FFNs' FLOPs: it must lie in (0, 1]")
+        raise MoefyError(f"flops={flops} is no share of the dense FFNs' FLOPs: it must lie in (0, 1]")
     experts = max(routed(site).num_experts for site in model.moe_sites())
     low, high = 0, experts  # low is within the FLOPs
     if cost_of(model, 1.0) <= flops:
@@ -77,7 +78,7 @@ def share_within(model: PreTrainedModel, flops: float) -> float:
         low, high = (middle, high) if cost_of(model, middle / experts) <= flops else (low, middle)
     if low == 0:
         least = cost_of(model, 1 / experts)
-        raise ValueError(f"flops={flops:g} is less than the least that this model's FFNs cost: {least:.3g} of dense")
+        raise MoefyError(f"flops={flops:g} is less than the least that this model's FFNs cost: {least:.3g} of dense")
     return low / experts
 
 
@@ -102,14 +103,14 @@ def search(
     Args:
         batches, quality: as in `find_budget`.
         selection: what is searched: a type and an allocation, those of the model by default. Types that depend on the
-            token need `measure_reach` before.
+            token need `calibrate_thresholds_` before.
 
     Returns:
         what `model.set_selection(**...)` takes: the threshold itself where one serves all layers ("tau", ...), else k;
         and everything that was measured, in order of the budget.
 
     Raises:
-        ValueError: as `evaluate`, or a quality out of range.
+        MoefyError: as `evaluate`, or a quality out of range.
     """
     model = check_moefied(model)
     less = less_is_better(model, batches, quality)
@@ -162,11 +163,11 @@ def less_is_better(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]],
     """Return whether less of what is going to be measured is better: perplexity, and neither accuracy nor agreement.
 
     Raises:
-        ValueError: the quality is out of range for that.
+        MoefyError: the quality is out of range for that.
     """
     perplexity = is_causal(model) and next(iter(batches), {}).get("labels") is not None
     if perplexity and not quality >= 1:
-        raise ValueError(f"a perplexity of {quality:g} of dense is no target: it must be 1 or more")
+        raise MoefyError(f"a perplexity of {quality:g} of dense is no target: it must be 1 or more")
     if not perplexity and not 0 < quality <= 1:
-        raise ValueError(f"{quality:g} of the dense model's quality is no target: it must lie in (0, 1]")
+        raise MoefyError(f"{quality:g} of the dense model's quality is no target: it must lie in (0, 1]")
     return perplexity

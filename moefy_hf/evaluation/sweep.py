@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..errors import MoefyError
 from ..io import write_whole
 from ..loading import MoefiedModel, check_code, check_moefied, routed
 from ..measure.contexts import evaluating
@@ -129,7 +130,7 @@ def evaluate(
             neurons of the dense model at the same share of its FFNs' weights, "cats", "teal" and "wina" (see
             `moefy_hf.evaluation.baselines`).
         selections: types that are swept, those that depend on the token at the same average number of experts
-            (`measure_reach` must have been called); by default that of the model. Controls always select "top_k". A
+            (`calibrate_thresholds_` must have been called); by default that of the model. Controls select "top_k". A
             whole selection, `{"type": "level", "level": 0.7}`, is one more row, which has no k.
         allocations: of "uniform", "sensitivity", "angular" and "global"; by default that of the model. "top_k" is
             uniform where others are "global".
@@ -143,7 +144,7 @@ def evaluate(
         `model_flops` relative to dense (routers included; a control's own cost is left out).
 
     Raises:
-        ValueError: the model is not MoEfied, `batches` is empty or can be read only once, an unknown name, or no
+        MoefyError: the model is not MoEfied, `batches` is empty or can be read only once, an unknown name, or no
             `calibration` for what needs it.
 
     Example:
@@ -152,7 +153,7 @@ def evaluate(
     model = check_moefied(model)
     check_code(model)
     if iter(batches) is batches:
-        raise ValueError("evaluate reads the batches more than once: give a list or a DataLoader, not an iterator")
+        raise MoefyError("evaluate reads the batches more than once: give a list or a DataLoader, not an iterator")
     shares, (controls, baselines) = list(shares), sorted_controls(controls, calibration)
     points = points_of(model, selections, controls, allocations, shares)
     with evaluating(model), torch.no_grad():
@@ -170,14 +171,14 @@ def sorted_controls(
     """Return those of the names that stand in for routers, and those that leave out single neurons.
 
     Raises:
-        ValueError: an unknown name, or no calibration data for what needs it.
+        MoefyError: an unknown name, or no calibration data for what needs it.
     """
     names = list(controls)
     for name in names:
         check_control(name)
     baselines = [name for name in names if name in BASELINES]
     if baselines and calibration is None:
-        raise ValueError(f"{', '.join(baselines)} set thresholds on calibration data: give `calibration`")
+        raise MoefyError(f"{', '.join(baselines)} set thresholds on calibration data: give `calibration`")
     return [name for name in names if name not in BASELINES], baselines
 
 
@@ -191,7 +192,7 @@ def points_of(
     """Return the points that `evaluate` measures, with the model's own selection and allocation where none is given.
 
     Raises:
-        ValueError: a point that the model cannot run at: every bad value is named before work begins.
+        MoefyError: a point that the model cannot run at: every bad value is named before work begins.
     """
     current = Section(model.config).selection
     kinds = [current["type"]] if selections is None else list(selections)
@@ -209,7 +210,7 @@ def measure_points(
     """Compare a model at each point with its dense self, batch by batch.
 
     Raises:
-        ValueError: no position counts in any batch.
+        MoefyError: no position counts in any batch.
     """
     dense, qualities = Quality(), [Quality() for _ in points]
     counts: list[dict[str, list[float]]] = [{} for _ in points]
@@ -223,7 +224,7 @@ def measure_points(
             with point.on(model), point.counting(model, batch, count):
                 quality.update_(predictions(model, batch)[0], expected, labels)
     if flops is None or dense.count == 0:
-        raise ValueError("there is nothing to evaluate on: `batches` is empty, or all its labels are -100")
+        raise MoefyError("there is nothing to evaluate on: `batches` is empty, or all its labels are -100")
     return Measured(flops, dense, qualities, counts)
 
 

@@ -59,7 +59,7 @@ def sweep_points(
         selections: types, which are swept, and whole selections, each of which is one point.
 
     Raises:
-        ValueError: a whole selection with unknown names or values.
+        MoefyError: a whole selection with unknown names or values.
     """
     whole = [
         {"allocation": "uniform", **selection} if "k" in selection else selection

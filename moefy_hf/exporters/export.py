@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import MoefyError
 from ..io import written_whole
 from ..loading import check_moefied
 from ..modeling.routers import router_facts
@@ -42,7 +43,7 @@ def export(
         output_dir.
 
     Raises:
-        ValueError: the model is not MoEfied, or the format cannot express it; says why, and which conversion could be.
+        MoefyError: the model is not MoEfied, or the format cannot express it; says why, and which conversion could be.
         FileExistsError: there is something in output_dir.
     """
     output_dir = Path(output_dir)
@@ -68,17 +69,17 @@ def choose_format(model: PreTrainedModel, to: str | None) -> ExportFormat:
     """Return the export format that was asked for, or the first that has the model's attention.
 
     Raises:
-        ValueError: there is no such format, or none for this architecture or head.
+        MoefyError: there is no such format, or none for this architecture or head.
     """
     model_type = model.config.model_type
     fitting = [name for name, each in EXPORT_FORMATS.items() if model_type in each.sources]
     if to is not None and to not in EXPORT_FORMATS:
-        raise ValueError(f"unknown target {to!r}; choose from {', '.join([*EXPORT_FORMATS, 'dense'])}")
+        raise MoefyError(f"unknown target {to!r}; choose from {', '.join([*EXPORT_FORMATS, 'dense'])}")
     if to is None and not fitting or to is not None and to not in fitting:
         exportable = "; ".join(f"{' and '.join(each.sources)} to {name}" for name, each in EXPORT_FORMATS.items())
-        raise ValueError(f"a {model_type} model cannot become {to or 'a served MoE'}: {exportable}; any to 'dense'")
+        raise MoefyError(f"a {model_type} model cannot become {to or 'a served MoE'}: {exportable}; any to 'dense'")
     if not model._get_name().endswith("ForCausalLM"):
-        raise ValueError(f"{model._get_name()} is no causal language model, which is what the served MoEs are")
+        raise MoefyError(f"{model._get_name()} is no causal language model, which is what the served MoEs are")
     return EXPORT_FORMATS[to or next(name for name in fitting if EXPORT_FORMATS[name].sliding or not slides(model))]
 
 
@@ -91,7 +92,7 @@ def check_expressible(model: PreTrainedModel, export_format: ExportFormat) -> No
     """Check that a format has a place for all that the model does.
 
     Raises:
-        ValueError: it has not; says what to change.
+        MoefyError: it has not; says what to change.
     """
     check_routing(model, export_format)
     check_layers(model, export_format)
@@ -99,40 +100,40 @@ def check_expressible(model: PreTrainedModel, export_format: ExportFormat) -> No
         "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
         and not export_format.sliding_by_layer
     ):
-        raise ValueError(f"{export_format.architecture} has no sliding attention in some of its layers only")
+        raise MoefyError(f"{export_format.architecture} has no sliding attention in some of its layers only")
     if slides(model) and not export_format.sliding:
         others = (each for each in EXPORT_FORMATS.values() if each.sliding and model.config.model_type in each.sources)
         remedy = "".join(f": export to {each.name!r}, which has" for each in others)
-        raise ValueError(f"{export_format.architecture} has no sliding attention{remedy}")
+        raise MoefyError(f"{export_format.architecture} has no sliding attention{remedy}")
     if model.dtype == torch.float16:
-        raise ValueError("float16 cannot hold the scaled router: export in float32 or bfloat16, e.g. model.float()")
+        raise MoefyError("float16 cannot hold the scaled router: export in float32 or bfloat16, e.g. model.float()")
 
 
 def check_routing(model: PreTrainedModel, export_format: ExportFormat) -> None:
     """Check the router, the selection, and what is added to selected experts.
 
     Raises:
-        ValueError: see `check_expressible`.
+        MoefyError: see `check_expressible`.
     """
     section, acts = Section(model.config), [site.act for site in model.moe_sites()]
     if router_facts(acts[0].router).export_weight is None:
-        raise ValueError(
+        raise MoefyError(
             f"served MoEs have a linear router, this model a {section.router!r} one: convert with router='linear'"
         )
     if not selection_facts(acts[0].selection).exportable:
-        raise ValueError(
+        raise MoefyError(
             f"served MoEs compute the same number of experts for every token, this model selects by "
             f"{section.selection['type']!r}: model.set_selection(type='top_k', k=...) first"
         )
     if acts[0].shared > export_format.most_shared:
         others = [each.architecture for each in EXPORT_FORMATS.values() if each.most_shared >= acts[0].shared]
         remedy = f": {', '.join(others)} has" if others else ""
-        raise ValueError(f"{export_format.architecture} has no place for {acts[0].shared} shared experts{remedy}")
+        raise MoefyError(f"{export_format.architecture} has no place for {acts[0].shared} shared experts{remedy}")
     if section.compensation:
-        raise ValueError("served MoEs have no mean compensation: convert with compensation=False")
+        raise MoefyError("served MoEs have no mean compensation: convert with compensation=False")
     budgets = {act.k for act in acts}
     if len(budgets) > 1:
-        raise ValueError(
+        raise MoefyError(
             f"layers compute {min(budgets)} to {max(budgets)} experts; served MoEs have one k for all: "
             "model.set_selection(k=..., allocation='uniform') first"
         )
@@ -142,13 +143,13 @@ def check_layers(model: PreTrainedModel, export_format: ExportFormat) -> None:
     """Check sizes, dense layers and biases.
 
     Raises:
-        ValueError: see `check_expressible`.
+        MoefyError: see `check_expressible`.
     """
     sites = model.moe_sites()
     if len({(site.act.num_experts, site.sizes[1]) for site in sites}) > 1:
-        raise ValueError("experts differ between layers in number or size; served MoEs have one size for all")
+        raise MoefyError("experts differ between layers in number or size; served MoEs have one size for all")
     if len(sites) < model.config.num_hidden_layers and not export_format.dense_layers:
-        raise ValueError(
+        raise MoefyError(
             f"{len(sites)} of {model.config.num_hidden_layers} layers are MoEfied, and "
             f"{export_format.architecture} has no dense ones: convert with layers=None"
         )
@@ -158,7 +159,7 @@ def check_layers(model: PreTrainedModel, export_format: ExportFormat) -> None:
     )
     if biased or attention:
         where = "the attention" if attention else f"the FFNs ({', '.join(dict.fromkeys(biased))})"
-        raise ValueError(f"{export_format.architecture} has no biases, this model has some in {where}")
+        raise MoefyError(f"{export_format.architecture} has no biases, this model has some in {where}")
 
 
 def dense_config(model: PreTrainedModel) -> PreTrainedConfig:

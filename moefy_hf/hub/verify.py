@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..loading import load_checkpoint
+from ..loading import load
 from ..measure.contexts import evaluating
 from .card import auto_class, moefied_config
 
@@ -56,7 +56,7 @@ def verify(
     """
     folder = Path(folder).resolve()
     config = moefied_config(folder)
-    model = load_checkpoint(folder) if model is None else model
+    model = load(folder) if model is None else model
     made_up = inputs is None
     inputs = example_inputs(model) if inputs is None else dict(inputs)
     try:

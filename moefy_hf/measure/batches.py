@@ -6,15 +6,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..errors import MoefyError
+
 
 def check_batch(model: PreTrainedModel, batch: Any) -> None:
     """Check that a model can run on a batch.
 
     Raises:
-        ValueError: no mapping of tensors, a single row, no values, or token ids that the model has no embeddings for.
+        MoefyError: no mapping of tensors, a single row, no values, or token ids that the model has no embeddings for.
     """
     if not isinstance(batch, Mapping) or not any(torch.is_tensor(value) for value in batch.values()):
-        raise ValueError(
+        raise MoefyError(
             "data are an iterable of batches, mappings of tensors that are ready for the model; this one yields a "
             f"{type(batch).__name__}: tokenize and collate rows first, as "
             "DataLoader(rows, batch_size=8, collate_fn=DataCollatorWithPadding(tokenizer)) does"
@@ -23,15 +25,15 @@ def check_batch(model: PreTrainedModel, batch: Any) -> None:
     if not torch.is_tensor(ids):
         return
     if ids.dim() < 2:
-        raise ValueError(
+        raise MoefyError(
             f"data are batches, this is a single row: its input_ids have shape {tuple(ids.shape)}, not "
             "(rows, tokens); collate rows into batches, or add a dimension: row.unsqueeze(0)"
         )
     if ids.is_meta:
-        raise ValueError("this batch is on the meta device: it has shapes, and no values")
+        raise MoefyError("this batch is on the meta device: it has shapes, and no values")
     known = embeddings_of(model)
     if known is not None and ids.numel() and (largest := int(ids.max())) >= known:
-        raise ValueError(
+        raise MoefyError(
             f"the tokenizer gave token id {largest}, and the model has embeddings of {known} tokens: use its own "
             "tokenizer, or model.resize_token_embeddings(len(tokenizer)) and save it first"
         )

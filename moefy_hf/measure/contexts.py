@@ -44,7 +44,7 @@ def selecting(model: MoefiedModel, **selection: Any) -> Iterator[None]:
     """Call `model.set_selection(**selection)` for a while.
 
     Raises:
-        ValueError: as `set_selection`; the selection is as it was then.
+        MoefyError: as `set_selection`; the selection is as it was then.
     """
     section = Section(model.config)
     before = copy.deepcopy(section.selection)

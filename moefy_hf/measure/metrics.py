@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..errors import MoefyError
 from ..loading import check_moefied
 from ..modeling.moefied import is_moefied
 from .batches import check_batch
@@ -38,11 +39,11 @@ class Quality:
             labels: (N,), if there are any.
 
         Raises:
-            ValueError: the dense model's overflowed: there is nothing to compare with.
+            MoefyError: the dense model's overflowed: there is nothing to compare with.
         """
         logits, dense = logits.float(), dense.float()
         if not usable(dense).all():
-            raise ValueError(f"the dense model's predictions are not finite: {OVERFLOW}")
+            raise MoefyError(f"the dense model's predictions are not finite: {OVERFLOW}")
         best = logits.argmax(-1).masked_fill(~usable(logits), -1)  # (N,)
         self.count += len(logits)
         self.agree += float((best == dense.argmax(-1)).sum())
@@ -75,7 +76,7 @@ def predictions(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch
     """Run one batch, and return what `counted` does of its output.
 
     Raises:
-        ValueError: as `check_batch` and `counted`.
+        MoefyError: as `check_batch` and `counted`.
     """
     check_batch(model, batch)
     device = next(model.parameters()).device
@@ -90,7 +91,7 @@ def counted(model: PreTrainedModel, output: Any, batch: Mapping[str, Any]) -> tu
     Positions count that have a label; without labels, those that are no padding.
 
     Raises:
-        ValueError: the model returns no logits, or predicts anything but one of several classes.
+        MoefyError: the model returns no logits, or predicts anything but one of several classes.
     """
     if hasattr(output, "start_logits"):  # question answering: two choices among the tokens
         labels = None
@@ -99,7 +100,7 @@ def counted(model: PreTrainedModel, output: Any, batch: Mapping[str, Any]) -> tu
         return torch.cat([output.start_logits, output.end_logits]), labels
     logits, labels = getattr(output, "logits", None), batch.get("labels")
     if logits is None:
-        raise ValueError(
+        raise MoefyError(
             f"{type(model).__name__} returns no logits to compare; evaluate a model with one prediction head"
         )
     if logits.dim() == 2:
@@ -122,7 +123,7 @@ def _check_classes(model: PreTrainedModel, logits: torch.Tensor, labels: torch.T
     several = problem in ("regression", "multi_label_classification") or logits.shape[-1] == 1
     if several or (labels is not None and (labels.is_floating_point() or labels.shape != logits.shape[:1])):
         shape = "no labels" if labels is None else f"{labels.dtype} labels of shape {tuple(labels.shape)}"
-        raise ValueError(
+        raise MoefyError(
             f"{type(model).__name__} gives logits of shape {tuple(logits.shape)}, there are {shape}, and its "
             f"problem_type is {problem}: only predictions of one of several classes can be compared, not regression "
             "or multi-label ones"

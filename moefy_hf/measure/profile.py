@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..errors import MoefyError
 from ..modeling.ffn_sites import FfnSite, FfnWeights, find_sites
 from ..modeling.install import selected_sites
 from .hooks import run_with_hooks
@@ -55,10 +56,10 @@ class SiteProfile:
         """Return the sample of inputs.
 
         Raises:
-            ValueError: this profile kept none, or was closed.
+            MoefyError: this profile kept none, or was closed.
         """
         if self.inputs is None:
-            raise ValueError("this profile kept no sample of FFN inputs; profile with sample=True")
+            raise MoefyError("this profile kept no sample of FFN inputs; profile with sample=True")
         return FfnSample(self.inputs)
 
     @property
@@ -75,7 +76,7 @@ class SiteProfile:
         """Return chunks of the sample, as `FfnSample.activations` does.
 
         Raises:
-            ValueError: this profile kept no sample, or was closed.
+            MoefyError: this profile kept no sample, or was closed.
         """
         return self.sample.activations(weights)
 
@@ -102,10 +103,10 @@ class ModelProfile:
         """Return a new file beside the sample, for what is computed from it; it goes when the profile is closed.
 
         Raises:
-            ValueError: this profile keeps no sample.
+            MoefyError: this profile keeps no sample.
         """
         if self.directory is None:
-            raise ValueError("this profile kept no sample of FFN inputs; profile with sample=True")
+            raise MoefyError("this profile kept no sample of FFN inputs; profile with sample=True")
         return TensorFile(Path(self.directory.name, name))
 
     def close(self) -> None:
@@ -126,12 +127,12 @@ def check_sample(sites: Sequence[FfnSite], profile: ModelProfile) -> None:
     """Check that a profile has a sample of these FFNs.
 
     Raises:
-        ValueError: a profile of another number of FFNs, or without a sample.
+        MoefyError: a profile of another number of FFNs, or without a sample.
     """
     if len(sites) != len(profile.sites):
-        raise ValueError(f"the profile has {len(profile.sites)} layers, the model {len(sites)} routed FFNs")
+        raise MoefyError(f"the profile has {len(profile.sites)} layers, the model {len(sites)} routed FFNs")
     if any(stats.inputs is None for stats in profile.sites):
-        raise ValueError("this profile kept no sample of FFN inputs, or was closed")
+        raise MoefyError("this profile kept no sample of FFN inputs, or was closed")
 
 
 class NotFiniteError(ValueError):
@@ -173,7 +174,7 @@ def profile(
         progress: show a progress bar.
 
     Raises:
-        ValueError: unsupported model type, no token in `batches`, or hidden states that are not finite.
+        MoefyError: unsupported model type, no token in `batches`, or hidden states that are not finite.
         OSError: the disk is full.
 
     Example:
@@ -208,7 +209,7 @@ def profile(
                 break
     if result.tokens == 0:
         result.close()
-        raise ValueError(why_empty(batches, batch))
+        raise MoefyError(why_empty(batches, batch))
     for stats, file in zip(result.sites, files, strict=False):  # no file where nothing is kept
         if file.rows:
             stats.inputs = file.mapped()

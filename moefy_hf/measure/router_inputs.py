@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..errors import MoefyError
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.routed_activation import is_routed
 from ..modeling.router_base import Router
@@ -67,12 +68,12 @@ def check_same_sample(sites: Sequence[FfnSite], profile: ModelProfile, positions
         positions: for each FFN the position of the one it is compared with.
 
     Raises:
-        ValueError: a sample of other tokens.
+        MoefyError: a sample of other tokens.
     """
     for position, other in enumerate(positions):
         own, others = profile.sites[position].sampled, profile.sites[other].sampled
         if own != others:
-            raise ValueError(
+            raise MoefyError(
                 f"the profile holds {own} tokens of {sites[position].name} and {others} of {sites[other].name}: one "
                 "router for both needs the same"
             )

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..errors import MoefyError
 from ..modeling.ffn_sites import FfnSite, find_sites
 from .contexts import evaluating, hooked
 from .hooks import run_with_hooks
@@ -51,10 +52,10 @@ class CettCurve:
         """Return (threshold, share of neurons kept) at a CETT; between measured points by interpolation.
 
         Raises:
-            ValueError: it is not between 0 and 1.
+            MoefyError: it is not between 0 and 1.
         """
         if not 0 <= cett <= 1:
-            raise ValueError(f"cett={cett} must lie between 0 and 1")
+            raise MoefyError(f"cett={cett} must lie between 0 and 1")
         points = list(zip(self.cett, self.thresholds, self.active, strict=True))
         for (low, *below), (high, *above) in pairwise(points):
             if low <= cett < high:
@@ -125,7 +126,7 @@ def cett_curves(
         one curve per FFN, in forward order.
 
     Raises:
-        ValueError: unsupported model type, or no token in `batches`.
+        MoefyError: unsupported model type, or no token in `batches`.
     """
     sites = find_sites(model)
     sums = [_Sums(site) for site in sites]
@@ -142,7 +143,7 @@ def cett_curves(
             if max(ffn.tokens for ffn in sums) >= max_tokens:
                 break
     if not all(ffn.tokens for ffn in sums):
-        raise ValueError("there is nothing to measure: no batch held a token that is not padding")
+        raise MoefyError("there is nothing to measure: no batch held a token that is not padding")
     return [ffn.curve() for ffn in sums]
 
 
@@ -180,7 +181,7 @@ def loss_when_dropping(
         bar: moves with each batch.
 
     Raises:
-        ValueError: `batches` have no labels.
+        MoefyError: `batches` have no labels.
     """
     counts, quality = torch.zeros(len(thresholds), 2, dtype=torch.float64), Quality()
     for batch in batches:
@@ -189,7 +190,7 @@ def loss_when_dropping(
         quality.update_(logits, logits, labels)
         bar.update()
     if not quality.labelled:
-        raise ValueError("perplexity or loss needs labels: `batches` is empty or has none")
+        raise MoefyError("perplexity or loss needs labels: `batches` is empty or has none")
     return quality.loss / quality.labelled, counts
 
 
@@ -227,12 +228,12 @@ def ppl_activation(
         tolerance: of the CETT.
 
     Raises:
-        ValueError: a growth or tolerance out of range, curves of another model, or no labels.
+        MoefyError: a growth or tolerance out of range, curves of another model, or no labels.
     """
     if not (growth > 0 and 0 < tolerance < 1):
-        raise ValueError(f"growth must be positive and tolerance between 0 and 1, got {growth} and {tolerance}")
+        raise MoefyError(f"growth must be positive and tolerance between 0 and 1, got {growth} and {tolerance}")
     if len(curves) != len(find_sites(model)):
-        raise ValueError(f"there are {len(curves)} curves for {len(find_sites(model))} FFNs")
+        raise MoefyError(f"there are {len(curves)} curves for {len(find_sites(model))} FFNs")
     quality, steps = "perplexity" if is_causal(model) else "loss", math.ceil(-math.log2(tolerance))
     total = (steps + 1) * len(batches) if isinstance(batches, Sequence) else None
     with evaluating(model), tqdm(total=total, desc="PPL", unit="batch", disable=not progress) as bar:

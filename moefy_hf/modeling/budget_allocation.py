@@ -19,7 +19,7 @@ def allocate_budget(
     if measured is None:
         raise ValueError(
             f'allocation "{allocation}" needs measured layers: call '
-            f'moefy_hf.allocate_budgets(model, data, allocation="{allocation}") first'
+            f'moefy_hf.allocate_budgets_(model, data, allocation="{allocation}") first'
         )
     layers = len(next(iter(measured.values())))
     if layers != len(experts):  # another head: an encoder alone, a decoder alone

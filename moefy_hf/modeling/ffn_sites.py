@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .errors import MoefyError
 from .ffn_layouts import SPECS, FfnSpec
 from .ffn_weights import FfnWeights
 from .routed_activation import is_routed
@@ -89,14 +90,14 @@ def find_sites(model: nn.Module) -> list[FfnSite]:
     """Every FFN of a supported transformers model, in forward order of its modules.
 
     Raises:
-        ValueError: the model type is not supported, or is a Mixture of Experts already; or none of its modules has the
+        MoefyError: the model type is not supported, or is a Mixture of Experts already; or none of its modules has the
             expected parts.
     """
     model_type = str(model.config.model_type)
     if model_type not in SPECS:
         experts = getattr(model.config, "num_local_experts", None) or getattr(model.config, "num_experts", None)
         what = "already is a Mixture of Experts" if experts else "has no FFN layout that can be split into experts"
-        raise ValueError(f"model type {model_type!r} {what}; supported model types: {', '.join(sorted(SPECS))}")
+        raise MoefyError(f"model type {model_type!r} {what}; supported model types: {', '.join(sorted(SPECS))}")
     specs = SPECS[model_type]
     sites = []
     modules = dict(model.named_modules())
@@ -107,7 +108,7 @@ def find_sites(model: nn.Module) -> list[FfnSite]:
                 sites.append(FfnSite(name, owner, spec))
                 break
     if not sites:
-        raise ValueError(f"no FFN of a {model_type!r} model found; its modules are not laid out as {specs}")
+        raise MoefyError(f"no FFN of a {model_type!r} model found; its modules are not laid out as {specs}")
     return sites
 
 

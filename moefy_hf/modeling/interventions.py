@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .errors import MoefyError
 from .routed_activation import FollowReplacements
 
 
@@ -34,19 +35,19 @@ def scaled(sites: list, factors: Mapping[int, Mapping[int, float]]) -> Iterator[
     """Multiply what experts add to their FFN's output, `{layer: {expert: factor}}`, until the context ends.
 
     Raises:
-        ValueError: no such layer or expert, or a factor that is no number; nothing is changed then.
+        MoefyError: no such layer or expert, or a factor that is no number; nothing is changed then.
     """
     hooks = []
     for layer, experts in factors.items():
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < len(sites):
-            raise ValueError(f"there is no routed layer {layer!r}: choose from 0 to {len(sites) - 1}")
+            raise MoefyError(f"there is no routed layer {layer!r}: choose from 0 to {len(sites) - 1}")
         routed = sites[layer].act
         scale = torch.ones(routed.num_experts)
         for expert, factor in experts.items():
             if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < routed.num_experts:
-                raise ValueError(f"layer {layer} has no expert {expert!r}: choose from 0 to {routed.num_experts - 1}")
+                raise MoefyError(f"layer {layer} has no expert {expert!r}: choose from 0 to {routed.num_experts - 1}")
             if isinstance(factor, bool) or not isinstance(factor, int | float) or not abs(factor) < float("inf"):
-                raise ValueError(f"layer {layer}, expert {expert}: the factor must be a number, got {factor!r}")
+                raise MoefyError(f"layer {layer}, expert {expert}: the factor must be a number, got {factor!r}")
             scale[expert] = factor
         hooks.append((sites[layer].down, ScaleExperts(scale, routed.expert_size)))
     for layer in factors:  # means of neurons that do not run are filled in first, also in the very first call

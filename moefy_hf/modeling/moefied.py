@@ -167,10 +167,10 @@ class MoefiedMixin:
 
         `model.set_selection(k=0.3)` keeps type and allocation as they are; k is a number of experts (int), a share of
         them (float in (0, 1]), or a list with one of these per layer; `allocation="sensitivity"` and "angular" spread
-        one average k over layers by what `allocate_budgets` measured, "uniform" gives each the same.
+        one average k over layers by what `allocate_budgets_` measured, "uniform" gives each the same.
 
         `model.set_selection(type="threshold", tau=0.9)` computes as many experts as each token needs: "threshold",
-        "top_p" (setting `p`) and "level". They take a budget k, too, once `measure_reach` has found what each
+        "top_p" (setting `p`) and "level". They take a budget k, too, once `calibrate_thresholds_` has found what each
         setting spends; allocation "global" is then one setting for all layers.
 
         Raises:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .errors import MoefyError
 from .router_base import Router
 from .selection import Selection
 
@@ -57,7 +58,7 @@ class RoutedActivation(nn.Module):
     def __init__(self, act: nn.Module, router: Router, expert_size: int, selection: Selection, shared: int = 0):
         super().__init__()
         if next(act.parameters(), None) is not None:
-            raise ValueError(f"{type(act).__name__} has parameters: its checkpoint names would change")
+            raise MoefyError(f"{type(act).__name__} has parameters: its checkpoint names would change")
         self.inner, self.router = act, router
         self.num_experts, self.expert_size, self.shared = shared + router.num_experts, expert_size, shared
         self.selection = selection
@@ -211,7 +212,7 @@ def refuse_partial_save() -> None:
     Who saves is found by walking up the stack, for transformers does not tell modules.
 
     Raises:
-        ValueError: a model is being saved that holds routed FFNs, but is not MoEfied itself (one with a MoEfied tower,
+        MoefyError: a model is being saved that holds routed FFNs, but is not MoEfied itself (one with a MoEfied tower,
             or a part of a MoEfied model): its checkpoint would load as a dense model.
     """
     frame = sys._getframe(1)
@@ -222,7 +223,7 @@ def refuse_partial_save() -> None:
                 continue
             if any(base.__name__ == "MoefiedMixin" for base in type(model).__mro__):
                 return
-            raise ValueError(
+            raise MoefyError(
                 f"a {type(model).__name__} with MoEfied FFNs would load as a dense model, for its class knows no "
                 "routers: save the MoEfied model itself, not a larger one around it, nor a part of it"
             )

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from .errors import MoefyError
 from .ffn_weights import FfnWeights
 
 
@@ -92,17 +93,17 @@ class Router(nn.Module):
         """Check what a user sets.
 
         Raises:
-            ValueError: a setting that this kind of router has not, or one out of range.
+            MoefyError: a setting that this kind of router has not, or one out of range.
         """
         for name, value in settings.items():
             if name not in cls.settings:
                 has = f"choose from {', '.join(cls.settings)}" if cls.settings else "it has none"
-                raise ValueError(f"{cls.__name__} has no setting {name!r}: {has}")
+                raise MoefyError(f"{cls.__name__} has no setting {name!r}: {has}")
             width, number = isinstance(cls.settings[name], int), isinstance(value, int | float)
             fits = isinstance(value, int) and value >= 1 if width else number and 0 < value <= 1
             if not fits or isinstance(value, bool):
                 valid = "a whole number from 1" if width else "a share in (0, 1]"
-                raise ValueError(f"{name} of {cls.__name__} must be {valid}, got {value!r}")
+                raise MoefyError(f"{name} of {cls.__name__} must be {valid}, got {value!r}")
 
     def read_from_(self, ffn: Callable[[], FfnWeights], shared: int) -> None:
         """Take what returns the FFN's weights as they are now, S shared experts first.
@@ -122,7 +123,7 @@ class Router(nn.Module):
             first: the name of the first FFN.
 
         Raises:
-            ValueError: see `check_counts`.
+            MoefyError: see `check_counts`.
         """
 
     @classmethod
@@ -137,7 +138,7 @@ class Router(nn.Module):
             counts: how many experts each FFN of a stack has; `first` names the first.
 
         Raises:
-            ValueError: one router cannot choose among different numbers.
+            MoefyError: one router cannot choose among different numbers.
         """
 
     def scorer(self) -> "Router":

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .errors import MoefyError
 from .ffn_weights import FfnWeights
 from .routed_activation import PerThread, RoutedActivation
 from .router_base import Router, expert_centres
@@ -81,7 +82,7 @@ class PreGatedRouter(Router):
     @classmethod
     def check_counts(cls, counts: Sequence[int], first: str) -> None:
         if len(set(counts)) > 1:
-            raise ValueError(
+            raise MoefyError(
                 f"router 'pre_gated' chooses the same experts in every layer from {first} on, so all need the same "
                 f"number; got {', '.join(map(str, counts))}"
             )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import MoefyError
 from .router_base import Router
 from .router_pre_gated import PreGatedRouter
 from .routers_from_weights import AnalyticRouter, MeanGateRouter, PartialInputRouter, RandomRouter, SimilarityRouter
@@ -40,13 +41,13 @@ def router_class(name: Any, settings: Mapping[str, Any] | None = None) -> type[R
     """Return the router of that name, which can be made with these settings.
 
     Raises:
-        ValueError: an unknown name or setting (the valid ones are listed), a setting out of range, or settings that
+        MoefyError: an unknown name or setting (the valid ones are listed), a setting out of range, or settings that
             have no names.
     """
     if not isinstance(name, str) or name not in ROUTERS:
-        raise ValueError(f"unknown router {name!r}; choose from {', '.join(ROUTERS)}")
+        raise MoefyError(f"unknown router {name!r}; choose from {', '.join(ROUTERS)}")
     if not isinstance(settings, Mapping | None):
-        raise ValueError(f"settings of a router are a mapping like {{'rank': 64}}, got {settings!r}")
+        raise MoefyError(f"settings of a router are a mapping like {{'rank': 64}}, got {settings!r}")
     ROUTERS[name].check_settings(settings or {})
     return ROUTERS[name]
 

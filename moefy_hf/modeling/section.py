@@ -66,7 +66,7 @@ class Section:
     seed = Key("seed", int, 0)
     neuron_order = Key("neuron_order", bool, False)  # whether each FFN has the buffer of that name
     splits = Key[int | None]("splits", None, None)  # that a training has done; None where none was told to
-    thresholds = Key[dict[str, Any]]("reach", None, {})  # what dynamic selections compute, by `measure_reach`
+    thresholds = Key[dict[str, Any]]("reach", None, {})  # what dynamic selections compute, by `calibrate_thresholds_`
 
     def __init__(self, config: Any):
         self.values: dict[str, Any] = config.moefication

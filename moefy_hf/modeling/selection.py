@@ -6,6 +6,8 @@ from typing import ClassVar, Protocol
 
 import torch
 
+from .errors import MoefyError
+
 
 class Selection(Protocol):
     """scores (..., E) of the routed experts -> their ids (..., K) and which of these slots are used (..., K); K is
@@ -89,12 +91,12 @@ class Dynamic:
         """Return a threshold as a float.
 
         Raises:
-            ValueError: it is no number, or out of range.
+            MoefyError: it is no number, or out of range.
         """
         number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
         if not number or not math.isfinite(threshold) or not cls.lowest <= threshold <= cls.highest:
             valid = f"number from {cls.lowest:g} to {cls.highest:g}" if cls.highest < math.inf else "finite number"
-            raise ValueError(f"{cls.name} must be a {valid}, got {threshold!r}")
+            raise MoefyError(f"{cls.name} must be a {valid}, got {threshold!r}")
         return float(threshold)
 
 

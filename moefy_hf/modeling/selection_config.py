@@ -114,7 +114,7 @@ def resolve_selection(
     if kind not in known_thresholds:
         raise ValueError(
             f"selection {kind!r} with a budget k needs a measured router: call "
-            f"moefy_hf.measure_reach(model, data) first, or give {cls.name}"
+            f"moefy_hf.calibrate_thresholds_(model, data) first, or give {cls.name}"
         )
     tables = ThresholdTables(kind, routed, known_thresholds)
     if allocation == "global" and list(budgets) != routed:

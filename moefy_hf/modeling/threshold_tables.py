@@ -4,6 +4,8 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .errors import MoefyError
+
 
 class ThresholdTables:
     """For one type of selection and each layer, the threshold that computes each share of the routed experts.
@@ -14,15 +16,15 @@ class ThresholdTables:
         measured: `Section.thresholds`.
 
     Raises:
-        ValueError: it was measured on another number of layers.
+        MoefyError: it was measured on another number of layers.
     """
 
     def __init__(self, kind: str, experts: Sequence[int], measured: Mapping[str, Any]):
         self.experts, self.shares, self.tables = experts, measured["share"], measured[kind]
         if len(self.tables) != len(experts):  # another head: an encoder alone, a decoder alone
-            raise ValueError(
+            raise MoefyError(
                 f"{kind!r} was measured on {len(self.tables)} layers, this model has {len(experts)}: "
-                "call moefy_hf.measure_reach(model, data)"
+                "call moefy_hf.calibrate_thresholds_(model, data)"
             )
 
     def thresholds(self, budgets: Sequence[float]) -> list[tuple[float, float]]:

@@ -6,6 +6,7 @@ Models import this module by its name, see `MoefiedMixin.set_moe_implementation`
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..errors import MoefyError
 from ..loading import check_code
 from .backends import BACKENDS, best_for
 from .sparse_ffn import INNER_DROPOUT, SparseFfn, misfit, sparse_ffn_of
@@ -17,11 +18,11 @@ def set_implementation_(model: PreTrainedModel, name: str) -> None:
     """See `MoefiedMixin.set_moe_implementation`.
 
     Raises:
-        ValueError: an unknown name, or an FFN that cannot run so; "auto" leaves such FFNs masked.
+        MoefyError: an unknown name, or an FFN that cannot run so; "auto" leaves such FFNs masked.
         ImportError: the backend has to be installed.
     """
     if name not in ("auto", "masked", *BACKENDS):
-        raise ValueError(f"unknown implementation {name!r}; choose from auto, masked, {', '.join(BACKENDS)}")
+        raise MoefyError(f"unknown implementation {name!r}; choose from auto, masked, {', '.join(BACKENDS)}")
     check_code(model)
     sites = model.moe_sites()
     if name in BACKENDS:
@@ -32,7 +33,7 @@ def set_implementation_(model: PreTrainedModel, name: str) -> None:
     if unfit and name == "auto":
         logger.warning_once(f"{len(unfit)} of {len(sites)} FFNs run masked: {unfit[0]}")
     elif unfit:
-        raise ValueError(f"implementation {name!r} cannot run {unfit[0]}")
+        raise MoefyError(f"implementation {name!r} cannot run {unfit[0]}")
     for site in sites:
         if (current := sparse_ffn_of(site)) is not None:
             current.remove_()

@@ -5,6 +5,7 @@ from typing import Any
 
 from moefy_ffn import ACTIVATIONS, BuildError, build
 
+from ..errors import MoefyError
 from .backends import BACKENDS
 
 
@@ -36,7 +37,7 @@ def kernels_build(force: bool = False) -> dict[str, Any]:
         force: also where it is compiled already.
 
     Raises:
-        ValueError: it cannot be compiled here.
+        MoefyError: it cannot be compiled here.
     """
     started = time.perf_counter()
     try:
@@ -46,7 +47,7 @@ def kernels_build(force: bool = False) -> dict[str, Any]:
             build.compile_(path)
         build.library()  # loads
     except BuildError as error:
-        raise ValueError(str(error)) from error
+        raise MoefyError(str(error)) from error
     seconds = round(time.perf_counter() - started, 2) if fresh else 0.0
     return {"file": str(path), "bytes": path.stat().st_size, "compiled_now": fresh, "seconds": seconds}
 

@@ -24,7 +24,7 @@ def activation_markers(
     most of it inside them (see `equal_parts`): no (f, T) matrix is needed.
 
     Raises:
-        ValueError: there is no profile with a sample.
+        MoefyError: there is no profile with a sample.
     """
     chunks = (marked(neurons) for _, neurons in sample_of(profile, "activation_markers").activations(weights))
     graph = coactivation_matrix(chunks, weights.down.shape[1])

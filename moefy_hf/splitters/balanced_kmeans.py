@@ -2,6 +2,7 @@
 
 import torch
 
+from ..errors import MoefyError
 from .equal_parts import blocks, grow_parts, labels_of, multilevel_parts, swap_rows, weight_inside
 
 
@@ -37,20 +38,20 @@ def balanced_kmeans(
         warm: search from the blocks of n / num_clusters points that follow each other, too.
 
     Raises:
-        ValueError: n is not a multiple of num_clusters, a point is not finite, or an argument is out of range.
+        MoefyError: n is not a multiple of num_clusters, a point is not finite, or an argument is out of range.
     """
     if points.dim() != 2 or not points.is_floating_point():
-        raise ValueError(f"points must be a floating-point matrix, got {points.dtype} of shape {tuple(points.shape)}")
+        raise MoefyError(f"points must be a floating-point matrix, got {points.dtype} of shape {tuple(points.shape)}")
     n = len(points)
     if num_clusters < 1 or n == 0 or n % num_clusters:
-        raise ValueError(f"{n} points cannot be put into {num_clusters} clusters of equal size")
+        raise MoefyError(f"{n} points cannot be put into {num_clusters} clusters of equal size")
     if starts < 1 or max_iterations < 0:
-        raise ValueError(f"starts must be >= 1 and max_iterations >= 0, got {starts} and {max_iterations}")
+        raise MoefyError(f"starts must be >= 1 and max_iterations >= 0, got {starts} and {max_iterations}")
     points = points.detach().to(torch.promote_types(points.dtype, torch.float32))
     points = points - points.mean(0)  # leaves all distances alone and makes the products below exacter
     gram = points @ points.T  # (n, n)
     if not torch.isfinite(gram.diagonal()).all():
-        raise ValueError("points must be finite, and their squares too")
+        raise MoefyError("points must be finite, and their squares too")
 
     def search(start: int) -> torch.Tensor:
         if start % 2:

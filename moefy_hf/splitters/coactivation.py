@@ -19,7 +19,7 @@ def coactivation(
     neurons fire together on calibration tokens (MoEfication, section 3.2).
 
     Raises:
-        ValueError: there is no profile with a sample.
+        MoefyError: there is no profile with a sample.
     """
     chunks = (neurons for _, neurons in sample_of(profile, "coactivation").activations(weights))
     graph = coactivation_matrix(chunks, weights.down.shape[1])

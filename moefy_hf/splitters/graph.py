@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from transformers.utils import logging
 
+from ..errors import MoefyError
 from ..measure.profile import SiteProfile
 from ..measure.sample import FfnSample
 from .equal_parts import blocks, labels_of, multilevel_parts, swap_rows, weight_inside
@@ -22,10 +23,10 @@ def sample_of(profile: SiteProfile | None, splitter: str) -> FfnSample:
     """Return the sample of FFN inputs that a splitter learns from.
 
     Raises:
-        ValueError: there is no profile, or it kept no sample.
+        MoefyError: there is no profile, or it kept no sample.
     """
     if profile is None:
-        raise ValueError(f'the splitter "{splitter}" needs calibration data')
+        raise MoefyError(f'the splitter "{splitter}" needs calibration data')
     return profile.sample
 
 
@@ -42,20 +43,20 @@ def coactivation_matrix(
         kind: "product" as above; "count" for the number of those tokens, which the reference code approximates.
 
     Raises:
-        ValueError: unknown kind, a chunk that is not (T, f), or no chunk.
+        MoefyError: unknown kind, a chunk that is not (T, f), or no chunk.
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}")
+        raise MoefyError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}")
     total = None
     for chunk in neuron_chunks:
         if chunk.dim() != 2 or chunk.shape[1] != num_neurons:
-            raise ValueError(f"expected chunks of shape (T, {num_neurons}), got {tuple(chunk.shape)}")
+            raise MoefyError(f"expected chunks of shape (T, {num_neurons}), got {tuple(chunk.shape)}")
         fired = chunk.detach().float().relu() if kind == "product" else (chunk > 0).float()  # (T, f)
         if total is None:
             total = fired.new_zeros(num_neurons, num_neurons)
         total.addmm_(fired.T, fired)
     if total is None:
-        raise ValueError("no activations to compute a co-activation matrix from")
+        raise MoefyError("no activations to compute a co-activation matrix from")
     return total.fill_diagonal_(0)
 
 
@@ -84,12 +85,12 @@ def partition_graph(
         warm: search from the blocks of f / num_parts neurons that follow each other, too, and keep the better.
 
     Raises:
-        ValueError: f is not a multiple of num_parts, weights that are not symmetric, finite and non-negative, or an
+        MoefyError: f is not a multiple of num_parts, weights that are not symmetric, finite and non-negative, or an
             unknown method.
     """
     _check_graph(weights, num_parts)
     if method not in (None, *METHODS):
-        raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+        raise MoefyError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     weights = weights.detach().to(torch.promote_types(weights.dtype, torch.float32))
     if method == "metis" and _metis_available():
         labels = metis_partition(weights, num_parts, generator, edges_per_neuron)
@@ -104,17 +105,17 @@ def partition_graph(
 
 def _check_graph(weights: torch.Tensor, num_parts: int) -> None:
     if weights.dim() != 2 or weights.shape[0] != weights.shape[1] or not weights.is_floating_point():
-        raise ValueError(f"expected a square floating-point matrix, got {weights.dtype} {tuple(weights.shape)}")
+        raise MoefyError(f"expected a square floating-point matrix, got {weights.dtype} {tuple(weights.shape)}")
     f = len(weights)
     if num_parts < 1 or f == 0 or f % num_parts:
-        raise ValueError(f"{f} neurons cannot be put into {num_parts} parts of equal size")
+        raise MoefyError(f"{f} neurons cannot be put into {num_parts} parts of equal size")
     low, high = weights.aminmax()
     if not (low >= 0 and high < torch.inf):
-        raise ValueError("edge weights must be finite and non-negative")
+        raise MoefyError("edge weights must be finite and non-negative")
     for start in range(0, f, 1024):
         rows, columns = weights[start : start + 1024], weights[:, start : start + 1024]
         if not torch.allclose(rows, columns.T, rtol=1e-3, atol=float(high) * 1e-6):
-            raise ValueError("edge weights must be symmetric")
+            raise MoefyError("edge weights must be symmetric")
 
 
 def _metis_available() -> bool:

@@ -22,7 +22,7 @@ def output_aware(
     which signs of activations say nothing about outside ReLU, and lengths of `down` columns do.
 
     Raises:
-        ValueError: there is no profile with a sample.
+        MoefyError: there is no profile with a sample.
     """
     lengths = weights.down.detach().float().norm(dim=0)  # (f,)
     chunks = (neurons.abs() * lengths for _, neurons in sample_of(profile, "output_aware").activations(weights))

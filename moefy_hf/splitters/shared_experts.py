@@ -13,7 +13,7 @@ def activation_rates(weights: FfnWeights, profile: SiteProfile) -> torch.Tensor:
     (CMoE, section 3.2).
 
     Raises:
-        ValueError: the profile kept no sample.
+        MoefyError: the profile kept no sample.
     """
     counts = torch.zeros(weights.down.shape[1], device=weights.down.device)
     for _, neurons in profile.sample.activations(weights):

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..errors import MoefyError
+
 
 def order_from_labels(labels: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Return the neurons (f,) of part 0, then of part 1, ..., each in their old order.
@@ -10,9 +12,9 @@ def order_from_labels(labels: torch.Tensor, num_experts: int) -> torch.Tensor:
         labels: (f,) in [0, num_experts), the part of each neuron.
 
     Raises:
-        ValueError: the parts are not equally large.
+        MoefyError: the parts are not equally large.
     """
     counts = torch.bincount(labels, minlength=num_experts)
     if len(counts) != num_experts or (counts != len(labels) // num_experts).any() or len(labels) % num_experts:
-        raise ValueError(f"{num_experts} parts of equal size are needed, got sizes {counts.tolist()}")
+        raise MoefyError(f"{num_experts} parts of equal size are needed, got sizes {counts.tolist()}")
     return torch.argsort(labels, stable=True)

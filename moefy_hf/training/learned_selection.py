@@ -222,7 +222,7 @@ def checked_sites(model: PreTrainedModel) -> list[FfnSite]:
     if any("soft" not in vars(site.act) for site in sites):
         raise ValueError(
             "this model runs code that came with its checkpoint and is too old to learn a selection: load it with "
-            "moefy_hf.load_checkpoint(name), whose code is the package's"
+            "moefy_hf.load(name), whose code is the package's"
         )
     if section.compensation:
         raise ValueError("training moves the means of compensation: call moefy_hf.compensate_ when it is over")

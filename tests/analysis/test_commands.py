@@ -11,9 +11,10 @@ from planted import CLASS, number_tokenizer, planted_model, write_texts
 from tiny import distance, run, tiny_inputs, tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from moefy_hf import MoEficationConfig, model_card, moefy_, write_card
+from moefy_hf import MoEficationConfig, moefy_
 from moefy_hf.cli import analysis as analysis_commands
 from moefy_hf.cli.main import main
+from moefy_hf.hub.card import model_card, write_card
 from moefy_hf.hub.facts import read_facts
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))

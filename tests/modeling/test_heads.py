@@ -14,7 +14,7 @@ from tiny import EXPERT_SIZE, NAMES, TINY, VARIANTS, convert, distance, run, tin
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from moefy_hf import moefied_class
+from moefy_hf.loading import moefied_class
 from moefy_hf.modeling.ffn_sites import SPECS, find_sites
 from moefy_hf.modeling.moefied import DENSE_NOTE, MoefiedMixin
 

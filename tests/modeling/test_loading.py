@@ -11,7 +11,8 @@ import torch
 import transformers
 from tiny import TINY, convert, distance, run, tiny_inputs, tiny_model
 
-from moefy_hf import load_checkpoint, moefied_class, reroute_
+from moefy_hf import load, reroute_
+from moefy_hf.loading import moefied_class
 from moefy_hf.modeling import moefied, needs
 from moefy_hf.modeling.moefied import DENSE_NOTE
 from moefy_hf.modeling.routers import ROUTERS
@@ -30,7 +31,7 @@ def test_routers_stay_frozen(router, tmp_path):
     convert(model, k=2, router=router, calibration=[tiny_inputs("llama")] * 20)
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
-    for each in (model, loaded, load_checkpoint(tmp_path), type(model).from_pretrained(tmp_path)):
+    for each in (model, loaded, load(tmp_path), type(model).from_pretrained(tmp_path)):
         assert routers(each) and not any(parameter.requires_grad for parameter in routers(each).values())
     others = {name: each.requires_grad for name, each in loaded.named_parameters() if ".router." not in name}
     assert all(others.values()) and not loaded.training
@@ -63,9 +64,7 @@ def test_a_class_that_extends_a_moefied_one_is_saved_as_what_it_extends(tmp_path
     assert type(loaded).__name__ == "MoefiedLlamaForCausalLM"
     assert loaded.config.auto_map == model.config.auto_map
     assert distance(run(loaded, inputs), run(model, inputs)) == 0
-    assert (
-        type(extended) is Extended and type(load_checkpoint(tmp_path / "extended")).__name__ == type(loaded).__name__
-    )
+    assert type(extended) is Extended and type(load(tmp_path / "extended")).__name__ == type(loaded).__name__
     again = Extended.from_pretrained(tmp_path / "extended")
     assert torch.equal(again.extra.weight, extended.extra.weight)
 

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import EXPERT_SIZE, convert, distance, run, tiny, tiny_inputs, tiny_model
 from torch import nn
 
-from moefy_hf import moefied_class
+from moefy_hf.loading import moefied_class
 from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.modeling.routed_activation import RoutedActivation
 from moefy_hf.modeling.routers import ROUTERS

@@ -7,7 +7,7 @@ from batches import text_batches
 from tiny import distance, run, tiny_inputs, tiny_model
 from torch import nn
 
-from moefy_hf import MoEficationConfig, evaluate, export, fit_routers, load_checkpoint, moefy_, profile, reroute_
+from moefy_hf import MoEficationConfig, evaluate, export, fit_routers_, load, moefy_, profile, reroute_
 from moefy_hf.modeling.router_base import Router
 from moefy_hf.modeling.routers import ROUTERS
 from moefy_hf.modeling.routers_trained import LinearRouter
@@ -92,7 +92,7 @@ def test_a_new_router_runs_in_every_way(router, selection, monkeypatch):
 def test_a_new_router_is_saved_and_loaded(router, tmp_path):
     model, inputs = moefied(router), tiny_inputs("llama", CAUSAL)
     model.save_pretrained(tmp_path)
-    again = load_checkpoint(tmp_path).eval()
+    again = load(tmp_path).eval()
     assert type(again.moe_sites()[0].act.router) is NEW[router]
     assert distance(run(again, inputs), run(model, inputs)) == 0
 
@@ -101,7 +101,7 @@ def test_a_new_router_is_fitted_measured_and_replaced(router):
     model, batches = moefied(router), text_batches(8, labels="causal")
     with profile(model, batches, progress=False) as found:
         before = [site.act.router.state_dict() for site in model.moe_sites()]
-        fits = fit_routers(model, found, epochs=1, progress=False)
+        fits = fit_routers_(model, found, epochs=1, progress=False)
         assert all(0 < fit.captured <= fit.oracle + 1e-6 for fit in fits)
         for state, site in zip(before, model.moe_sites(), strict=True):
             assert state.keys() == site.act.router.state_dict().keys()
@@ -151,4 +151,4 @@ def test_a_new_selection_is_one_class(implementation, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="this model selects by 'sharper'"):
         export(model, tmp_path / "out")
     model.save_pretrained(tmp_path / "saved")
-    assert type(load_checkpoint(tmp_path / "saved").moe_sites()[0].act.selection) is Sharper
+    assert type(load(tmp_path / "saved").moe_sites()[0].act.selection) is Sharper

@@ -13,8 +13,9 @@ from batches import text_batches
 from tiny import NAMES, distance, run, tensors, tiny, tiny_inputs, tiny_model
 from torch import nn
 
-from moefy_hf import MoEficationConfig, find_sites, measure_reach, moefy_, profile, reroute_
+from moefy_hf import MoEficationConfig, calibrate_thresholds_, moefy_, profile, reroute_
 from moefy_hf.conversion.pipeline import install_routers_
+from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.modeling.routed_activation import RoutedActivation
 from moefy_hf.modeling.router_pre_gated import PreGatedRouter
 from moefy_hf.runtime.triton_kernel import selected_experts
@@ -304,11 +305,11 @@ def test_saved_and_loaded(trust, tmp_path):
     assert distance(run(again.eval(), inputs), run(model, inputs)) == 0
     assert sum(".router." in key for key in again.state_dict()) == 1
     assert [site.act.router.position for site in again.moe_sites()] == [0, 1]
-    measure_reach(again, BATCHES, ["level"], progress=False)
-    measure_reach(model, BATCHES, ["level"], progress=False)
+    calibrate_thresholds_(again, BATCHES, ["level"], progress=False)
+    calibrate_thresholds_(model, BATCHES, ["level"], progress=False)
     assert again.config.moefication["reach"] == model.config.moefication["reach"]
     if trust:
-        with profile(again, BATCHES, progress=False) as found, pytest.raises(ValueError, match="load_checkpoint"):
+        with profile(again, BATCHES, progress=False) as found, pytest.raises(ValueError, match="load"):
             reroute_(again, "pre_gated", found, progress=False)
 
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil, pipeline
 from transformers.models.auto.modeling_auto import AutoModelForMaskedLM
 
-from moefy_hf import evaluate, load_checkpoint
+from moefy_hf import evaluate, load
 from moefy_hf.modeling import moefied
 
 FILES = sorted(path for path in Path(moefied.__file__).parent.iterdir() if path.name != "__pycache__")
@@ -246,6 +246,6 @@ def test_code_of_another_format_is_told_from_the_packages(tmp_path):
     inputs = tiny_inputs("bert")
     assert distance(run(old.eval(), inputs), run(model, inputs)) == 0
     for use in (lambda: old.set_moe_implementation("torch"), lambda: evaluate(old, [inputs])):
-        with pytest.raises(ValueError, match=r"code of format 99 .* moefy_hf\.load_checkpoint"):
+        with pytest.raises(ValueError, match=r"code of format 99 .* moefy_hf\.load"):
             use()
-    load_checkpoint(tmp_path).set_moe_implementation("torch")
+    load(tmp_path).set_moe_implementation("torch")

@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard
 from stages import MARKER
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from moefy_hf import Sweep, find_sites
+from moefy_hf import Sweep
 from moefy_hf.hub.facts import read_facts
+from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.modeling.moefied import is_moefied
 
 

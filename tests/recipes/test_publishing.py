@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from moefy_hf import PushError
+from moefy_hf.errors import PushError
 from moefy_hf.hub import push as hub
 
 REPO = "user/movies-moe"

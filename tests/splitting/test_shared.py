@@ -6,7 +6,8 @@ import torch
 from batches import text_batches
 from tiny import convert, distance, run, tiny_inputs, tiny_model
 
-from moefy_hf import find_sites, profile
+from moefy_hf import profile
+from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.splitters import SPLITTERS
 from moefy_hf.splitters import shared_experts as module
 from moefy_hf.splitters.shared_experts import activation_rates, apart

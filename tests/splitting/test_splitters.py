@@ -8,9 +8,9 @@ from batches import text_batches
 from tiny import tiny_model
 from torch import nn
 
-from moefy_hf import find_sites, profile
+from moefy_hf import profile
 from moefy_hf.measure.profile import SiteProfile
-from moefy_hf.modeling.ffn_sites import FfnWeights
+from moefy_hf.modeling.ffn_sites import FfnWeights, find_sites
 from moefy_hf.splitters import SPLITTERS
 from moefy_hf.splitters.activation_markers import marked
 

@@ -99,7 +99,7 @@ def test_nan_and_inf_scores_as_masked(selection, strengths):
 @pytest.mark.parametrize("strengths", STRENGTHS)
 @pytest.mark.parametrize("selection", SETTINGS)
 def test_many_experts_and_any_setting(selection, strengths):
-    """Needs of single experts as settings, which is what `measure_reach` finds: those of equal needs come along."""
+    """Needs of single experts as thresholds, as `calibrate_thresholds_` finds them; equal needs come along."""
     size = 8 if strengths == "softmax" else 2  # sigmoids of larger ones are all 1
     scores = size * torch.randn(700, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     needs = SELECTIONS[selection].needs(REFERENCE[strengths](scores))
