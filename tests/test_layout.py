@@ -103,9 +103,3 @@ def test_imports_cost_only_what_is_used(code):
     assert imported(code, names) <= imported(anyway, names)
 
 
-def test_public_names_are_there_and_found_when_asked_for():
-    for name in moefy_hf.__all__:
-        assert getattr(moefy_hf, name).__module__.startswith("moefy_hf."), name
-    assert set(moefy_hf.__all__) <= set(dir(moefy_hf))
-    with pytest.raises(AttributeError, match="no attribute 'moefy'"):
-        moefy_hf.moefy  # noqa: B018
