@@ -31,12 +31,12 @@ _HOMES = {  # public name -> the module that has it, imported when the name is f
     "Phase": "training.schedule",
     "profile": "measure.profile",
     "push_to_hub": "hub.push",
-    "PushError": "hub.push",
+    "PushError": "errors",
     "relufy_": "training.sparsity",
     "reroute_": "conversion.reroute",
     "SparsityPenaltyCallback": "training.sparsity",
     "Sweep": "evaluation.sweep",
-    "verify": "hub.verify",
+    "verify": "hub.verification",
     "write_card": "hub.card",
 }
 __version__ = "0.1.0"
@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .conversion.permute import permute_neurons_ as permute_neurons_
     from .conversion.reroute import reroute_ as reroute_
     from .conversion.thresholds import measure_reach as measure_reach
+    from .errors import PushError as PushError
     from .evaluation.quality_check import check_quality as check_quality
     from .evaluation.search import find_budget as find_budget
     from .evaluation.sweep import Sweep as Sweep
@@ -61,9 +62,8 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .hub.card import model_card as model_card
     from .hub.card import write_card as write_card
     from .hub.facts import add_facts as add_facts
-    from .hub.push import PushError as PushError
     from .hub.push import push_to_hub as push_to_hub
-    from .hub.verify import verify as verify
+    from .hub.verification import verify as verify
     from .loading import load_checkpoint as load_checkpoint
     from .loading import moefied_class as moefied_class
     from .measure.profile import profile as profile
