@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .modeling.moefied import MoefiedMixin
 
     class MoefiedModel(MoefiedMixin, PreTrainedModel):
-        """The type of MoEfied models, from this package's classes or from a checkpoint's own code.
+        """Is the type of MoEfied models, from this package's classes or from a checkpoint's own code.
 
         It is for annotations alone: `loading.check_moefied` is what tells a MoEfied model from a dense one.
         """

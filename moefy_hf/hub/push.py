@@ -35,7 +35,7 @@ WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.js
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a checkpoint goes on the Hub, and how; the fields are arguments of `push_to_hub`.
+    """Says where a checkpoint goes on the Hub, and how; the fields are arguments of `push_to_hub`.
 
     Raises:
         MoefyError: no repository id, or a branch for a pull request.
@@ -144,7 +144,13 @@ def model_and_folder(source: PreTrainedModel | str | Path, folder: str | Path) -
 
 
 def save(model: PreTrainedModel | None, folder: Path, processor: Any = None) -> None:
-    """Save a model, where there is one, and its processor, where there is one; the folder of a model is new."""
+    """Save a model, where there is one, and its processor, where there is one.
+
+    Args:
+        model: the model, or None.
+        folder: a new one for a model, or that of a saved one.
+        processor: what its `save_pretrained` writes there, or None.
+    """
     if model is None:
         if processor is not None:
             processor.save_pretrained(folder)
@@ -189,6 +195,11 @@ def files_of(api: HfApi, repo_id: str, branch: str | None) -> tuple[list[str], s
     """Return the files that a push would change, and their revision.
 
     A new branch starts with the files of main, whose revision is None. A new repository has no files.
+
+    Args:
+        api: of the Hub.
+        repo_id: "owner/name".
+        branch: that is pushed to, or None for main.
     """
     try:
         return api.list_repo_files(repo_id, revision=branch), branch

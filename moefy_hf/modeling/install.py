@@ -159,7 +159,7 @@ def selected_sites(sites: list[FfnSite], layers: list[int] | None) -> list[FfnSi
 
 
 class BypassGuard:
-    """Is the forward hook of an FFN's owner that raises where the FFN ran without its routed activation.
+    """Raises where an FFN ran without its routed activation; it is a forward hook of the FFN's owner.
 
     A fused MLP kernel that never calls the activation would silently be dense.
 

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Key(Generic[T]):
-    """Is one key of the section as an attribute of `Section`.
+    """Makes one key of the section an attribute of `Section`.
 
     Args:
         name: the key.

@@ -79,7 +79,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
 
     @property
     def num_splits(self) -> int:
-        """The number of phases that split."""
+        """Return the number of phases that split."""
         return sum(phase.split for phase in self.phases)
 
     def state(self) -> dict:
@@ -198,10 +198,10 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             logger.warning("the model that training ends with is dense: its neurons were not split yet")
         announce(args, state, f"training ends with {describe(model)}")
 
-    # ---- the steps of the events
+    # ---- what the events do
 
     def resume(self, model: PreTrainedModel, state, timetable: Timetable) -> None:
-        """Route as the checkpoint says that a run resumes from; the Trainer has loaded weights and optimizer.
+        """Route as the checkpoint says that a run resumes from; its weights and optimizer are loaded already.
 
         Args:
             model: the model without wrappers.
@@ -273,7 +273,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         return sum(counts) / sum(experts)
 
     def select(self, model: PreTrainedModel, share: float | str) -> None:
-        """Select experts.
+        """Select a share of the experts, on average.
 
         Args:
             model: the model without wrappers.

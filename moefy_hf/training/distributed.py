@@ -21,7 +21,7 @@ from ..modeling.section import ALL_EXPERTS, Section
 
 
 class Split(NamedTuple):
-    """What one process finds and the others are given."""
+    """Holds what one process finds and the others are given."""
 
     orders: list[torch.Tensor]  # per FFN: (neurons,) the permutation
     routers: list[dict[str, torch.Tensor]]  # per FFN: state dict

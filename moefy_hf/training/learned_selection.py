@@ -129,10 +129,16 @@ class LearnedSelectionCallback(ExtraLossCallback):
             state.log_history[-1]["moe_experts"] = logs["moe_experts"]
             self.share_sum, self.shares = torch.zeros(()), 0
 
-    # ---- the steps of the events
+    # ---- what the events do
 
     def enter(self, args, state, model) -> bool:
-        """Put the model into the stage of the step that begins; return whether the second stage begins with it."""
+        """Put the model into the stage of the step that begins; return whether the second stage begins with it.
+
+        Args:
+            args: the Trainer's arguments.
+            state: the Trainer's state.
+            model: the model in training.
+        """
         base, selection = unwrapped(model), {"type": "level", "level": -math.log(self.tau)}
         if Section(base.config).selection != selection:
             base.set_selection(**selection)

@@ -15,7 +15,7 @@ STAGES = 16  # a moving budget takes so many values: each is a new graph for tor
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the training, which begins where the one before ends.
+    """Is a part of the training, which begins where the one before ends.
 
     Args:
         until: its end: a step (int), or a share of all steps (float in (0, 1]).

@@ -39,7 +39,13 @@ def track_hooks(model: nn.Module, state: Any, handles: list) -> None:
 
 
 def announce(args: TrainingArguments, state: Any, text: str) -> None:
-    """Print a line about the current step, in the first process and where progress bars are on."""
+    """Print a line about the current step, in the first process and where progress bars are on.
+
+    Args:
+        args: of the Trainer.
+        state: of the Trainer.
+        text: the line.
+    """
     if state.is_world_process_zero and not args.disable_tqdm:
         tqdm.write(f"[moefy_hf] step {state.global_step}: {text}")
 

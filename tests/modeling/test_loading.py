@@ -203,7 +203,10 @@ def test_a_class_that_transformers_remakes_keeps_all_heads(tmp_path):
         ({"model_type": "mamba9"}, "model type `mamba9`"),
         ({"model_type": "bert"}, "does not say which head"),
         ({"model_type": "bert", "architectures": ["BertForChess"]}, "BertForChess is no architecture"),
-        ({"model_type": "gpt2", "architectures": ["MoefiedGPT2DoubleHeadsModel"], "moefication": {}}, "has no MoEfied version"),
+        (
+            {"model_type": "gpt2", "architectures": ["MoefiedGPT2DoubleHeadsModel"], "moefication": {}},
+            "has no MoEfied version",
+        ),
         ({"model_type": "mamba", "architectures": ["MambaModel"], "moefication": {}}, "'mamba' is not supported"),
     ],
 )
