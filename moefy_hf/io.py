@@ -10,12 +10,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-PICTURES = (".png", ".pdf", ".svg")  # that plots are drawn as
+from .errors import MoefyError
+
+PICTURES = (".png", ".pdf", ".svg")  # the formats of plots
 
 
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A temporary sibling to write to, which becomes `folder` (absent or empty until then) unless something fails."""
+    """Make a folder beside `folder` to write to, which becomes `folder` at the end unless something fails.
+
+    Args:
+        folder: absent, or empty.
+    """
     temporary = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -30,32 +36,36 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, and rename it."""
+    """Write a text file under a temporary name, and rename it: it is never there in part."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.rename(path)
 
 
 def check_files(*paths: str | None, plot: str | None) -> None:
-    """Before the work whose figures they get.
+    """Check, before the work whose figures they get, that files can be written.
+
+    Args:
+        paths: of files; None stands for none.
+        plot: of a picture, or None.
 
     Raises:
-        ValueError: one that cannot be written, or a picture without matplotlib.
+        MoefyError: a file cannot be written, or the picture without matplotlib.
     """
     for path in filter(None, (*paths, plot)):
         folder = Path(path).absolute().parent
         if not folder.is_dir():
-            raise ValueError(f"there is no folder for {path}")
+            raise MoefyError(f"there is no folder for {path}")
         if Path(path).is_dir() or not os.access(path if Path(path).exists() else folder, os.W_OK):
-            raise ValueError(f"{path} cannot be written")
+            raise MoefyError(f"{path} cannot be written")
     if plot and find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install 'moefy-hf[plots]'")
+        raise MoefyError("--plot needs matplotlib: pip install 'moefy-hf[plots]'")
     if plot and Path(plot).suffix not in PICTURES:
-        raise ValueError(f"--plot draws {', '.join(PICTURES)}, got {plot}")
+        raise MoefyError(f"--plot draws {', '.join(PICTURES)}, got {plot}")
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Rows of equal keys as a Markdown table."""
+    """Return rows of equal keys as a Markdown table; numbers have four digits."""
 
     def cell(value: Any) -> str:
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value}"
@@ -65,6 +75,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def write_csv(path: str, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Write a csv file.
+
+    Args:
+        path: of the file.
+        columns: their names, the first line.
+        rows: the values of the other lines.
+    """
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
@@ -72,5 +89,5 @@ def write_csv(path: str, columns: Sequence[str], rows: Iterable[Sequence]) -> No
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be that of a repository: 'owner/name', and no folder here."""
+    """Return whether a name can be that of a repository: 'owner/name', and no folder here."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and not Path(name).exists()

@@ -1,4 +1,4 @@
-"""Which class a model or a checkpoint has, dense or MoEfied."""
+"""Loading: which class a model or a checkpoint has, dense or MoEfied."""
 
 import importlib
 import sys
@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from .errors import NotMoefied, UnsupportedModel
 from .modeling.ffn_layouts import SPECS
 from .modeling.ffn_sites import FfnSite
 from .modeling.moefied import is_moefied
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .modeling.moefied import MoefiedMixin
 
     class MoefiedModel(MoefiedMixin, PreTrainedModel):
-        """The type of MoEfied models, from this package's classes or from a checkpoint's own code.
+        """Is the type of MoEfied models, from this package's classes or from a checkpoint's own code.
 
         It is for annotations alone: `loading.check_moefied` is what tells a MoEfied model from a dense one.
         """
@@ -41,71 +42,106 @@ def routed(site: FfnSite) -> RoutedActivation:
 
 
 def moefied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The MoEfied version of a transformers model class.
+    """Return the MoEfied version of a transformers model class.
 
     Raises:
-        ValueError: this architecture has no MoEfied version of this head; those it has are named.
+        UnsupportedModel: this architecture has no MoEfied version of this head; those it has are named.
+
+    Example:
+        >>> moefied_class(transformers.BertForMaskedLM)
+        <class 'moefy_hf.modeling.modeling_moefied_bert.MoefiedBertForMaskedLM'>
     """
     model_type = cls.config_class.model_type
     if model_type not in SPECS:
-        raise ValueError(f"model type {model_type!r} is not supported; supported: {', '.join(sorted(SPECS))}")
+        raise UnsupportedModel(f"model type {model_type!r} is not supported; supported: {', '.join(sorted(SPECS))}")
     module = importlib.import_module(f".modeling.modeling_moefied_{model_type.replace('-', '_')}", __package__)
     heads = {c.stock_class(): c for c in vars(module).values() if isinstance(c, type) and "_auto_class" in vars(c)}
     if cls not in heads:
         known = ", ".join(stock.__name__ for stock in heads)
-        raise ValueError(f"{cls.__name__} has no MoEfied version; supported for {model_type!r}: {known}")
+        raise UnsupportedModel(f"{cls.__name__} has no MoEfied version; supported for {model_type!r}: {known}")
     return heads[cls]
 
 
 def checkpoint_class(config: Any, head: str | None = None) -> type[PreTrainedModel]:
-    """The model class that a checkpoint's config names, or the one of a head, MoEfied where the checkpoint is.
+    """Return the model class that a checkpoint's config names, or the one of a head, MoEfied where the checkpoint is.
 
     Args:
+        config: of the checkpoint.
         head: the name of an Auto class, "AutoModelForMaskedLM" or another.
 
     Raises:
-        ValueError: it names none, or none that this version of transformers has, or there is no such head.
+        UnsupportedModel: it names none, or none that this version of transformers has, or there is no such head.
     """
     stock = stock_class(config, head)
     return moefied_class(stock) if Section.of(config) is not None else stock
 
 
 def stock_class(config: Any, head: str | None) -> type[PreTrainedModel]:
-    """The dense class; see `checkpoint_class`."""
+    """Return the dense class; see `checkpoint_class`."""
     names = config.architectures or []
     if head is not None or not names:
         heads = heads_of(config)
         if head in heads:
             return heads[head]
-        wrong = f"a {config.model_type} has no head {head!r}" if head else "its config does not say which head it has"
-        raise ValueError(f"{wrong}; choose one (--head) from {', '.join(heads)}")
+        problem = (
+            f"a {config.model_type} has no head {head!r}" if head else "its config does not say which head it has"
+        )
+        raise UnsupportedModel(f"{problem}; choose one (--head) from {', '.join(heads)}")
     stock = getattr(transformers, names[0].removeprefix("Moefied"), None)
     if stock is None:
-        raise ValueError(f"{names[0]} is no architecture of transformers {transformers.__version__}")
+        raise UnsupportedModel(f"{names[0]} is no architecture of transformers {transformers.__version__}")
     return stock
 
 
 def heads_of(config: Any) -> dict[str, type[PreTrainedModel]]:
-    """The Auto classes that have a model for a config, and which."""
-    found = {}
+    """Return the Auto classes that have a model for a config: name -> the class of that model."""
+    heads = {}
     for name, auto in vars(modeling_auto).items():
         if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None:
             if type(config) in auto._model_mapping:
                 stock = auto._model_mapping[type(config)]
-                found[name] = stock[0] if isinstance(stock, tuple) else stock
-    return found
+                heads[name] = stock[0] if isinstance(stock, tuple) else stock
+    return heads
+
+
+def read_config(name: str | Path, revision: str = "main") -> Any:
+    """Read the config of a checkpoint.
+
+    Args:
+        name: repository on the Hub, or folder.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UnsupportedModel: this version of transformers does not know its model type.
+        OSError: there is no such checkpoint, or the Hub cannot be reached.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except ValueError as error:
+        raise UnsupportedModel(str(error)) from error
 
 
 def load(name: str | Path, revision: str = "main", *, head: str | None = None, **kwargs: Any) -> PreTrainedModel:
-    """A dense or MoEfied model from the Hub or a folder, with this package's own modeling code.
+    """Load a dense or MoEfied model with this package's own modeling code.
 
     Args:
+        name: repository on the Hub, or folder.
+        revision: branch, tag or commit on the Hub.
         head: the name of an Auto class, where the config does not say which head the checkpoint has.
+        kwargs: further arguments of `from_pretrained`.
+
+    Returns:
+        the model, of the class that `checkpoint_class` finds.
 
     Raises:
-        ValueError: see `checkpoint_class`.
+        UnsupportedModel: an unknown model type, architecture or head.
+        OSError: there is no such checkpoint, or the Hub cannot be reached.
+
+    Example:
+        >>> model = load("my-moe")
+        >>> model.set_selection(k=0.3)
     """
-    config = AutoConfig.from_pretrained(name, revision=revision)
+    config = read_config(name, revision)
     return checkpoint_class(config, head).from_pretrained(name, revision=revision, **kwargs)
 
 
@@ -113,24 +149,26 @@ def check_moefied(model: PreTrainedModel) -> MoefiedModel:
     """Return the model itself, which a type checker knows to be MoEfied from here on.
 
     Raises:
-        ValueError: it is dense.
+        NotMoefied: it is dense.
     """
     if not is_moefied(model):
-        raise ValueError(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
+        raise NotMoefied(f"{type(model).__name__} is not MoEfied; convert it with moefy_hf.moefy_ first")
     return cast(MoefiedModel, model)
 
 
 def check_code(model: PreTrainedModel) -> None:
-    """A model that was loaded with `trust_remote_code` runs the code its checkpoint came with, which an older or newer
+    """Check that a model's code is of this package's format.
+
+    A model that was loaded with `trust_remote_code` runs the code its checkpoint came with, which an older or newer
     version of this package wrote.
 
     Raises:
-        ValueError: it is of another format than this package's.
+        UnsupportedModel: it is of another format than this package's.
     """
     mixin = next((base for base in type(model).__mro__ if base.__name__ == "MoefiedMixin"), None)
     version = vars(sys.modules[mixin.__module__])["FORMAT_VERSION"] if mixin else FORMAT_VERSION
     if version != FORMAT_VERSION:
-        raise ValueError(
+        raise UnsupportedModel(
             f"this model runs code of format {version} that came with its checkpoint, and this package is of format "
             f"{FORMAT_VERSION}: load it with moefy_hf.load(name), whose code is the package's"
         )

@@ -8,7 +8,8 @@ from huggingface_hub import ModelCard
 from tiny import convert, tiny_inputs, tiny_model
 
 from moefy_hf import evaluate
-from moefy_hf.hub.card import PLOT, TASKS, budget, example, model_card, write_card
+from moefy_hf.hub.card import PLOT, TASKS, model_card, write_card
+from moefy_hf.hub.card_text import budget, example
 from moefy_hf.hub.facts import FILE, add_facts, read_facts
 from moefy_hf.io import is_hub_id
 from moefy_hf.modeling.selection_config import check_selection

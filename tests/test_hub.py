@@ -14,10 +14,8 @@ from tiny import convert, tiny_inputs, tiny_model
 
 from moefy_hf import evaluate, push_to_hub
 from moefy_hf.cli.main import main
-from moefy_hf.errors import PushError
+from moefy_hf.hub import PushError, VerificationError, add_facts
 from moefy_hf.hub import push as hub
-from moefy_hf.hub.facts import add_facts
-from moefy_hf.hub.verify import VerificationError
 
 HEAD, REPO = "AutoModelForSequenceClassification", "user/bert-moe"
 

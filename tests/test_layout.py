@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 import moefy_hf
+import moefy_hf.hub
 
 PACKAGE = Path(moefy_hf.__file__).parent
 FLOORS = [  # from the ground up: a room uses those below it
     {"modeling"},  # which travels with checkpoints
-    {"data", "errors", "io", "loading"},
+    {"errors"},
+    {"data", "io", "loading"},
     {"measure", "runtime"},
     {"analysis", "exporters", "splitters"},
     {"arguments"},
@@ -103,3 +105,11 @@ def test_imports_cost_only_what_is_used(code):
     assert imported(code, names) <= imported(anyway, names)
 
 
+def test_public_names_of_the_hub_are_found_when_asked_for():
+    package = moefy_hf.hub
+    for name in package.__all__:
+        public = getattr(package, name)
+        assert public.__module__.startswith("moefy_hf.") and public.__name__ == name
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match="no attribute 'moefy'"):
+        package.moefy  # noqa: B018

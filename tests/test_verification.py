@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY, convert, run, tiny_inputs, tiny_model
 
-from moefy_hf.hub.verify import VerificationError, example_inputs, verify
+from moefy_hf.hub import VerificationError
+from moefy_hf.hub.verification import example_inputs, verify
 
 HEAD = "AutoModelForSequenceClassification"
 
@@ -86,6 +87,6 @@ def test_inputs_are_made_up_for_every_head(name, head):
 
 
 def test_inputs_that_do_not_suit_a_model(saved, monkeypatch):
-    monkeypatch.setattr("moefy_hf.hub.verify.example_inputs", lambda model: {"pixel_values": torch.zeros(1)})
+    monkeypatch.setattr("moefy_hf.hub.verification.example_inputs", lambda model: {"pixel_values": torch.zeros(1)})
     with pytest.raises(VerificationError, match="pass inputs="):
         verify(saved[1], saved[0])

@@ -1,4 +1,4 @@
-"""`moefy analyze`, `ablate` and `prune`: what the words do, and their settings."""
+"""`moefy analyze`, `ablate` and `prune`: arguments, and what the commands do."""
 
 import argparse
 import json
@@ -36,16 +36,23 @@ from .common import (
     text_batches,
 )
 
-CARRIED = ("base_model", "license", "calibration")  # facts that hold for what is left after pruning
+CARRIED = ("base_model", "license", "calibration")  # parts of the model card data that also hold after pruning
 
 
 def stream_of(args: Namespace, model: PreTrainedModel) -> TextStream:
+    """Return the texts of --data as a model reads them, up to --max_tokens."""
     tokenizer = load_tokenizer(args)
     longest = longest_text(model, tokenizer, args.max_length)
     return TextStream(args.data, tokenizer, model.config, max_length=longest, limit=args.max_tokens)
 
 
 def analyze_model(args: Namespace) -> dict[str, Any]:
+    """Analyze the experts of MODEL on texts, and write the report; return its path and the figures.
+
+    Raises:
+        MoefyError: plotly is not installed, --output is a file, or --data cannot be read.
+        NotMoefied: MODEL is dense.
+    """
     if find_spec("plotly") is None:
         raise MoefyError("the report needs plotly: pip install 'moefy-hf[report]'")
     output = Path(args.output)
@@ -55,19 +62,25 @@ def analyze_model(args: Namespace) -> dict[str, Any]:
     model = load_moefied(args)
     other = load(args.compare, head=args.head, dtype=args.dtype) if args.compare else None
     partitions = compare_partitions(model, other, args.seed) if other is not None else None
-    found = analyze(model, load_tokenizer(args), stream_of(args, model), rate=args.rate, seed=args.seed)
-    facts = add_facts(args.model, analysis=found.summary()) if Path(args.model).is_dir() else {}
+    analysis = analyze(model, load_tokenizer(args), stream_of(args, model), rate=args.rate, seed=args.seed)
+    facts = add_facts(args.model, analysis=analysis.summary()) if Path(args.model).is_dir() else {}
     page = write_report(
         output,
-        found,
+        analysis,
         sweep=facts.get("sweep"),
         partitions=partitions,
         removal=removal and {"title": removal["title"], "rows": removal["together"]},
     )
-    return {"report": str(page), "table": f"{found.table()}\n\n{page}", **found.to_dict()}
+    return {"report": str(page), "table": f"{analysis.table()}\n\n{page}", **analysis.to_dict()}
 
 
 def ablate_model(args: Namespace) -> dict[str, Any]:
+    """Rank the experts of MODEL by what a task loses without them; return the ranking and tables.
+
+    Raises:
+        MoefyError: arguments that exclude each other, or --data that cannot be read.
+        NotMoefied: MODEL is dense.
+    """
     if args.topic and args.other:
         raise MoefyError("--topic splits --data into a class and the others: leave out --other")
     if args.test and not args.together or args.other_test and not (args.test and args.other):
@@ -79,25 +92,35 @@ def ablate_model(args: Namespace) -> dict[str, Any]:
     experts = sum(site.act.num_experts for site in model.moe_sites())
     if max(args.together or [1]) > experts:
         raise MoefyError(f"--together {max(args.together)} is more than the {experts} experts that the model has")
-    found = ablate(model, tasks["task"], tasks.get("other"), measured=args.measure)
-    found["title"] = f"Without what {args.topic!r} needs" if args.topic else "Without what the task needs"
+    result = ablate(model, tasks["task"], tasks.get("other"), measured=args.measure)
+    result["title"] = f"Without what {args.topic!r} needs" if args.topic else "Without what the task needs"
     if args.together:
         named = {args.topic or "the task": held_out["task"]}
         named |= {"all others" if args.topic else "the other": held_out["other"]} if "other" in held_out else {}
-        found["together"] = remove_together(model, found["ranking"], named, args.together, seed=args.seed)
-        found["table"] += "\n\n" + markdown(found["together"])
+        result["together"] = remove_together(model, result["ranking"], named, args.together, seed=args.seed)
+        result["table"] += "\n\n" + markdown(result["together"])
     if args.output:
-        write_whole(Path(args.output), json.dumps(found, indent=1))
-    return found
+        write_whole(Path(args.output), json.dumps(result, indent=1))
+    return result
 
 
 def tasks_of(args: Namespace, model: PreTrainedModel, path: str, other: str | None) -> dict[str, TextBatches]:
-    """Batches of the task, and of the second one, where there is one: another file, or the other classes of this."""
+    """Return batches of "task" and, where there is a second task, of "other".
+
+    Args:
+        args: with --topic, a class of the file; the other classes are the second task then.
+        model: that reads the texts.
+        path: the file of the task.
+        other: the file of the second task, or None.
+
+    Raises:
+        MoefyError: --topic of a language model, or a file that cannot be read.
+    """
     tokenizer = load_tokenizer(args)
 
     def batches(texts: list[str], labels: list[int] | str) -> TextBatches:
-        own = labels if isinstance(labels, str) else labels[: args.max_texts]
-        return text_batches(args, model, tokenizer, texts[: args.max_texts], own)
+        labels = labels if isinstance(labels, str) else labels[: args.max_texts]
+        return text_batches(args, model, tokenizer, texts[: args.max_texts], labels)
 
     if is_causal(model):
         if args.topic:
@@ -106,12 +129,18 @@ def tasks_of(args: Namespace, model: PreTrainedModel, path: str, other: str | No
         return {name: batches(read_texts(file), "next") for name, file in files.items()}
     texts, labels = read_labelled(path, model.config)
     if not args.topic:
-        found = {"task": batches(texts, labels)}
-        return found | ({"other": batches(*read_labelled(other, model.config))} if other else {})
+        tasks = {"task": batches(texts, labels)}
+        return tasks | ({"other": batches(*read_labelled(other, model.config))} if other else {})
     return {name: batches(*part) for name, part in split_by_class(texts, labels, model.config, args.topic).items()}
 
 
 def prune_model(args: Namespace) -> dict[str, Any]:
+    """Remove experts of MODEL, and save what is left; return which, and the numbers of parameters.
+
+    Raises:
+        MoefyError: both or neither of --ranking and --data, or more experts than the model can lose.
+        NotMoefied: MODEL is dense.
+    """
     output = new_folder(args.output)
     if bool(args.ranking) == bool(args.data):
         raise MoefyError("give --ranking (what moefy ablate wrote) or --data (the experts that it uses least go)")
@@ -138,6 +167,7 @@ def prune_model(args: Namespace) -> dict[str, Any]:
 
 
 def add_analyze(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moefy analyze`."""
     of_model(command, analyze_model, show_table)
     add_data(command, required=True)
     add_budget(command)
@@ -149,6 +179,7 @@ def add_analyze(command: argparse.ArgumentParser) -> None:
 
 
 def add_ablate(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moefy ablate`."""
     of_model(command, ablate_model, show_table)
     add_data(command, required=True, help=f"the task: {DATA}")
     add_budget(command)
@@ -164,6 +195,7 @@ def add_ablate(command: argparse.ArgumentParser) -> None:
 
 
 def add_prune(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moefy prune`."""
     of_model(command, prune_model, show_table)
     command.add_argument("output", metavar="OUTPUT", help=NEW_FOLDER)
     add_data(command, required=False, help=f"texts, whose least used experts go: {DATA}", seed=False)
@@ -174,4 +206,5 @@ def add_prune(command: argparse.ArgumentParser) -> None:
 
 
 def add_budget(command: argparse.ArgumentParser) -> None:
+    """Add --k, the budget that the model is used at."""
     command.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")

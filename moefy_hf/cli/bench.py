@@ -11,6 +11,7 @@ from .common import show_table
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moefy bench`."""
     command.add_argument("model", nargs="?", metavar="MODEL", help="MoEfied checkpoint, instead of a preset")
     command.add_argument("--preset", help=f"random weights in the shape of {', '.join(PRESETS)} (default: t5-base)")
     command.add_argument("--dtype", default="float32", help=f"{' or '.join(DTYPES)} (default: float32)")

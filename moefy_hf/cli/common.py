@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..arguments import positive
 from ..data import TextBatches, decoder_start_of, longest_text
-from ..errors import MoefyError
+from ..errors import MoefyError, NotMoefied
 from ..hub.card import moefied_config
 from ..loading import MoefiedModel, check_moefied, load
 from ..modeling.moefied import is_moefied
@@ -26,7 +26,13 @@ NEW_FOLDER = "folder that gets it; must not exist"
 
 
 def of_model(command: argparse.ArgumentParser, run: Callable, show: Callable) -> argparse.ArgumentParser:
-    """Give a command what every command on a model takes."""
+    """Give a command the arguments of every command on a model; return it.
+
+    Args:
+        command: the parser.
+        run: computes the result, a dict, from the parsed arguments.
+        show: makes the printed text of the result.
+    """
     command.add_argument("model", metavar="MODEL", help="Hub id or local folder")
     command.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
     command.add_argument("--dtype", default="auto", choices=DTYPES, help="load in this type (default: as saved)")
@@ -38,7 +44,14 @@ def of_model(command: argparse.ArgumentParser, run: Callable, show: Callable) ->
 
 
 def add_data(command: argparse.ArgumentParser, *, required: bool, help: str = DATA, seed: bool = True) -> None:
-    """Give a command texts to read."""
+    """Give a command the arguments that name texts.
+
+    Args:
+        command: the parser.
+        required: whether --data must be given.
+        help: of --data.
+        seed: whether the command has --seed, which orders the texts.
+    """
     command.add_argument("--data", metavar="FILE", required=required, help=help)
     command.add_argument("--max_length", type=positive, default=256, help="tokens of a text (default: 256)")
     if seed:
@@ -46,15 +59,18 @@ def add_data(command: argparse.ArgumentParser, *, required: bool, help: str = DA
 
 
 def show_table(result: dict[str, Any]) -> str:
+    """Return the table of a result, which is what its command prints."""
     return result["table"]
 
 
 def show_output(result: dict[str, Any]) -> str:
+    """Return the folder of a result, which is what its command prints."""
     return result["output"]
 
 
 def new_folder(path: str) -> Path:
-    """
+    """Return the path of a folder that is going to be made.
+
     Raises:
         MoefyError: there is something at this path.
     """
@@ -76,10 +92,10 @@ def load_model(args: Namespace) -> PreTrainedModel:
 
 
 def load_moefied(args: Namespace) -> MoefiedModel:
-    """Load MODEL at the budget --k.
+    """Load MODEL, at the budget --k where that is given.
 
     Raises:
-        MoefyError: it is dense.
+        NotMoefied: it is dense.
     """
     model = check_is_moefied(args, load_model(args))
     if args.k is not None:
@@ -88,17 +104,18 @@ def load_moefied(args: Namespace) -> MoefiedModel:
 
 
 def check_is_moefied(args: Namespace, model: PreTrainedModel) -> MoefiedModel:
-    """
+    """Return the model itself, which a type checker knows to be MoEfied from here on.
+
     Raises:
-        MoefyError: MODEL is dense.
+        NotMoefied: it is dense.
     """
     if not is_moefied(model):
-        raise MoefyError(f"{args.model} is not MoEfied: moefy convert makes a checkpoint that is")
+        raise NotMoefied(f"{args.model} is not MoEfied: moefy convert makes a checkpoint that is")
     return check_moefied(model)
 
 
 def computes_bfloat16() -> bool:
-    """Whether the CPU has instructions for it; without, it is several times as slow as float32."""
+    """Return whether the CPU has instructions for bfloat16; without, it is several times as slow as float32."""
     x86 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return x86 or platform.machine() in ("aarch64", "arm64")
 
@@ -119,10 +136,17 @@ def text_batches(
     texts: list[str],
     labels: list[int] | str | None = None,
 ) -> TextBatches:
-    """Make batches of texts as this model reads them.
+    """Make batches of texts as a model reads them.
+
+    Args:
+        args: with --max_length and --seed.
+        model: that reads them.
+        tokenizer: of the model.
+        texts: the texts.
+        labels: see `TextBatches`.
 
     Raises:
-        MoefyError: it reads none.
+        MoefyError: the model does not read texts.
     """
     if model.main_input_name != "input_ids":
         raise MoefyError(
@@ -139,11 +163,18 @@ def text_batches(
 
 
 def load_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
+    """Load MODEL's tokenizer."""
     return AutoTokenizer.from_pretrained(args.model, revision=args.revision)
 
 
 def save_beside(args: Namespace, model: PreTrainedModel, folder: Path) -> None:
-    """Write a model made of MODEL, in MODEL's type, with its tokenizer and image processor."""
+    """Save a model made of MODEL, in MODEL's type, with its tokenizer and image processor.
+
+    Args:
+        args: with MODEL.
+        model: what is saved.
+        folder: where.
+    """
     as_loaded(model).save_pretrained(folder)
     for auto in (AutoTokenizer, AutoImageProcessor):
         with contextlib.suppress(ValueError, OSError, ImportError, KeyError):  # it has none
@@ -151,7 +182,12 @@ def save_beside(args: Namespace, model: PreTrainedModel, folder: Path) -> None:
 
 
 def checkpoint_folder(args: Namespace) -> Path:
-    """A local checkpoint, for what is written beside its weights."""
+    """Return the folder of MODEL, for what is written beside its weights.
+
+    Raises:
+        MoefyError: it is no folder with a checkpoint.
+        NotMoefied: the checkpoint is dense.
+    """
     folder = Path(args.model)
     moefied_config(folder)
     return folder

@@ -35,6 +35,7 @@ from .common import (
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moefy convert`."""
     of_model(command, convert, show_table)
     command.add_argument("output", metavar="OUTPUT", help=NEW_FOLDER)
     command.add_argument("--data", metavar="FILE", help=f"what splits and routers are fitted on: {DATA}")
@@ -45,16 +46,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def config_of(args: Namespace) -> MoEficationConfig:
-    """Read the settings of a conversion: of --config and, where it says something else, the command line."""
+    """Return the settings of a conversion: those of --config and, over them, those of the command line."""
     settings = read_yaml(args.config) if args.config else {}
-    return MoEficationConfig(**{name: settings[name] for name in SETTINGS if name in settings} | said(args))
-
-
-def said(args: Namespace) -> dict[str, Any]:
-    return given(args, MoEficationConfig)
+    from_file = {name: settings[name] for name in SETTINGS if name in settings}
+    return MoEficationConfig(**from_file | given(args, MoEficationConfig))
 
 
 def convert(args: Namespace) -> dict[str, Any]:
+    """Convert MODEL, check its quality, and save it; return the report.
+
+    Raises:
+        MoefyError: what `moefy_` finds wrong, or a model that is of no use right after conversion, without --force.
+    """
     output, config = new_folder(args.output), config_of(args)
     args.seed = config.seed
     texts = read_texts(args.data) if args.data else None
@@ -63,9 +66,9 @@ def convert(args: Namespace) -> dict[str, Any]:
     batches, held_out = None, None
     if texts is not None:
         tokenizer = load_tokenizer(args)
-        fitted, rest = split_off(texts)
-        batches = text_batches(args, model, tokenizer, fitted)
-        held_out = text_batches(args, model, tokenizer, rest, "next" if is_causal(model) else None)
+        fit_texts, check_texts = split_off(texts)
+        batches = text_batches(args, model, tokenizer, fit_texts)
+        held_out = text_batches(args, model, tokenizer, check_texts, "next" if is_causal(model) else None)
     report = moefy_(model, config, batches)
     check, line = check_of(model, held_out)
     if check is not None and check.degenerate and not args.force:
@@ -80,7 +83,12 @@ def convert(args: Namespace) -> dict[str, Any]:
 
 
 def check_of(model: PreTrainedModel, held_out: TextBatches | None) -> tuple[QualityCheck | None, str]:
-    """Find how good a model that was just converted is, and a line that says it."""
+    """Check the quality of a model that was just converted; return the check, if any, and a line that says it.
+
+    Args:
+        model: the MoEfied model.
+        held_out: texts that it was not fitted on.
+    """
     if held_out is None or not len(held_out):
         return None, "quality is not predicted without --data: moefy sweep measures it"
     try:

@@ -14,6 +14,7 @@ from .common import NEW_FOLDER, load_tokenizer, new_folder, of_model, show_outpu
 
 
 def add_export(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moefy export`."""
     of_model(command, export_model, show_output)
     command.add_argument("output", metavar="OUTPUT", help=NEW_FOLDER)
     command.add_argument("--to", help=f"{', '.join(EXPORT_FORMATS)} or dense (default: what the attention fits)")
@@ -21,12 +22,14 @@ def add_export(command: argparse.ArgumentParser) -> None:
 
 
 def add_adapter(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moefy permute-adapter`."""
     of_model(command, permuted_adapter, show_output)
     command.add_argument("adapter", metavar="ADAPTER", help="Hub id or folder, trained on the dense model: LoRA, IA3")
     command.add_argument("output", metavar="OUTPUT", help="folder that gets the one that fits MODEL; must not exist")
 
 
 def export_model(args: Namespace) -> dict[str, Any]:
+    """Write MODEL as a served architecture; return the folder."""
     output = new_folder(args.output)
     # on the CPU, where it is written from
     model = load(args.model, args.revision, head=args.head, dtype=args.dtype)
@@ -40,6 +43,7 @@ def export_model(args: Namespace) -> dict[str, Any]:
 
 
 def permuted_adapter(args: Namespace) -> dict[str, Any]:
+    """Write the adapter that fits MODEL; return the folder."""
     output = new_folder(args.output)
     model = load(args.model, args.revision, head=args.head, dtype=args.dtype)
     return {"output": str(permute_adapter(args.adapter, model, output))}

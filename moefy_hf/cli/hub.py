@@ -13,6 +13,7 @@ from .common import checkpoint_folder, of_model
 
 
 def add_card(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moefy card`."""
     of_model(command, card, lambda result: result["card"])
     command.add_argument("--repo_id", help="where it is going to be on the Hub")
     command.add_argument("--base_model", help="Hub id of the dense model, where the conversion did not see it")
@@ -21,6 +22,7 @@ def add_card(command: argparse.ArgumentParser) -> None:
 
 
 def add_push(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moefy push`."""
     of_model(command, push, lambda result: result["url"])
     command.add_argument("repo_id", metavar="REPO", help="owner/name; created where it does not exist")
     command.add_argument("--private", action="store_true", default=None, help="if the repository is new")
@@ -31,6 +33,11 @@ def add_push(command: argparse.ArgumentParser) -> None:
 
 
 def card(args: Namespace) -> dict[str, Any]:
+    """Write the card of MODEL's folder; return its path.
+
+    Raises:
+        FileExistsError: somebody has written in the card that is there, and not --overwrite.
+    """
     folder = checkpoint_folder(args)
     readme = folder / "README.md"
     if readme.exists() and not args.overwrite and not is_rendered(readme.read_text(encoding="utf-8")):
@@ -41,6 +48,11 @@ def card(args: Namespace) -> dict[str, Any]:
 
 
 def push(args: Namespace) -> dict[str, Any]:
+    """Upload MODEL's folder; return the URL and the commit.
+
+    Raises:
+        PushError: see `push_to_hub`.
+    """
     commit = push_to_hub(
         checkpoint_folder(args),
         args.repo_id,

@@ -5,22 +5,23 @@ from argparse import Namespace
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from ..exporters.formats import EXPORT_FORMATS
-from ..hub.card import router_settings_of
-from ..loading import checkpoint_class
+from ..hub.card_text import router_settings_of
+from ..loading import checkpoint_class, read_config
 from ..modeling.ffn_sites import find_sites
 from ..modeling.section import Section
 from .common import of_model
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moefy inspect`."""
     of_model(command, inspect_model, show_inspected)
 
 
 def inspect_model(args: Namespace) -> dict[str, Any]:
-    config = AutoConfig.from_pretrained(args.model, revision=args.revision)
+    """Return what MODEL is, how it is MoEfied, and the sizes of its FFNs."""
+    config = read_config(args.model, args.revision)
     with torch.device("meta"):
         model = checkpoint_class(config, args.head)(config)
     sites, section = find_sites(model), Section.of(config)
@@ -31,7 +32,8 @@ def inspect_model(args: Namespace) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "ffn_parameters": ffn,
         "moefication": section and section.values,
-        "export": [name for name, target in EXPORT_FORMATS.items() if config.model_type in target.sources] + ["dense"],
+        "export": [name for name, format_ in EXPORT_FORMATS.items() if config.model_type in format_.sources]
+        + ["dense"],
         "ffns": [
             {
                 "name": site.name,
@@ -46,6 +48,7 @@ def inspect_model(args: Namespace) -> dict[str, Any]:
 
 
 def show_inspected(result: dict[str, Any]) -> str:
+    """Return what `moefy inspect` prints of its result."""
     share = result["ffn_parameters"] / result["parameters"]
     lines = [
         f"{result['architecture']} ({result['model_type']}), {result['parameters'] / 1e6:,.1f} M parameters, "

@@ -6,6 +6,7 @@ from ..runtime.status import kernels_build, kernels_info, show_build, show_info
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moefy kernels`, which has two words."""
     words = command.add_subparsers(dest="word", required=True, metavar="info|build")
     info = words.add_parser("info", help="which implementations can run here, and where the compiled kernel is")
     info.set_defaults(run=lambda args: kernels_info(), show=show_info)

@@ -59,7 +59,13 @@ MODEL is a Hub id or a local directory. Exit code 2: something about the input, 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; exit with code 2 and one line where something about the input is wrong."""
+    """Run one command, and print its result.
+
+    Where something about the input is wrong, exit with code 2 and one line.
+
+    Args:
+        arguments: the command and its arguments; by default those of the process.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser(arguments).parse_args(arguments)
     try:
@@ -71,19 +77,23 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parser(arguments: list[str]) -> argparse.ArgumentParser:
-    """Make a parser with the arguments of the one command that is asked for."""
+    """Make a parser that knows all commands, and the arguments of the one that is asked for.
+
+    Args:
+        arguments: those that are going to be parsed.
+    """
     top = argparse.ArgumentParser(
         prog="moefy", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     name = next((word for word in arguments if not word.startswith("-")), None)
-    for command, (place, what) in COMMANDS.items():
-        added = commands.add_parser(command, help=what, description=what, allow_abbrev=False)
+    for command, (home, description) in COMMANDS.items():
+        added = commands.add_parser(command, help=description, description=description, allow_abbrev=False)
         if command == name:
             for flag in (word.partition("=")[0] for word in arguments):
                 if flag in RENAMED:
                     added.error(f"{flag} is {RENAMED[flag]} now")
-            module, _, add = place.partition(":")
+            module, _, add = home.partition(":")
             vars(importlib.import_module(f".{module}", __package__))[add](added)
     return top
 

@@ -17,6 +17,7 @@ from .common import add_data, load_model, load_tokenizer, of_model, show_table, 
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moefy profile`."""
     of_model(command, profile_model, show_table)
     add_data(command, required=True)
     tokens = MoEficationConfig.calibration_tokens
@@ -32,6 +33,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def profile_model(args: Namespace) -> dict[str, Any]:
+    """Measure how sparse MODEL's FFNs are; return a row for each.
+
+    Raises:
+        MoefyError: texts that cannot be read, or --ppl of a model that is no language model.
+    """
     if args.ppl is not None and not args.ppl > 0:
         raise MoefyError(f"--ppl is a growth in percent, more than 0: got {args.ppl}")
     texts = read_texts(args.data)
@@ -39,17 +45,18 @@ def profile_model(args: Namespace) -> dict[str, Any]:
     batches = text_batches(args, model, tokenizer, texts)
     if args.ppl is not None and not is_causal(model):
         raise MoefyError(f"--ppl needs a language model, whose labels are the texts; {model._get_name()} is none")
-    with profile(model, batches, max_tokens=args.calibration_tokens, sample=False) as measured:
-        first = measured.batches
-    curves = cett_curves(model, first)
+    with profile(model, batches, max_tokens=args.calibration_tokens, sample=False) as stats:
+        profiled = stats.batches
+    curves = cett_curves(model, profiled)
     rows = [
-        {"ffn": site.name, **describe_ffn(stats, curve)}
-        for site, stats, curve in zip(find_sites(model), measured.sites, curves, strict=True)
+        {"ffn": site.name, **describe_ffn(site_stats, curve)}
+        for site, site_stats, curve in zip(find_sites(model), stats.sites, curves, strict=True)
     ]
-    result: dict[str, Any] = {"tokens": measured.tokens, "cett_tokens": curves[0].tokens, "rows": rows}
+    result: dict[str, Any] = {"tokens": stats.tokens, "cett_tokens": curves[0].tokens, "rows": rows}
     if args.ppl is not None:
         labelled = [
-            {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)} for batch in first
+            {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+            for batch in profiled
         ]
         ppl = ppl_activation(model, labelled, curves, args.ppl / 100)
         result["ppl"] = asdict(ppl)

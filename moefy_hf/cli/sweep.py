@@ -1,4 +1,4 @@
-"""`moefy sweep`: quality against compute, or the budget for a target."""
+"""`moefy sweep`: quality against compute, or the budget for a quality."""
 
 import argparse
 from argparse import Namespace
@@ -26,6 +26,7 @@ MEASURES = "accuracy of a csv file's labels; of a language model perplexity; els
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moefy sweep`."""
     of_model(command, sweep, show_table)
     add_data(command, required=True, help=f"{DATA}: {MEASURES}")
     budgets = command.add_mutually_exclusive_group()
@@ -49,6 +50,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def sweep(args: Namespace) -> dict[str, Any]:
+    """Measure MODEL at several budgets, or find the budget for a quality; return rows and facts.
+
+    Raises:
+        MoefyError: wrong arguments, texts that cannot be read, or a model that cannot be measured on texts.
+        NotMoefied: MODEL is dense.
+    """
     check_arguments(args)
     calibration = read_texts(args.calibration) if args.calibration else None
     texts = read_texts(args.data)
@@ -78,7 +85,11 @@ def sweep(args: Namespace) -> dict[str, Any]:
 
 
 def check_arguments(args: Namespace) -> None:
-    """Find what is wrong with them before any file is read."""
+    """Check arguments before any file is read.
+
+    Raises:
+        MoefyError: an unknown control, a file that cannot be written, or a control that needs --calibration.
+    """
     for control in args.controls:
         check_control(control)
     check_files(args.output, plot=args.plot)
@@ -87,6 +98,12 @@ def check_arguments(args: Namespace) -> None:
 
 
 def check_model(args: Namespace, model: PreTrainedModel) -> None:
+    """Check that a model can be measured on texts.
+
+    Raises:
+        NotMoefied: it is dense.
+        MoefyError: it is an encoder-decoder that needs labels.
+    """
     check_is_moefied(args, model)
     if model.config.is_encoder_decoder and not model._get_name().endswith("Classification"):
         raise MoefyError(
@@ -95,20 +112,28 @@ def check_model(args: Namespace, model: PreTrainedModel) -> None:
 
 
 def searched(args: Namespace, model: PreTrainedModel, batches: TextBatches, kinds: list[str]) -> dict[str, Any]:
-    """The fewest experts that keep a quality, for each type of selection."""
+    """Find the fewest experts that have the quality --quality; return all rows that were measured.
+
+    Args:
+        args: with --quality.
+        model: the MoEfied model.
+        batches: what is measured on.
+        kinds: the types of selection, each searched by itself.
+    """
     rows: list[dict[str, Any]] = []
     lines: list[str] = []
     for kind in kinds:
-        selection, found = search(model, batches, args.quality, selection={"type": kind})
-        rows += found.rows[bool(rows) :]
+        selection, searched_sweep = search(model, batches, args.quality, selection={"type": kind})
+        rows += searched_sweep.rows[bool(rows) :]
         settings = ", ".join(f"{name}={value!r}" for name, value in selection.items())
         lines.append(f"{args.quality:g} of dense: model.set_selection({settings})")
-    whole = Sweep(rows, found.facts)
+    whole = Sweep(rows, searched_sweep.facts)
     write(args, whole)
     return {"table": "\n".join([whole.table(), "", *lines]), **whole.to_dict()}
 
 
 def write(args: Namespace, result: Sweep) -> None:
+    """Write the files that --output and --plot name."""
     if args.output:
         result.save(args.output)
     if args.plot:

@@ -1,35 +1,26 @@
-"""The model card of a checkpoint, rendered from its config and facts; what is not known is left out."""
+"""The model card of a checkpoint, rendered from its config and model card data; what is not known is left out."""
 
 import hashlib
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import logging
 
-from ..conversion.convert import ConversionReport
-from ..conversion.fit_routers import RouterFit
+from ..errors import MoefyError, NotMoefied
 from ..evaluation.plots import allocation_words, plot_experts
-from ..evaluation.quality_check import QualityCheck
 from ..evaluation.sweep import Sweep
-from ..io import is_hub_id, markdown, write_whole
+from ..io import is_hub_id, write_whole
 from ..modeling.needs import TRANSFORMERS
 from ..modeling.section import NAME, Section
-from ..modeling.selection_config import setting_name
+from .card_text import analysis_table, conversion_report, data_of, example, linked, speed_table, summary
 from .facts import read_facts
 
 logger = logging.get_logger("moefy_hf")
 
 PLOT = "quality_against_compute.png"
 EXPERTS_PLOT = "experts.png"
-SPREAD = {  # of ALLOCATIONS
-    "uniform": "the same in each layer",
-    "sensitivity": "more where a layer needs them",
-    "angular": "more where a layer turns the hidden states further",
-    "global": "by one setting for all layers",
-}
 TASKS = {
     "AutoModel": "feature-extraction",
     "AutoModelForAudioClassification": "audio-classification",
@@ -46,14 +37,22 @@ TASKS = {
 
 
 def model_card(folder: str | Path, repo_id: str | None = None, revision: str | None = None) -> ModelCard:
-    """The card of a MoEfied checkpoint.
+    """Render the card of a MoEfied checkpoint.
 
     Args:
+        folder: of the checkpoint.
         repo_id: where it is going to be; by default the card names the folder.
         revision: a branch or tag that its example loads.
 
+    Returns:
+        the card; `str` of it is the text of README.md.
+
     Raises:
-        ValueError: the folder holds no MoEfied checkpoint.
+        MoefyError: the folder holds no checkpoint.
+        NotMoefied: the folder holds a dense checkpoint.
+
+    Example:
+        >>> print(model_card("my-moe", repo_id="me/my-moe"))
     """
     folder = Path(folder)
     config = moefied_config(folder)
@@ -91,26 +90,30 @@ def model_card(folder: str | Path, repo_id: str | None = None, revision: str | N
     )
 
 
-def example(selection: dict[str, Any]) -> str:
-    """How the budget is set: by its setting, where nobody has measured what that spends."""
-    name = setting_name(selection["type"])
-    if name in selection:
-        value = selection[name]
-        value = value[0] if isinstance(value, list) else value
-        return f"{name}={value:g})  # the budget, any time: the larger, the more experts"
-    return "k=0.5)  # the budget, any time: a share of the experts, a number, or one per layer"
-
-
 def write_card(
     folder: str | Path, repo_id: str | None = None, revision: str | None = None, *, overwrite: bool = False
 ) -> Path:
     """Write a checkpoint's card, README.md, and the plot of its sweep (where matplotlib is installed).
 
-    A card that was rendered and not touched since is rendered anew.
+    A card that was rendered and not edited since is rendered anew.
+
+    Args:
+        folder: of the checkpoint.
+        repo_id: where it is going to be; by default the card names the folder.
+        revision: a branch or tag that its example loads.
+        overwrite: also replace a README.md that somebody has edited.
+
+    Returns:
+        the path of README.md.
 
     Raises:
-        ValueError: the folder holds no MoEfied checkpoint.
-        FileExistsError: there is a README.md that somebody has written in, and not `overwrite`.
+        MoefyError: the folder holds no checkpoint.
+        NotMoefied: the folder holds a dense checkpoint.
+        FileExistsError: there is a README.md that somebody has edited, and not `overwrite`.
+
+    Example:
+        >>> write_card("my-moe", repo_id="me/my-moe")
+        PosixPath('my-moe/README.md')
     """
     folder = Path(folder)
     moefied_config(folder)
@@ -125,48 +128,65 @@ def write_card(
             plot_experts(facts["analysis"], folder / EXPERTS_PLOT)
     except ImportError as error:
         logger.warning_once(f"the card has no plot: {error}")
-    write_whole(path, sealed(str(model_card(folder, repo_id, revision))))
+    write_whole(path, with_checksum(str(model_card(folder, repo_id, revision))))
     return path
 
 
-def sealed(text: str) -> str:
-    """With a last line by which it is known, later, that nobody has changed it."""
+def with_checksum(text: str) -> str:
+    """Return a card with a last line that holds the checksum of the rest, by which `is_rendered` sees edits."""
     return f"{text.rstrip()}\n\n<!-- rendered: {hashlib.sha256(text.rstrip().encode()).hexdigest()[:16]} -->\n"
 
 
 def is_rendered(text: str) -> bool:
-    """Whether a card is as it was rendered."""
-    own, _, _ = text.rpartition("\n\n<!-- rendered: ")
-    return sealed(own) == text
+    """Return whether a card is as it was rendered: nobody has edited it."""
+    body, _, _ = text.rpartition("\n\n<!-- rendered: ")
+    return with_checksum(body) == text
 
 
 def known_facts(folder: Path) -> dict[str, Any]:
-    """A checkpoint's facts, with the base model that its conversion saw where nobody named one."""
+    """Return a checkpoint's model card data, with the base model that the conversion saw where nobody named one."""
     facts = read_facts(folder)
     base = facts.get("conversion", {}).get("base_model")
     return facts if base is None else {"base_model": base} | facts
 
 
 def moefied_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a MoEfied checkpoint."""
+    """Read the config.json of a MoEfied checkpoint.
+
+    Raises:
+        MoefyError: there is none.
+        NotMoefied: the checkpoint is dense.
+    """
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no checkpoint: there is no config.json")
+        raise MoefyError(f"{folder} holds no checkpoint: there is no config.json")
     config = json.loads(path.read_text(encoding="utf-8"))
     if Section.of(config) is None:
-        raise ValueError(f"{folder} holds a checkpoint that is not MoEfied")
+        raise NotMoefied(f"{folder} holds a checkpoint that is not MoEfied")
     return config
 
 
 def auto_class(config: dict[str, Any]) -> str:
-    """The AutoModel name that a checkpoint's own head is loaded by."""
-    own = config["architectures"][0]
-    names = [name for name, path in config["auto_map"].items() if path.rpartition(".")[2] == own]
+    """Return the name of the Auto class that loads a checkpoint with the head it was saved with.
+
+    Args:
+        config: what its config.json holds.
+    """
+    architecture = config["architectures"][0]
+    names = [name for name, path in config["auto_map"].items() if path.rpartition(".")[2] == architecture]
     heads = [name for name in names if name != "AutoModel"]  # CLIP has two names
     return next((name for name in heads if name in TASKS), (heads or ["AutoModel"])[0])
 
 
 def card_data(name: str, facts: dict[str, Any], auto: str, sweep: Sweep | None) -> ModelCardData:
+    """Return the metadata that the Hub reads from the head of a card.
+
+    Args:
+        name: of the model.
+        facts: the model card data.
+        auto: the Auto class that loads it.
+        sweep: quality against compute, for the Hub's list of results.
+    """
     base = facts.get("base_model")
     known: dict[str, Any] = {}
     if base is not None and is_hub_id(base):
@@ -184,7 +204,13 @@ def card_data(name: str, facts: dict[str, Any], auto: str, sweep: Sweep | None) 
 
 
 def eval_results(evaluation: dict[str, Any], task: str, sweep: Sweep) -> list[EvalResult]:
-    """The model-index: a metric per budget of the checkpoint's own router."""
+    """Return one result for each budget of the checkpoint's own router (the Hub's model-index).
+
+    Args:
+        evaluation: the part of that name of the model card data, with a "data".
+        task: the Hub's name of it.
+        sweep: quality against compute.
+    """
     quality, data = sweep.facts["quality"], evaluation["data"]
     return [
         EvalResult(
@@ -199,79 +225,3 @@ def eval_results(evaluation: dict[str, Any], task: str, sweep: Sweep) -> list[Ev
         for row in sweep.rows
         if row["router"] == "own"
     ]
-
-
-def conversion_report(found: dict[str, Any]) -> ConversionReport:
-    return ConversionReport(**found | {"fits": [RouterFit(**fit) for fit in found["fits"]]})
-
-
-def prediction_of(found: dict[str, Any]) -> QualityCheck:
-    return QualityCheck(**{each.name: found[each.name] for each in fields(QualityCheck) if each.name in found})
-
-
-def router_settings_of(section: Section) -> str:
-    settings = section.router_settings
-    return f" ({', '.join(f'{name} {value}' for name, value in settings.items())})" if settings else ""
-
-
-def summary(section: Section, report: ConversionReport | None, facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """The rows of the first table."""
-    selection, base = section.selection, facts.get("base_model")
-    size, experts = section.expert_size, section.num_experts
-    rows = [] if base is None else [("base model", linked(base))]
-    rows += [
-        ("experts", f"{size} neurons each" if experts is None else f"{experts} per FFN"),
-        ("split", f"`{section.splitter}`"),
-        ("router", f"`{section.router}`" + router_settings_of(section)),
-        ("budget", budget(selection)),
-    ]
-    if report is not None and report.calibration_tokens:
-        data = data_of(facts.get("calibration"))
-        rows.append(("calibration", f"{report.calibration_tokens:,} tokens" + (f" of {data}" if data else "")))
-    if "prediction" in facts:
-        rows.append(("right after conversion", prediction_of(facts["prediction"]).line()))
-    if "pruning" in facts:
-        pruned = facts["pruning"]
-        rows.append(("pruned", f"{pruned['pruned']} of {pruned['experts']} experts of every layer: {pruned['by']}"))
-    for name, value in facts.get("training", {}).items():
-        rows.append((f"training: {name}", f"{value}"))
-    if "versions" in facts:
-        rows.append(("made with", ", ".join(f"{name} {number}" for name, number in facts["versions"].items())))
-    return [(what, value.replace("|", "\\|")) for what, value in rows]
-
-
-def budget(selection: dict[str, Any]) -> str:
-    kind, k = selection["type"], selection.get("k")
-    name = setting_name(kind)
-    if name is not None and k is None:
-        return f"as many experts as a token needs: `{kind}`, {name} {selection[name]}"
-    on_average = "" if name is None else f" on average, by `{kind}`"
-    if isinstance(k, list):
-        return f"{', '.join(map(str, k))} experts, layer by layer{on_average}"
-    share = f"{k:.0%} of the experts" if isinstance(k, float) else f"{k} experts"
-    return f"{share}{on_average}, {SPREAD[selection.get('allocation', 'uniform')]}"
-
-
-def analysis_table(found: dict[str, Any]) -> str:
-    """How specialised the experts are, under what that was measured on."""
-    measured = found["facts"]
-    return f"Measured on {measured['texts']:,} texts of {measured['data']}.\n\n{markdown(found['specialisation'])}"
-
-
-def speed_table(speed: dict[str, Any]) -> str:
-    """Rows of equal keys as a Markdown table, under the hardware they were measured on."""
-    columns = list(speed["rows"][0])
-    lines = [f"Measured on {speed['hardware']}.", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    lines += ["| " + " | ".join(f"{row[name]}" for name in columns) + " |" for row in speed["rows"]]
-    return "\n".join(lines)
-
-
-def data_of(found: dict[str, Any] | None) -> str | None:
-    """'imdb, test': name and split of a data set."""
-    if not found or "data" not in found:
-        return None
-    return ", ".join(f"{found[key]}" for key in ("data", "split") if found.get(key))
-
-
-def linked(name: str) -> str:
-    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else name

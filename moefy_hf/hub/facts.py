@@ -1,4 +1,7 @@
-"""What is known about a checkpoint: each step that makes or measures it adds a part to one file beside its weights."""
+"""Model card data: what is known about a checkpoint, in one file beside its weights.
+
+Each step that makes or measures a checkpoint adds a part.
+"""
 
 import json
 import platform
@@ -7,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..errors import MoefyError
 from ..io import write_whole
 
 FILE = "moefication_facts.json"
@@ -26,51 +30,69 @@ PARTS = {
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
-    """The parts that are known; empty where there is no file."""
+    """Read the model card data of a checkpoint; return its parts, none where there is no file.
+
+    Args:
+        folder: of the checkpoint.
+
+    Example:
+        >>> read_facts("my-moe")["base_model"]
+        'google-bert/bert-base-uncased'
+    """
     path = Path(folder) / FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def add_facts(folder: str | Path, **parts: Any) -> dict[str, Any]:
-    """Add parts (see PARTS) to a checkpoint's facts, replacing those of the same name; None leaves one as it is.
+    """Add parts to the model card data of a checkpoint, in place of those of the same name.
 
-    Values are JSON, or have a `to_dict`; a data set may be its name alone.
+    Args:
+        folder: of the checkpoint.
+        parts: see `PARTS`. Values are JSON, or have a `to_dict`; a data set may be its name alone; None leaves a part
+            as it is.
 
     Returns:
-        all that is known now.
+        all parts that are known now.
 
     Raises:
-        ValueError: an unknown part (the known ones are named), or a value of another form than PARTS says.
+        MoefyError: an unknown part (the known ones are named), or a value of another form than PARTS says.
+
+    Example:
+        >>> add_facts("my-moe", sweep=evaluate(model, batches), evaluation={"data": "imdb", "split": "test"})
     """
     added = as_json(parts)
-    found = read_facts(folder) | added
+    facts = read_facts(folder) | added
     if "conversion" in added or "training" in added:
-        found["versions"] = versions()
-    write_whole(Path(folder) / FILE, json.dumps(found, indent=1))
-    return found
+        facts["versions"] = versions()
+    write_whole(Path(folder) / FILE, json.dumps(facts, indent=1))
+    return facts
 
 
 def as_json(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts that are not None, as they are stored.
+    """Return the parts that are not None, as they are stored.
+
+    Args:
+        parts: as `add_facts` takes them.
 
     Raises:
-        ValueError: see `add_facts`.
+        MoefyError: see `add_facts`.
     """
-    found = {}
+    stored = {}
     for name, value in parts.items():
         if name not in PARTS:
-            raise ValueError(f"unknown part {name!r} of a checkpoint's facts; choose from {', '.join(PARTS)}")
+            raise MoefyError(f"unknown part {name!r} of a checkpoint's facts; choose from {', '.join(PARTS)}")
         value = value.to_dict() if hasattr(value, "to_dict") else value
         if name in ("calibration", "evaluation") and isinstance(value, str):
             value = {"data": value}
         if value is not None:
             kind = str if name in ("base_model", "license") else Mapping
             if not isinstance(value, kind) or name == "sweep" and not {"rows", "facts"} <= value.keys():
-                raise ValueError(f"{name} must be {PARTS[name]}; got {value!r:.80}")
-            found[name] = value
-    return found
+                raise MoefyError(f"{name} must be {PARTS[name]}; got {value!r:.80}")
+            stored[name] = value
+    return stored
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and the packages that make a checkpoint."""
     packages = ("moefy-hf", "transformers", "torch")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}

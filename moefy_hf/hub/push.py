@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,18 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..errors import MoefyError, PushError, UnsupportedModel, VerificationError
 from ..io import is_hub_id, written_whole
 from ..loading import check_moefied
 from ..measure.metrics import is_adapted
 from ..modeling.section import Section
 from .card import is_rendered, known_facts, moefied_config, write_card
 from .facts import add_facts, as_json
-from .verify import VerificationError, verify
+from .verification import verify
 
 logger = logging.get_logger("moefy_hf")
 
-# hidden files, and what a Trainer keeps in a checkpoint: tokens and paths of this machine are in some of it
+# hidden files, and what a Trainer adds to a checkpoint; some of it has tokens and paths of this machine
 LEFT_OUT = [
     *(".*", "**/.*", "__pycache__/*", "*.tmp", "checkpoint-*/*", "runs/*", "optimizer*", "scheduler.pt", "scaler.pt"),
     *("rng_state*", "trainer_state.json", "training_args.bin", "global_step*", "latest", "zero_to_fp32.py"),
@@ -31,8 +33,33 @@ LEFT_OUT = [
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]  # old ones would be loaded first
 
 
-class PushError(OSError):
-    """Why a checkpoint was not pushed, and what to do."""
+@dataclass(frozen=True)
+class Destination:
+    """Says where a checkpoint goes on the Hub, and how; the fields are arguments of `push_to_hub`.
+
+    Raises:
+        MoefyError: no repository id, or a branch for a pull request.
+    """
+
+    repo_id: str
+    branch: str | None
+    private: bool | None
+    create_pr: bool
+    overwrite: bool
+    message: str
+
+    def __post_init__(self):
+        if "/" not in self.repo_id:
+            raise MoefyError(f"{self.repo_id!r} is no repository: give 'owner/name'")
+        if self.create_pr and self.branch is not None:
+            raise MoefyError(f"a pull request is against main: give branch={self.branch!r} or create_pr, not both")
+
+    def command(self, folder: Path) -> str:
+        """Return the command that pushes a folder there."""
+        flags = [f"--{name}" for name, on in (("create_pr", self.create_pr), ("overwrite", self.overwrite)) if on]
+        flags += ["--private"] if self.private else []
+        flags += [] if self.branch is None else ["--branch", self.branch]
+        return shlex.join(["moefy", "push", str(folder), self.repo_id, *flags, "--message", self.message])
 
 
 def push_to_hub(
@@ -52,61 +79,61 @@ def push_to_hub(
 ) -> CommitInfo:
     """Upload a MoEfied model with its modeling files, card and figures, as one commit, once it was verified.
 
-    Verified means: loaded by a new Python process in which this package cannot be imported, it gives the same outputs.
-    Files that the repository already has are not uploaded again: after a failure, push the folder again. A card that
-    somebody has written in is kept, in the folder or in the repository; old weights are deleted there.
+    Verified means: a new Python process that cannot import this package loads it and gets the same outputs. Files that
+    the repository already has are not uploaded again: after a failure, push the folder again. A card that somebody has
+    edited stays, in the folder or in the repository. Old weights are deleted there.
 
     Args:
         source: a model, or the folder of a saved one.
         repo_id: "owner/name"; created where it does not exist.
         folder: where a model is saved first; must not exist. By default the name in repo_id.
         processor: tokenizer, image processor or feature extractor to save beside it.
-        facts: what is known beyond the config, for the card: see `moefy_hf.hub.facts.PARTS`.
+        facts: model card data, what is known beyond the config: see `moefy_hf.hub.facts.PARTS`.
         inputs: model inputs to verify with; by default made up from the config.
         private: visibility of a new repository; by default the owner's setting.
         branch: push to this branch, created where it does not exist.
         create_pr: open a pull request instead of committing.
         overwrite: also push to a repository that holds something which is not MoEfied.
+        token: of the Hub; by default the one of `hf auth login` or HF_TOKEN.
+        message: of the commit.
 
     Raises:
-        ValueError: not MoEfied, an unknown part of facts, or no repository id; nothing was written or sent.
+        MoefyError: dense, an unknown part of facts, or no repository id; nothing was written or sent.
         FileExistsError: `folder` exists.
         PushError: no token, a repository that is refused, a checkpoint that failed verification, or the network.
+
+    Example:
+        >>> push_to_hub(model, "me/bert-moe", processor=tokenizer, facts={"calibration": "imdb"}).commit_url
     """
-    if "/" not in repo_id:
-        raise ValueError(f"{repo_id!r} is no repository: give 'owner/name'")
-    if create_pr and branch is not None:
-        raise ValueError(f"a pull request is against main: give branch={branch!r} or create_pr, not both")
+    destination = Destination(repo_id, branch, private, create_pr, overwrite, message)
     facts = as_json(facts or {})
     model, folder = model_and_folder(source, folder or repo_id.rpartition("/")[2])
     api = HfApi(token=token)
     check_repository(api, repo_id, branch, overwrite)
-    if model is not None:
-        save(model, folder, processor)
-    elif processor is not None:
-        processor.save_pretrained(folder)
+    save(model, folder, processor)
     add_facts(folder, **facts)
     add_license(folder, api)
     try:
         verify(folder, model, inputs)
     except VerificationError as error:
         raise PushError(f"{folder} was not pushed: {error}") from error
-    return upload(
-        api,
-        folder,
-        repo_id,
-        private=private,
-        branch=branch,
-        create_pr=create_pr,
-        overwrite=overwrite,
-        message=message,
-    )
+    return upload(api, folder, destination)
 
 
 def model_and_folder(source: PreTrainedModel | str | Path, folder: str | Path) -> tuple[PreTrainedModel | None, Path]:
-    """What is pushed: a model, and the folder that it is going to be saved in; or the folder of a saved one."""
+    """Return what is pushed: a model and the folder for it, or None and the folder of a saved one.
+
+    Args:
+        source: a model, or the folder of a saved one.
+        folder: where a model is going to be saved.
+
+    Raises:
+        UnsupportedModel: a model with an adapter.
+        NotMoefied: a dense model or checkpoint.
+        FileExistsError: `folder` exists.
+    """
     if is_adapted(source):
-        raise ValueError("an adapter is not pushed with its model: merge_and_unload it first")
+        raise UnsupportedModel("an adapter is not pushed with its model: merge_and_unload it first")
     if not isinstance(source, PreTrainedModel):
         moefied_config(Path(source))
         return None, Path(source)
@@ -116,7 +143,18 @@ def model_and_folder(source: PreTrainedModel | str | Path, folder: str | Path) -
     return source, Path(folder)
 
 
-def save(model: PreTrainedModel, folder: Path, processor: Any = None) -> None:
+def save(model: PreTrainedModel | None, folder: Path, processor: Any = None) -> None:
+    """Save a model, where there is one, and its processor, where there is one.
+
+    Args:
+        model: the model, or None.
+        folder: a new one for a model, or that of a saved one.
+        processor: what its `save_pretrained` writes there, or None.
+    """
+    if model is None:
+        if processor is not None:
+            processor.save_pretrained(folder)
+        return
     with written_whole(folder) as unfinished:
         model.save_pretrained(unfinished)
         if processor is not None:
@@ -124,27 +162,45 @@ def save(model: PreTrainedModel, folder: Path, processor: Any = None) -> None:
 
 
 def check_repository(api: HfApi, repo_id: str, branch: str | None, overwrite: bool) -> None:
-    """Refuse early: without a valid token, and where something that is not MoEfied would be overwritten."""
+    """Check before any work that a repository can be pushed to.
+
+    Args:
+        api: with the token.
+        repo_id: "owner/name".
+        branch: that is pushed to, or None for main.
+        overwrite: also accept a repository that holds something which is not MoEfied.
+
+    Raises:
+        PushError: no valid token, or something that is not MoEfied would be overwritten.
+    """
     if not isinstance(api.token, str) and get_token() is None:
         raise PushError("there is no token: run `hf auth login`, set HF_TOKEN, or pass token")
     try:
         api.whoami()
-        held, revision = files_of(api, repo_id, branch)
-        if overwrite or set(held) <= {".gitattributes", "README.md"}:
+        files, revision = files_of(api, repo_id, branch)
+        if overwrite or set(files) <= {".gitattributes", "README.md"}:
             return
-        held_config = "config.json" in held and api.hf_hub_download(repo_id, "config.json", revision=revision)
-        config = json.loads(Path(held_config).read_text(encoding="utf-8")) if held_config else {}
+        path = "config.json" in files and api.hf_hub_download(repo_id, "config.json", revision=revision)
+        config = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     except Exception as error:  # of the network, in whatever words
         raise PushError(f"cannot push to {repo_id}: {error}") from error
     if Section.of(config) is None:
         raise PushError(
-            f"{repo_id} holds something that is not a MoEfied model ({', '.join(held[:3])}, ...): choose another "
+            f"{repo_id} holds something that is not a MoEfied model ({', '.join(files[:3])}, ...): choose another "
             "repository, or overwrite=True (--overwrite)"
         )
 
 
 def files_of(api: HfApi, repo_id: str, branch: str | None) -> tuple[list[str], str | None]:
-    """What a push would change, and where that is: main where the branch is new, nothing where all is."""
+    """Return the files that a push would change, and their revision.
+
+    A new branch starts with the files of main, whose revision is None. A new repository has no files.
+
+    Args:
+        api: of the Hub.
+        repo_id: "owner/name".
+        branch: that is pushed to, or None for main.
+    """
     try:
         return api.list_repo_files(repo_id, revision=branch), branch
     except RevisionNotFoundError:
@@ -154,7 +210,12 @@ def files_of(api: HfApi, repo_id: str, branch: str | None) -> tuple[list[str], s
 
 
 def add_license(folder: Path, api: HfApi) -> None:
-    """The base model's licence, where the Hub knows it."""
+    """Add the base model's licence to the model card data, where the Hub knows it; warn where it cannot be read.
+
+    Args:
+        folder: of the checkpoint.
+        api: of the Hub.
+    """
     facts = known_facts(folder)
     base = facts.get("base_model")
     if "license" in facts or base is None or not is_hub_id(base):
@@ -169,12 +230,19 @@ def add_license(folder: Path, api: HfApi) -> None:
 
 
 def renew_card(api: HfApi, folder: Path, repo_id: str, branch: str | None) -> None:
-    """Render the card, unless there is one, here or in the repository, that somebody has written in."""
+    """Render the card, unless there is one, here or in the repository, that somebody has edited.
+
+    Args:
+        api: of the Hub.
+        folder: of the checkpoint.
+        repo_id: "owner/name".
+        branch: that is pushed to, or None for main.
+    """
     path = folder / "README.md"
     if path.exists() and not is_rendered(path.read_text(encoding="utf-8")):
         return
-    held, revision = files_of(api, repo_id, branch)
-    if "README.md" in held:
+    files, revision = files_of(api, repo_id, branch)
+    if "README.md" in files:
         text = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8")
         if not is_rendered(text):
             path.write_text(text, encoding="utf-8")
@@ -183,38 +251,35 @@ def renew_card(api: HfApi, folder: Path, repo_id: str, branch: str | None) -> No
     write_card(folder, repo_id, branch, overwrite=True)
 
 
-def upload(
-    api: HfApi,
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool | None,
-    branch: str | None,
-    create_pr: bool,
-    overwrite: bool,
-    message: str,
-) -> CommitInfo:
+def upload(api: HfApi, folder: Path, destination: Destination) -> CommitInfo:
+    """Upload a folder with its card, as one commit.
+
+    Args:
+        api: with the token.
+        folder: of a verified checkpoint.
+        destination: where it goes.
+
+    Raises:
+        PushError: the upload failed; the message has the command that continues it.
+    """
+    repo_id, branch = destination.repo_id, destination.branch
     try:
         renew_card(api, folder, repo_id, branch)
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_repo(repo_id, private=destination.private, exist_ok=True)
         if branch is not None and not branch.startswith("refs/"):
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            commit_message=message,
+            commit_message=destination.message,
             revision=branch,
-            create_pr=create_pr,
+            create_pr=destination.create_pr,
             ignore_patterns=LEFT_OUT,
             delete_patterns=WEIGHTS,
         )
     except Exception as error:  # of the network, in whatever words
         cause = error if error.__cause__ is None else f"{error} {error.__cause__}"
-        flags = [f"--{name}" for name, on in (("create_pr", create_pr), ("overwrite", overwrite)) if on]
-        flags += ["--private"] if private else []
-        flags += [] if branch is None else ["--branch", branch]
-        again = shlex.join(["moefy", "push", str(folder), repo_id, *flags, "--message", message])
         raise PushError(
             f"the upload to {repo_id} failed: {cause}. {folder} is complete and verified; what was uploaded is not "
-            f"sent again: {again}"
+            f"sent again: {destination.command(folder)}"
         ) from error

@@ -1,4 +1,4 @@
-"""Adapters that were trained on the dense model: its neurons lie in another order here."""
+"""Adapters that were trained on the dense model, whose neurons have another order."""
 
 import warnings
 from collections.abc import Iterable
@@ -9,17 +9,22 @@ from .routed_activation import is_routed
 
 
 def ffn_linears(site: FfnSite) -> dict[str, str]:
-    """The FFN's Linears, by their part in it: {"up": "model.layers.0.mlp.up_proj", ...}."""
+    """Return the names of an FFN's Linears by their part in it: {"up": "model.layers.0.mlp.up_proj", ...}."""
     prefix = f"{site.name}." if site.name else ""
     parts = {"gate": site.spec.gate, "up": site.spec.up, "down": site.spec.down}
     return {part: prefix + path for part, path in parts.items() if path is not None}
 
 
-IN_MEMORY = " (MoEfied in memory)"  # behind the dense model's name, until the MoEfied one is saved and loaded
+IN_MEMORY = " (MoEfied in memory)"  # follows the dense model's name, until the MoEfied model is saved and loaded
 
 
 def is_of_moefied(config: Any, model: Any) -> bool:
-    """Whether an adapter says that it was trained on the MoEfied model, or was permuted for it."""
+    """Return whether an adapter says that it was trained on the MoEfied model, or was permuted for it.
+
+    Args:
+        config: of the adapter.
+        model: the MoEfied model.
+    """
     base, mapping = config.base_model_name_or_path or "", getattr(config, "auto_mapping", None) or {}
     return (
         (base != "" and base == model.name_or_path)
@@ -29,11 +34,13 @@ def is_of_moefied(config: Any, model: Any) -> bool:
 
 
 def warn_of_other_order(model: Any, sites: Iterable[FfnSite], state_dict: dict, prefix: str) -> None:
-    """Warn where an adapter that is being loaded acts on FFNs, and says that it was trained on another checkpoint:
-    that may be the dense model.
+    """Warn where an adapter acts on FFNs and says that it was trained on another checkpoint, maybe the dense one.
 
     Args:
-        state_dict: what is loaded; keys of this model's tensors begin with `prefix`.
+        model: the MoEfied model.
+        sites: its FFNs.
+        state_dict: what is loaded.
+        prefix: what the keys of this model's tensors begin with.
     """
     for name, config in (getattr(model, "peft_config", None) or {}).items():
         if is_of_moefied(config, model):

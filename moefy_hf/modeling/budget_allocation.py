@@ -5,25 +5,34 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from .errors import MoefyError
+
 ALPHA = 128 * 1024 / 1e4  # of CFSP: its code takes sums over 128 texts of 1024 tokens, divided by 1e4, and a = 1
 
 
 def allocate_budget(
     allocation: str, measured: Mapping[str, Any] | None, experts: Sequence[int], least: int, budget: int
 ) -> list[int]:
-    """Return k of each layer, from `least` to its E, `budget` over all, by what was measured for an allocation.
+    """Return k of each layer: from `least` to its E, `budget` over all.
+
+    Args:
+        allocation: one of `MEASURED`.
+        measured: what was measured of the layers for it, or None.
+        experts: E of each layer.
+        least: k of a layer, at least.
+        budget: experts to spend over all layers.
 
     Raises:
-        ValueError: nothing was measured for it, or another number of layers.
+        MoefyError: nothing was measured for it, or another number of layers.
     """
     if measured is None:
-        raise ValueError(
+        raise MoefyError(
             f'allocation "{allocation}" needs measured layers: call '
             f'moefy_hf.allocate_budgets_(model, data, allocation="{allocation}") first'
         )
     layers = len(next(iter(measured.values())))
     if layers != len(experts):  # another head: an encoder alone, a decoder alone
-        raise ValueError(
+        raise MoefyError(
             f'what allocation "{allocation}" needs was measured on {layers} layers, this model has {len(experts)}: '
             'use allocation "uniform"'
         )
@@ -31,17 +40,32 @@ def allocate_budget(
 
 
 def by_sensitivity(measured: Mapping[str, Any], experts: Sequence[int], least: int, budget: int) -> list[int]:
-    """Give more experts to layers whose restriction moves the predictions more."""
+    """Return more experts for layers whose restriction changes the predictions more; see `allocate`.
+
+    Args:
+        measured: "k" and "loss", the grids and losses of `allocate`.
+        experts: E of each layer.
+        least: k of a layer, at least; here the first of its grid.
+        budget: experts to spend over all layers.
+    """
     return allocate(measured["k"], measured["loss"], budget)
 
 
 def by_angle(measured: Mapping[str, Any], experts: Sequence[int], least: int, budget: int) -> list[int]:
-    """The coarse part of CFSP (Wang et al., COLING 2025): how much of each layer is kept.
+    """Return more experts for layers that turn the hidden states further: the coarse part of CFSP.
 
-    The share of its experts that a layer gets is proportional to sigmoid(ALPHA (I - mean of I)), with I its
+    The share of its experts that a layer gets is proportional to sigmoid(ALPHA (I - mean of I)). I is its
     importance: the mean angular distance between the hidden states that it is given and returns. Formula and ALPHA
-    are those of the authors' code, which keeps shares of neurons. Where it would keep more than all of a layer, it
-    moves all shares towards their mean; here such a layer gets its E experts, and the others more in proportion.
+    are those of the authors' code, which computes shares of neurons. Where that would need more than all neurons of a
+    layer, it moves all shares towards their mean. Here such a layer gets its E experts, and the others more in
+    proportion.
+    Source: Wang et al., COLING 2025.
+
+    Args:
+        measured: "distance", I of each layer.
+        experts: E of each layer.
+        least: k of a layer, at least.
+        budget: experts to spend over all layers.
     """
     angles = measured["distance"]
     mean = sum(angles) / len(angles)
@@ -50,10 +74,10 @@ def by_angle(measured: Mapping[str, Any], experts: Sequence[int], least: int, bu
 
 
 def allocate(grids: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """Spend `budget` experts over layers so that the summed loss is least, each layer's loss being known at a few k.
+    """Return k of each layer so that the summed loss is least, each layer's loss being known at a few k.
 
-    Between measured points a layer's loss is taken as the lower convex hull of its points; on convex curves the greedy
-    choice, always the layer whose next expert saves most, is optimal.
+    Between measured points a layer's loss is taken as the lower convex hull of its points. The next expert always goes
+    to the layer where it saves most; on convex curves this greedy choice is optimal.
 
     Args:
         grids: for each layer, the measured k, increasing; the last is E. A layer gets at least its first one.
@@ -72,15 +96,30 @@ def allocate(grids: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], 
 
 
 def apportion(weights: Sequence[float], experts: Sequence[int], least: int, budget: int) -> list[int]:
-    """Spend `budget` experts in proportion to positive weights: layer l gets round(c w_l), at least `least` and at
-    most E_l, for the c that spends it all (Webster's method). A layer of more weight never gets fewer, up to its E."""
+    """Return k of each layer in proportion to positive weights (Webster's method).
+
+    Layer l gets round(c w_l), at least `least` and at most E_l, for the c that spends all of `budget`. A layer of more
+    weight never gets fewer, up to its E.
+
+    Args:
+        weights: w of each layer, positive.
+        experts: E of each layer.
+        least: k of a layer, at least.
+        budget: experts to spend over all layers.
+    """
     layers = enumerate(zip(weights, experts, strict=True))
     steps = [((k + 0.5) / w, k, layer) for layer, (w, e) in layers for k in range(least, e)]
     return cheapest([least] * len(experts), steps, budget)
 
 
 def cheapest(counts: list[int], steps: Iterable[tuple[float, int, int]], budget: int) -> list[int]:
-    """Add the cheapest of the steps (price, turn, layer), one expert each, until `budget` is spent."""
+    """Add the cheapest steps, one expert each, until `budget` is spent; return the counts.
+
+    Args:
+        counts: experts that each layer has; changed in place.
+        steps: (price, turn, layer) of every expert that can be added.
+        budget: experts to spend over all layers, those of `counts` included.
+    """
     for _, _, layer in sorted(steps)[: max(budget - sum(counts), 0)]:  # equal layers take turns
         counts[layer] += 1
     return counts
@@ -90,7 +129,7 @@ def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])
 
 
-# allocations that depend on the layers -> how what was measured of these, which the config keeps, spreads a budget
+# allocation that depends on the layers -> function that shares a budget among them by what was measured of them
 MEASURED: dict[str, Callable[[Mapping[str, Any], Sequence[int], int, int], list[int]]] = {
     "sensitivity": by_sensitivity,
     "angular": by_angle,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import MoefyError
 from .ffn_sites import FfnSite, find_sites, stacks_of
 from .routed_activation import FollowReplacements, RoutedActivation, is_routed
 from .router_base import Router
@@ -15,34 +16,43 @@ from .selection_config import resolve_selection
 
 
 def split_sizes(site: FfnSite, num_experts: int | None, expert_size: int | None) -> tuple[int, int]:
-    """(E, m) of one FFN; `num_experts` wins where both are given.
+    """Return (E, m) of one FFN: the number of experts, and the neurons of each.
+
+    Args:
+        site: the FFN.
+        num_experts: E, which is used where both are given.
+        expert_size: m.
 
     Raises:
-        ValueError: the neurons do not divide evenly; the nearest sizes that do are named.
+        MoefyError: the neurons do not divide evenly; the nearest sizes that do are named.
     """
     neurons = site.sizes[1]
-    wanted = num_experts if num_experts is not None else expert_size
-    what = "experts" if num_experts is not None else "experts of size"
-    if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= neurons or neurons % wanted:
+    number = num_experts if num_experts is not None else expert_size
+    unit = "experts" if num_experts is not None else "experts of size"
+    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= neurons or neurons % number:
         divisors = [n for n in range(1, neurons + 1) if neurons % n == 0]
-        near = sorted(divisors, key=lambda n: abs(n - wanted) if isinstance(wanted, int) else n)[:4]
-        raise ValueError(
-            f"{site.name}: {neurons} neurons do not split into {what} {wanted!r}; nearby divisors: "
+        near = sorted(divisors, key=lambda n: abs(n - number) if isinstance(number, int) else n)[:4]
+        raise MoefyError(
+            f"{site.name}: {neurons} neurons do not split into {unit} {number!r}; nearby divisors: "
             f"{', '.join(map(str, sorted(near)))}"
         )
-    return (wanted, neurons // wanted) if num_experts is not None else (neurons // wanted, wanted)
+    return (number, neurons // number) if num_experts is not None else (neurons // number, number)
 
 
 def install_(model: nn.Module) -> None:
-    """Put a routed activation into every FFN that `config.moefication` names."""
+    """Put a routed activation into every FFN that `config.moefication` names.
+
+    Raises:
+        MoefyError: the config has no such section, one of a newer format, or one that does not fit the model.
+    """
     section = Section.of(model.config)
     if section is None:
-        raise ValueError(
+        raise MoefyError(
             f"{type(model).__name__} needs a `moefication` section in its config; "
             "convert a dense model with moefy_hf.moefy_"
         )
     if section.format_version > FORMAT_VERSION:
-        raise ValueError(
+        raise MoefyError(
             f"this checkpoint has moefication format {section.format_version}, newer than {FORMAT_VERSION}: "
             "upgrade moefy-hf"
         )
@@ -72,23 +82,38 @@ def install_(model: nn.Module) -> None:
 def new_router(
     name: str, site: FfnSite, num_experts: int, shared: int, settings: Mapping[str, Any] | None = None
 ) -> Router:
-    """One of `ROUTERS` for an FFN of E experts, the shared ones included; not initialised."""
+    """Return a new router for an FFN, frozen, in float32 and not initialised.
+
+    Args:
+        name: one of `ROUTERS`.
+        site: the FFN.
+        num_experts: E, the shared experts included.
+        shared: number of experts that always run, and are not routed to.
+        settings: of the router.
+    """
     router = router_class(name, settings).of(site.weights(), num_experts - shared, **(settings or {}))
     router.read_from_(site.weights, shared)
     return freeze_(router.float())  # whatever type a model is made in: as `from_pretrained` has them
 
 
 def freeze_(router: Router) -> Router:
-    """Routers are trained only where their loss is on: an unused trainable parameter stalls DDP, weight decay shrinks
-    it, and FSDP wants one type for all it trains."""
+    """Freeze a router, and return it.
+
+    Routers are trained only where their loss is on: an unused trainable parameter stalls DDP, weight decay shrinks it,
+    and FSDP wants one type for all it trains.
+    """
     return router.requires_grad_(False)
 
 
 def connect_routers_(model: nn.Module, sites: list[FfnSite]) -> None:
-    """Connect routers that hand something on to those of later layers.
+    """Connect routers that pass scores to those of later layers.
+
+    Args:
+        model: the model.
+        sites: its routed FFNs.
 
     Raises:
-        ValueError: the layers of a stack have different numbers of experts, and one router for all.
+        MoefyError: the layers of a stack have different numbers of experts, and one router for all.
     """
     for stack, members in stacks_of(sites).items():
         routed = [site.act for site in members]
@@ -98,7 +123,8 @@ def connect_routers_(model: nn.Module, sites: list[FfnSite]) -> None:
     # that hand scores on, which look for each other
     classes = {type(site.act.router) for site in sites if next(site.act.router.parameters(), None) is not None}
     named = {cls.__name__ for cls in classes if not cls.serves_stack}
-    others = {each for each in model._no_split_modules or () if each not in {cls.__name__ for cls in ROUTERS.values()}}
+    known_routers = {cls.__name__ for cls in ROUTERS.values()}
+    others = {name for name in model._no_split_modules or () if name not in known_routers}
     model._no_split_modules = others | named
 
 
@@ -109,26 +135,43 @@ def connect_checkpointing_(model: nn.Module) -> None:
 
 
 def check_shared(shared: int, sites: list[FfnSite], sizes: list[tuple[int, int]]) -> None:
-    """
+    """Check a number of shared experts.
+
+    Args:
+        shared: the number.
+        sites: the FFNs.
+        sizes: (E, m) of each.
+
     Raises:
-        ValueError: no number of experts, or no routed expert would be left.
+        MoefyError: it is no number, or no routed expert would be left.
     """
     for site, (experts, _) in zip(sites, sizes, strict=True):
         if not isinstance(shared, int) or isinstance(shared, bool) or not 0 <= shared < experts:
-            raise ValueError(f"{site.name}: shared_experts={shared!r} must be from 0 to {experts - 1} of {experts}")
+            raise MoefyError(f"{site.name}: shared_experts={shared!r} must be from 0 to {experts - 1} of {experts}")
 
 
 def selected_sites(sites: list[FfnSite], layers: list[int] | None) -> list[FfnSite]:
-    """The FFNs that are converted: all of them, or those at the given positions."""
+    """Return the FFNs that are converted: all of them, or those at the given positions.
+
+    Raises:
+        MoefyError: `layers` is empty, or has a position that is none.
+    """
     if layers is None:
         return sites
     if not layers or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(sites) for i in layers):
-        raise ValueError(f"layers={layers} must be a non-empty list of FFN positions from 0 to {len(sites) - 1}")
+        raise MoefyError(f"layers={layers} must be a non-empty list of FFN positions from 0 to {len(sites) - 1}")
     return [sites[i] for i in sorted(set(layers))]
 
 
 class BypassGuard:
-    """Forward hook of an FFN's owner: a fused MLP kernel that never calls the activation would silently be dense."""
+    """Raises where an FFN ran without its routed activation; it is a forward hook of the FFN's owner.
+
+    A fused MLP kernel that never calls the activation would silently be dense.
+
+    Args:
+        routed: the FFN's activation.
+        name: of the FFN.
+    """
 
     def __init__(self, routed: RoutedActivation, name: str):
         self.routed, self.name = routed, name

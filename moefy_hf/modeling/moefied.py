@@ -43,7 +43,7 @@ def is_moefied(model: nn.Module) -> bool:
 
 
 class MoefiedMixin:
-    """`class MoefiedX(MoefiedMixin, X)` is X whose FFNs are routed as `config.moefication` says.
+    """Makes `class MoefiedX(MoefiedMixin, X)` an X whose FFNs are routed as `config.moefication` says.
 
     Keys of the state dict are those of X plus `*.router.*` and `*.neuron_order`, so that checkpoints load both ways.
     """
@@ -66,39 +66,43 @@ class MoefiedMixin:
 
     @classmethod
     def stock_class(cls) -> type[PreTrainedModel]:
-        """The transformers class this one MoEfies."""
+        """Return the transformers class that this one MoEfies."""
         return cls.__mro__[cls.__mro__.index(MoefiedMixin) + 1]
 
     @classmethod
     def moefied_class(cls) -> type[PreTrainedModel]:
-        """The class that MoEfies the stock one: itself, or what a user's class extends."""
-        return next(each for each in cls.__mro__ if MoefiedMixin in each.__bases__)
+        """Return the class that MoEfies the stock one: itself, or what a user's class extends."""
+        return next(base for base in cls.__mro__ if MoefiedMixin in base.__bases__)
 
     def post_init(self):
+        """Install routers, then do what transformers does at the end of a model's `__init__`."""
         install_(self)  # first, so that routers are initialised, counted and loaded like every other module
         self.config.auto_map = self.auto_map()
         super().post_init()
 
     @classmethod
     def auto_map(cls) -> dict[str, str]:
-        """Every MoEfied head of this architecture, under all AutoModel names it has: one that is missing here would
-        load as the dense model."""
+        """Return every MoEfied head of this architecture, under all AutoModel names it has.
+
+        A head that is missing here would load as the dense model.
+        """
         module = cls.moefied_class().__module__
         classes = [
             c for c in vars(sys.modules[module]).values() if isinstance(c, type) and issubclass(c, MoefiedMixin)
         ]
         stem = module.rpartition(".")[2]
         heads = {c.stock_class().__name__: f"{stem}.{c.__name__}" for c in classes if "_auto_class" in vars(c)}
-        found = {}
+        names = {}
         for name, auto in vars(modeling_auto).items():
             if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None:
                 stock = auto._model_mapping._model_mapping.get(cls.config_class.model_type)
-                for each in stock if isinstance(stock, tuple) else (stock,):
-                    if each in heads:
-                        found[name] = heads[each]
-        return found
+                for head in stock if isinstance(stock, tuple) else (stock,):
+                    if head in heads:
+                        names[name] = heads[head]
+        return names
 
     def initialize_weights(self):
+        """Initialise routers, which have a way of their own, then what transformers initialises."""
         for module in self.modules():  # a nested stock model would apply its own standard deviation
             if isinstance(module, Router) and not getattr(module, "_is_hf_initialized", False):
                 module.reset_parameters()
@@ -109,6 +113,7 @@ class MoefiedMixin:
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
+        """Load a model as transformers does; its routers are connected and frozen."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.connect_()  # quantisers replace Linears after __init__
@@ -117,8 +122,17 @@ class MoefiedMixin:
         return loaded
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
-        """As transformers does; a subclass that was not registered for an Auto class is saved as the MoEfied class
-        that it extends, as transformers does with subclasses of its own."""
+        """Save a model as transformers does.
+
+        A subclass that was not registered for an Auto class is saved as the MoEfied class that it extends:
+        transformers does so with subclasses of its own classes.
+
+        Args:
+            save_directory: the folder.
+            is_main_process: False where another process writes the files.
+            state_dict: what is saved, by default the model's; empty where another process saves.
+            kwargs: further arguments of transformers' method.
+        """
         cls, saved, auto_map = type(self), self.moefied_class(), self.config.auto_map
         if not getattr(self, "_hf_peft_config_loaded", False):
             state_dict = self.state_dict() if state_dict is None else state_dict  # empty where another process saves
@@ -134,10 +148,11 @@ class MoefiedMixin:
             self.__class__ = cls
 
     def load_adapter(self, *args, **kwargs):
-        found = super().load_adapter(*args, **kwargs)
+        """Load an adapter as transformers does; warn where it may be the dense model's."""
+        result = super().load_adapter(*args, **kwargs)
         names = dict.fromkeys(name for name, _ in self.named_parameters())
         warn_of_other_order(self, find_sites(self), names, "")  # type: ignore[arg-type]
-        return found
+        return result
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         warn_of_other_order(self, find_sites(self), state_dict, prefix)  # type: ignore[arg-type]
@@ -154,60 +169,87 @@ class MoefiedMixin:
         return self.stock_class().__name__
 
     def moe_sites(self) -> list[FfnSite]:
-        """The routed FFNs, in forward order."""
+        """Return the routed FFNs, in forward order."""
         return [site for site in find_sites(self) if is_routed(site.act)]  # type: ignore[arg-type]
 
     def connect_(self) -> None:
-        """(Re)attach routers to the first Linear of their FFN, after something replaced Linear modules."""
+        """Attach routers to the first Linear of their FFN again, after something replaced Linear modules."""
         for site in self.moe_sites():
             site.act.connect_(site.first)
 
     def set_selection(self, **changes) -> None:
-        """Change which experts run, now and in checkpoints saved from here on: the run-time budget.
+        """Change which experts run, now and in checkpoints saved from here on: the budget.
 
-        `model.set_selection(k=0.3)` keeps type and allocation as they are; k is a number of experts (int), a share of
-        them (float in (0, 1]), or a list with one of these per layer; `allocation="sensitivity"` and "angular" spread
-        one average k over layers by what `allocate_budgets_` measured, "uniform" gives each the same.
+        `model.set_selection(k=0.3)` sets the budget, and keeps type and allocation as they are.
 
-        `model.set_selection(type="threshold", tau=0.9)` computes as many experts as each token needs: "threshold",
-        "top_p" (setting `p`) and "level". They take a budget k, too, once `calibrate_thresholds_` has found what each
-        setting spends; allocation "global" is then one setting for all layers.
+        `model.set_selection(type="threshold", tau=0.9)` computes as many experts as each token needs. Such types are
+        "threshold", "top_p" (its threshold is called `p`) and "level". The larger the threshold, the more experts.
+        They take a budget k, too, once thresholds were calibrated on data (`moefy_hf.calibrate_thresholds_`).
+
+        Args:
+            changes: `type`; `k`: a number of experts (int), a share of them (float in (0, 1]), or a list with one of
+                these per layer; `tau`, `p` or `level`: the threshold of that type, or a list; `allocation`: "uniform"
+                gives each layer the same k, "sensitivity" and "angular" share an average k among layers by what
+                `moefy_hf.allocate_budgets_` measured, "global" is one threshold for all layers.
 
         Raises:
-            ValueError: see `resolve_selection`; the selection stays as it was.
+            MoefyError: see `resolve_selection`; the selection stays as it was.
+
+        Example:
+            >>> model.set_selection(k=0.3)
         """
         section, sites = Section(self.config), self.moe_sites()
         selection = changed(section.selection, changes)
         experts, shared = [site.act.num_experts for site in sites], section.shared_experts
-        found = resolve_selection(selection, experts, section, shared)
+        per_layer = resolve_selection(selection, experts, section, shared)
         section.selection = copy.deepcopy(selection)
-        for site, each in zip(sites, found, strict=True):
-            site.act.selection = each
+        for site, layer_selection in zip(sites, per_layer, strict=True):
+            site.act.selection = layer_selection
 
     def disable_experts(self, experts: Mapping[int, Iterable[int]]) -> AbstractContextManager[None]:
-        """`with model.disable_experts({layer: [expert, ...]}):` what the model does without them; see `scaled`."""
-        return self.boost_experts({layer: dict.fromkeys(each, 0.0) for layer, each in experts.items()})
+        """Return a context in which some experts add nothing; see `scaled`.
+
+        Args:
+            experts: position of an FFN -> its experts, numbered from 0.
+
+        Example:
+            >>> with model.disable_experts({0: [3, 5]}):
+            ...     model(**inputs)
+        """
+        return self.boost_experts({layer: dict.fromkeys(numbers, 0.0) for layer, numbers in experts.items()})
 
     def boost_experts(self, factors: Mapping[int, Mapping[int, float]]) -> AbstractContextManager[None]:
-        """`with model.boost_experts({layer: {expert: factor}}):` what these experts add, times a factor; see
-        `scaled`."""
+        """Return a context in which what some experts add is multiplied by a factor; see `scaled`.
+
+        Args:
+            factors: position of an FFN -> expert, numbered from 0 -> factor.
+
+        Example:
+            >>> with model.boost_experts({0: {3: 2.0}}):
+            ...     model(**inputs)
+        """
         return scaled(self.moe_sites(), factors)
 
     def set_moe_implementation(self, name: str = "auto") -> None:
-        """How the FFNs run from here on; never saved.
+        """Choose how the FFNs run from here on; the choice is never saved.
+
+        Calls that need a compiled graph, or dropout of an FFN's neurons, are always masked. So are those that need
+        gradients or autocast, except with "triton".
 
         Args:
-            name: "masked" computes every neuron and zeroes those not selected, the form that trains, and what a model
-                begins with; "cpu" computes the selected experts alone (C++, float32 or bfloat16, compiled on first
-                use), "torch" does so without a compiler, for a few tokens; "triton" on GPUs (the extra of that name),
-                in float32 or half precision, also where gradients or autocast are wanted; "auto" takes the best of
-                these that can run here, and is masked where it would not be faster. Other calls that need gradients or
-                autocast, and all that need a compiled graph or dropout of an FFN's neurons, are masked.
+            name: "masked" computes every neuron and zeroes those not selected; a model begins with it, and trains
+                with it. "cpu" computes the selected experts alone (C++, float32 or bfloat16, compiled on first use).
+                "torch" does so without a compiler, for a few tokens. "triton" is for GPUs (the extra of that name), in
+                float32 or half precision, also where gradients or autocast are wanted. "auto" takes the best of these
+                that can run here, and is masked where it would not be faster.
 
         Raises:
-            ValueError: an unknown name, or an FFN that cannot run so: adapted, quantised, offloaded, of another dtype
+            MoefyError: an unknown name, or an FFN that cannot run so: adapted, quantised, offloaded, of another dtype
                 or activation; "auto" leaves such FFNs masked.
-            ImportError: moefy-hf is not installed: a checkpoint's own files hold no kernels; or Triton is not.
+            ImportError: moefy-hf is not installed (a checkpoint's own files hold no kernels), or Triton is not.
+
+        Example:
+            >>> model.set_moe_implementation("cpu")
         """
         try:
             # a string: no file of this one travels there

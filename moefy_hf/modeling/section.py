@@ -21,7 +21,13 @@ T = TypeVar("T")
 
 
 class Key(Generic[T]):
-    """One key of the section, and what formats without it mean."""
+    """Makes one key of the section an attribute of `Section`.
+
+    Args:
+        name: the key.
+        kind: type of its value.
+        default: what formats without the key mean; none where every format has it.
+    """
 
     def __init__(self, name: str, kind: type[T] | None = None, *default: Any):
         self.name, self.default = name, default
@@ -42,10 +48,13 @@ class Key(Generic[T]):
 
 
 class Section:
-    """What a checkpoint's config says of its experts; changes go into the config.
+    """Views what a checkpoint's config says of its experts; changes go into the config.
 
     Args:
         config: a config with a `moefication` section.
+
+    Attributes:
+        values: the section as the config has it.
 
     Example:
         >>> Section(model.config).router
@@ -65,8 +74,8 @@ class Section:
     calibration_tokens = Key("calibration_tokens", int)
     seed = Key("seed", int, 0)
     neuron_order = Key("neuron_order", bool, False)  # whether each FFN has the buffer of that name
-    splits = Key[int | None]("splits", None, None)  # that a training has done; None where none was told to
-    thresholds = Key[dict[str, Any]]("reach", None, {})  # what dynamic selections compute, by `calibrate_thresholds_`
+    splits = Key[int | None]("splits", None, None)  # splits that a training has done; None where it was to do none
+    thresholds = Key[dict[str, Any]]("reach", None, {})  # threshold -> experts computed, of dynamic selections
 
     def __init__(self, config: Any):
         self.values: dict[str, Any] = config.moefication
@@ -96,20 +105,20 @@ class Section:
         return Section(config)
 
     def measured(self, allocation: str) -> Mapping[str, Any] | None:
-        """Return what was measured of the layers for an allocation, if it was."""
+        """Return what was measured of the layers for an allocation of `MEASURED`, or None."""
         return self.values.get(allocation)
 
     def set_measured(self, allocation: str, values: Mapping[str, Any]) -> None:
-        """Keep what was measured of the layers for an allocation."""
+        """Store what was measured of the layers for an allocation of `MEASURED`."""
         self.values[allocation] = values
 
     def forget(self, stale: tuple[str, ...]) -> None:
-        """Forget measurements: `MEASURED_WITH_ROUTERS` or `MEASURED_OF_EXPERTS`."""
+        """Delete measurements that a change has made stale: `MEASURED_WITH_ROUTERS` or `MEASURED_OF_EXPERTS`."""
         for name in stale:
             self.values.pop(name, None)
 
     def replace(self, values: Mapping[str, Any]) -> None:
-        """Take another section's values; those that are here now are forgotten."""
+        """Replace all values by another section's."""
         values = copy.deepcopy(dict(values))
         self.values.clear()
         self.values.update(values)

@@ -1,14 +1,11 @@
 """`MoEficationCallback`: profile, split, route and fine-tune inside any Trainer."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -16,47 +13,48 @@ from ..config import MoEficationConfig
 from ..conversion.budgets import COMPARING_PREDICTIONS
 from ..conversion.checks import check_convertible, check_predictions, with_allocation
 from ..conversion.pipeline import install_routers_
+from ..errors import MoefyError, UnsupportedModel
 from ..measure.metrics import unwrapped
 from ..modeling.moefied import is_moefied
 from ..modeling.section import ALL_EXPERTS, Section
 from ..modeling.selection_config import count_experts, per_layer
-from .distributed import adopt, check_optimizer, split_everywhere_
+from .distributed import check_optimizer, replace_section_, split_everywhere_
 from .monitor import RoutingMonitor
-from .run_hooks import keep_hooks
 from .schedule import TARGET, Phase, Timetable, as_dicts, make_schedule
+from .trainer_tools import announce, preserve_random_state, refuse_sharded, track_hooks, training_batches
 
 logger = logging.get_logger("moefy_hf")
-
-SHARDED = (
-    "{} keeps parameters in shards or copies, and neurons cannot be permuted in those: convert the model first "
-    "(moefy_hf.moefy_), save it, and train the converted checkpoint sharded; the callback then only fine-tunes"
-)
 
 
 class MoEficationCallback(TrainerCallback, ExportableState):
     """MoEfies a model while a Trainer trains it.
 
-    When the Trainer is made, routers that select everything are put into the model: its function stays what it was,
-    and from then on no parameter appears or goes, so that optimizer, DDP and checkpoints never notice. The schedule
-    says at which steps the neurons are split into experts (permuted in place, with what the optimizer remembers of
-    them), routers are fitted and budgets measured, and how many experts are computed. All of that follows from the
-    step and from what checkpoints hold: a run resumed at any step continues as it would have without interruption.
-    Routers are fitted by their own local loss when a phase splits, and are frozen in between. A model that is MoEfied
-    already is fine-tuned at the budget it has.
+    When the Trainer is made, routers that select every expert are put into the model, which computes what it did
+    before. From then on no parameter appears or goes, so optimizer, DDP and checkpoints never notice.
+
+    The schedule says at which steps the neurons are split into experts, and how many experts are computed. A split
+    permutes neurons in place, with the optimizer's state of them, fits the routers by their own local loss, and
+    measures budgets. Routers are frozen in between. All of this follows from the step and from what checkpoints hold:
+    a run resumed at any step continues as it would have without interruption.
+
+    A model that is MoEfied already is fine-tuned at the budget it has. With several processes the first one converts,
+    and the others wait for it: raise `ddp_timeout` for large models.
 
     Args:
-        config: how to convert; its selection is the schedule's target.
-        calibration: model-ready batches, to be read whenever a phase splits; by default the training set's examples,
-            shuffled with the config's seed (the first ones, of an IterableDataset).
+        config: how to convert, as `MoEficationConfig` or its fields; its budget is what the schedule calls "target".
+        calibration: model-ready batches, read whenever a phase splits. By default they are the training set's
+            examples, shuffled with the config's seed (the first ones, of an IterableDataset).
         schedule: "one_step", "anneal", "smoe_dropout", "switchable" (`training/schedule.py`), or a list of `Phase`.
 
     Raises:
-        ValueError: an unknown schedule; when the Trainer is made, whatever `moefy_` finds wrong without looking at
-            data, and parameters that are kept elsewhere (FSDP, DeepSpeed) in a schedule that splits; when training
-            begins, data that cannot be used, an optimizer whose state cannot follow neurons (Adafactor, 8-bit), and a
-            schedule or checkpoint that does not fit the run.
+        MoefyError: an unknown schedule, a threshold instead of a budget, or compensation. When the Trainer is made:
+            whatever `moefy_` finds wrong without looking at data, and parameters that are kept elsewhere (FSDP,
+            DeepSpeed) in a schedule that splits. When training begins: data that cannot be used, an optimizer whose
+            state cannot follow neurons (Adafactor, 8-bit), and a schedule or checkpoint that does not fit the run.
 
-    With several processes the first one converts, and the others wait for it: raise `ddp_timeout` for large models.
+    Example:
+        >>> callback = MoEficationCallback(MoEficationConfig(k=0.25), schedule="anneal")
+        >>> Trainer(model, args, train_dataset=dataset, callbacks=[callback]).train()
     """
 
     def __init__(
@@ -67,24 +65,25 @@ class MoEficationCallback(TrainerCallback, ExportableState):
     ):
         self.config = MoEficationConfig(**config) if isinstance(config, Mapping) else config or MoEficationConfig()
         if self.config.threshold is not None:
-            chosen = self.config.selection_section()
-            raise ValueError(f"a schedule spends a budget: give the selection k, not {chosen}")
+            selection = self.config.selection_section()
+            raise MoefyError(f"a schedule spends a budget: give the selection k, not {selection}")
         if self.config.compensation:
-            raise ValueError("training moves the means of compensation: call moefy_hf.compensate_ when it is over")
+            raise MoefyError("training moves the means of compensation: call moefy_hf.compensate_ when it is over")
         self.calibration = calibration
         self.phases = make_schedule(schedule)
-        if calibration is not None and iter(calibration) is calibration and self.splits > 1:
-            raise ValueError("the schedule splits more than once, so calibration is read again: give no iterator")
+        if calibration is not None and iter(calibration) is calibration and self.num_splits > 1:
+            raise MoefyError("the schedule splits more than once, so calibration is read again: give no iterator")
         self.follows = True  # False: the model came MoEfied, and stays at its budget
         self.section: dict[str, Any] = {}
         self.monitor = RoutingMonitor()
 
     @property
-    def splits(self) -> int:
+    def num_splits(self) -> int:
+        """Return the number of phases that split."""
         return sum(phase.split for phase in self.phases)
 
     def state(self) -> dict:
-        """What a checkpoint keeps: enough to continue from the step it was written at."""
+        """Return what a checkpoint stores: enough to continue from the step it was written at."""
         settings = {key: value for key, value in self.config.section().items() if key != "format_version"}
         return {
             "args": {"config": settings, "schedule": as_dicts(self.phases)},
@@ -95,16 +94,18 @@ class MoEficationCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args, state, control, model, **kwargs):
         if args.n_gpu > 1:
-            raise ValueError("MoEfication does not work with DataParallel: use torchrun, or one GPU")
+            raise MoefyError("MoEfication does not work with DataParallel: use torchrun, or one GPU")
         base = unwrapped(model)
         self.follows = not is_moefied(base) or Section(base.config).splits == 0
         if not self.follows:
             self.section = Section(base.config).values
             return
-        if self.splits:
+        if self.num_splits:
             refuse_sharded(args)
         if base is not model:
-            raise ValueError("an adapter cannot follow neurons that are permuted: moefy_ the model before adding it")
+            raise UnsupportedModel(
+                "an adapter cannot follow neurons that are permuted: moefy_ the model before adding it"
+            )
         if is_moefied(model):
             self.check_same(Section(model.config).values)
         else:
@@ -116,7 +117,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, model, optimizer=None, train_dataloader=None, **kwargs):
         model = unwrapped(model)
         if not is_moefied(model):
-            raise ValueError(
+            raise MoefyError(
                 "the model has no routers: a Trainer must be made with both model= (model_init= comes too late) and "
                 f"callbacks=[{type(self).__name__}(...)]"
             )
@@ -124,39 +125,52 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             timetable = Timetable(self.phases, state.max_steps)
             if state.global_step:
                 self.resume(model, state, timetable)
-            if self.follows and Section.of_values(self.section).splits < self.splits:
-                with random_numbers_kept(args):
+            if self.follows and Section.of_values(self.section).splits < self.num_splits:
+                with preserve_random_state(args):
                     check_optimizer(model.moe_sites(), optimizer)
                 self.check_data(args, model, self.batches(args, train_dataloader))
         self.section = Section(model.config).values
         self.monitor.attach(model, active=not args.torch_compile)
-        keep_hooks(model, state, self.monitor.handles)
+        track_hooks(model, state, self.monitor.handles)
 
     def on_step_begin(self, args, state, control, model, optimizer=None, train_dataloader=None, **kwargs):
         if self.follows:
             self.follow(args, state, unwrapped(model), optimizer, train_dataloader)
         step = state.global_step + 1
-        often = args.logging_strategy != "steps" or (step == 1 and args.logging_first_step)
-        self.monitor.watching = often or step % max(int(state.logging_steps), 1) == 0
+        always = args.logging_strategy != "steps" or (step == 1 and args.logging_first_step)
+        self.monitor.watching = always or step % max(int(state.logging_steps), 1) == 0
 
     def on_step_end(self, args, state, control, **kwargs):
         self.monitor.watching = False
 
     def follow(self, args, state, model: PreTrainedModel, optimizer, train_dataloader) -> None:
-        """Do what the schedule has for the step that begins."""
+        """Split and select as the schedule says for the step that begins.
+
+        Args:
+            args: the Trainer's arguments.
+            state: the Trainer's state.
+            model: the model without wrappers.
+            optimizer: whose state follows the neurons.
+            train_dataloader: source of calibration data where none was given.
+
+        Raises:
+            MoefyError: calibration data that cannot be used.
+        """
         timetable = Timetable(self.phases, state.max_steps)
         phase = timetable.begins_at(state.global_step)
         if phase is not None:
             number = f"{timetable.at(state.global_step) + 1} of {len(self.phases)}"
-            say(args, state, f"phase {number} begins: {phase.name or 'no name'}")
-        owed = timetable.splits_until(state.global_step)  # also where a run goes on with fewer steps than it began
-        if owed > Section.of_values(self.section).splits:
-            with random_numbers_kept(args):
+            announce(args, state, f"phase {number} begins: {phase.name or 'no name'}")
+        splits_due = timetable.splits_until(
+            state.global_step
+        )  # also where a run goes on with fewer steps than it began
+        if splits_due > Section.of_values(self.section).splits:
+            with preserve_random_state(args):
                 batches, progress = self.batches(args, train_dataloader), not args.disable_tqdm
                 config = with_allocation(self.config, model, True)
-                say(args, state, split_everywhere_(model, config, batches, optimizer, progress))
-            Section.of_values(self.section).splits = owed
-        self.select(model, timetable.share(state.global_step, self.target(model)))
+                announce(args, state, split_everywhere_(model, config, batches, optimizer, progress))
+            Section.of_values(self.section).splits = splits_due
+        self.select(model, timetable.share(state.global_step, self.configured_share(model)))
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         if logs is not None and "loss" in logs:
@@ -174,112 +188,108 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             return
         best = Path(state.best_model_checkpoint or "", "config.json")
         if args.load_best_model_at_end and state.best_model_checkpoint and best.exists():
-            adopt(model, Section.of_file(best).values)  # its weights expect its own budget
+            replace_section_(model, Section.of_file(best).values)  # the best weights expect their own budget
             self.section = Section(model.config).values
         elif state.global_step >= state.max_steps and Section.of_values(self.section).splits:
-            self.select(model, Timetable(self.phases, state.max_steps).share(state.max_steps, self.target(model)))
-        if self.splits and not Section.of_values(self.section).splits:
+            self.select(
+                model, Timetable(self.phases, state.max_steps).share(state.max_steps, self.configured_share(model))
+            )
+        if self.num_splits and not Section.of_values(self.section).splits:
             logger.warning("the model that training ends with is dense: its neurons were not split yet")
-        say(args, state, f"training ends with {describe(model)}")
+        announce(args, state, f"training ends with {describe(model)}")
 
-    # ---- what they come to
+    # ---- what the events do
 
     def resume(self, model: PreTrainedModel, state, timetable: Timetable) -> None:
-        """Take up what the checkpoint says of routing; the Trainer has loaded weights and optimizer."""
+        """Route as the checkpoint says that a run resumes from; its weights and optimizer are loaded already.
+
+        Args:
+            model: the model without wrappers.
+            state: the Trainer's state, which holds what `state` returned when the checkpoint was written.
+            timetable: of the run.
+
+        Raises:
+            MoefyError: routers were made with other settings, or the checkpoint lacks this callback's state.
+        """
         saved = state.stateful_callbacks.setdefault(type(self).__name__, None)
         if saved is not None:
             if saved["attributes"]["follows"]:
                 self.check_same(saved["attributes"]["section"])
             self.follows = saved["attributes"]["follows"]
-            adopt(model, saved["attributes"]["section"])
+            replace_section_(model, saved["attributes"]["section"])
             self.section = Section(model.config).values
         elif self.follows and timetable.splits_until(state.global_step - 1):
-            raise ValueError(
+            raise MoefyError(
                 f"the checkpoint of step {state.global_step} was written without a {type(self).__name__}, and the "
                 "schedule would have split the neurons before: start from the checkpoint's model instead of resuming"
             )
         state.stateful_callbacks[type(self).__name__] = self.state()
 
     def check_same(self, section: Mapping[str, Any]) -> None:
-        """Routers were made with these settings."""
-        made = Section.of_values(section)
+        """Check that routers were made with the settings of the callback's config.
+
+        Args:
+            section: of the model that has the routers.
+
+        Raises:
+            MoefyError: a setting differs.
+        """
+        present = Section.of_values(section)
         for name in ("num_experts", "expert_size", "router", "router_settings", "layers", "shared_experts"):
-            ours, theirs = getattr(self.config, name), getattr(made, name)
-            if ours != theirs:
-                raise ValueError(
-                    f"the model has routers already, made with {name}={theirs!r}; the callback's config says "
-                    f"{ours!r}: use the same, or start from a dense model"
+            configured, made = getattr(self.config, name), getattr(present, name)
+            if configured != made:
+                raise MoefyError(
+                    f"the model has routers already, made with {name}={made!r}; the callback's config says "
+                    f"{configured!r}: use the same, or start from a dense model"
                 )
 
     def batches(self, args, train_dataloader: DataLoader) -> Iterable[Mapping[str, Any]]:
+        """Return the calibration data: what was given, or the training set's examples."""
         if self.calibration is not None:
             return self.calibration
         return training_batches(args, train_dataloader, self.config.seed)
 
     def check_data(self, args, model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Find out before training, not when the schedule gets there, that a model's predictions cannot be used."""
-        compared = with_allocation(self.config, model, True).allocation in COMPARING_PREDICTIONS
-        if compared and iter(batches) is not batches:  # an iterator is read once
-            with random_numbers_kept(args):
+        """Check before training what else a split would find late: that predictions can be used, where it needs them.
+
+        Args:
+            args: the Trainer's arguments.
+            model: the model without wrappers.
+            batches: calibration data; one batch is read, and none of an iterator.
+
+        Raises:
+            MoefyError: the model's predictions cannot be used.
+        """
+        compares = with_allocation(self.config, model, True).allocation in COMPARING_PREDICTIONS
+        if compares and iter(batches) is not batches:  # an iterator is read once
+            with preserve_random_state(args):
                 check_predictions(model, [batch for batch, _ in zip(batches, range(1), strict=False)])
 
-    def target(self, model: PreTrainedModel) -> float:
-        """The average share of experts that the configured selection computes."""
+    def configured_share(self, model: PreTrainedModel) -> float:
+        """Return the average share of experts that the config's budget computes, in (0, 1]."""
         experts = [site.act.num_experts for site in model.moe_sites()]
         ks = per_layer("k", self.config.k, len(experts))
         counts = [count_experts(k, e, self.config.shared_experts) for k, e in zip(ks, experts, strict=True)]
         return sum(counts) / sum(experts)
 
     def select(self, model: PreTrainedModel, share: float | str) -> None:
-        """Compute this share of the experts on average, or the target."""
-        section, wanted = Section(model.config), self.config.selection_section()
-        wanted.setdefault("allocation", "sensitivity" if section.measured("sensitivity") else "uniform")
+        """Select a share of the experts, on average.
+
+        Args:
+            model: the model without wrappers.
+            share: average share of experts in (0, 1], or "target" for the config's budget.
+        """
+        section, selection = Section(model.config), self.config.selection_section()
+        selection.setdefault("allocation", "sensitivity" if section.measured("sensitivity") else "uniform")
         if share == 1.0:
-            wanted = dict(ALL_EXPERTS)
+            selection = dict(ALL_EXPERTS)
         elif share != TARGET:
-            wanted["k"] = share
-        if wanted != section.selection:
-            model.set_selection(**wanted)
+            selection["k"] = share
+        if selection != section.selection:
+            model.set_selection(**selection)
 
 
 def describe(model: PreTrainedModel) -> str:
+    """Return a line that says how many experts each FFN computes."""
     counts = [f"{site.act.k:.3g} of {site.act.num_experts}" for site in model.moe_sites()]
     return f"experts per FFN: {', '.join(dict.fromkeys(counts))}"
-
-
-def say(args, state, text: str) -> None:
-    if state.is_world_process_zero and not args.disable_tqdm:
-        tqdm.write(f"[moefy_hf] step {state.global_step}: {text}")
-
-
-def refuse_sharded(args: TrainingArguments, why: str = SHARDED) -> None:
-    """
-    Raises:
-        ValueError: parameters are going to be sharded; `why` that cannot be, with a place for what shards them.
-    """
-    if setting(args.fsdp, "ACCELERATE_USE_FSDP"):
-        raise ValueError(why.format("FSDP"))
-    if setting(args.deepspeed, "ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(why.format("DeepSpeed"))
-
-
-def setting(argument: Any, variable: str) -> bool:
-    """Whether a Trainer's argument or what `accelerate launch` sets asks for something."""
-    return bool(argument) or os.environ.get(variable, "false").lower() in ("1", "true")
-
-
-def random_numbers_kept(args) -> Any:
-    """What happens within does not change the random numbers that the training goes on with."""
-    return torch.random.fork_rng([args.device] if args.device.type == "cuda" else [])
-
-
-def training_batches(args, train_dataloader: DataLoader, seed: int) -> DataLoader:
-    """The training examples in an order of their own: the same whenever it is asked for, whatever has been read."""
-    dataset = train_dataloader.dataset
-    return DataLoader(
-        dataset,
-        batch_size=args.per_device_train_batch_size,
-        shuffle=not isinstance(dataset, IterableDataset),
-        collate_fn=train_dataloader.collate_fn,
-        generator=torch.Generator().manual_seed(seed),
-    )

@@ -5,26 +5,30 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from .run_hooks import keep_hooks
+from ..errors import MoefyError
+from .trainer_tools import track_hooks
 
 
 class ExtraLossCallback(TrainerCallback):
     """Adds `weight` times a value to the training loss, and logs that value as `name`.
 
-    It is added to the loss the model itself returns, so loss scaling and DDP treat it as part of that loss; over
-    accumulated batches and processes it is a mean. Usable with any Trainer whose model computes its own loss.
+    It is added to the loss that the model itself returns, so loss scaling and DDP treat it as part of that loss. Over
+    accumulated batches and processes it is a mean. It works with any Trainer whose model computes its own loss.
 
-    A subclass says what to watch during the forward pass (`watch`) and what came of it (`value`).
+    A subclass defines `watch`, which registers hooks for the forward pass, and `value`, which is computed after it.
+
+    Args:
+        weight: factor of the value, at least 0.
 
     Raises:
-        ValueError: negative weight; in training, when the model returns no loss.
+        MoefyError: a negative weight; in training, DataParallel or a model that returns no loss.
     """
 
     name: str
 
     def __init__(self, weight: float):
         if not weight >= 0:
-            raise ValueError(f"the weight of {self.name} must not be negative, got {weight}")
+            raise MoefyError(f"the weight of {self.name} must not be negative, got {weight}")
         self.weight = weight
         self.handles: list = []
         self.batch: dict[str, Any] = {}
@@ -33,25 +37,30 @@ class ExtraLossCallback(TrainerCallback):
         self.running = False  # a forward pass, not its repetition under gradient checkpointing
 
     def watch(self, model: PreTrainedModel) -> list:
-        """Register hooks; they are removed after training."""
+        """Register hooks on a model; return their handles, which are removed after training."""
         return []
 
     def begin(self) -> None:
-        """A batch is about to run: forget the one before."""
+        """Forget the batch before: another one is about to run."""
 
     def value(self, model: PreTrainedModel, output: Any) -> torch.Tensor | None:
-        """() what `self.batch` costs; None for nothing."""
+        """Return the value of `self.batch`, of shape (), or None where there is nothing to add.
+
+        Args:
+            model: the model in training.
+            output: what it returned for the batch.
+        """
         raise NotImplementedError
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         if args.n_gpu > 1:
-            raise ValueError(f"{self.name} does not work with DataParallel: use torchrun, or one GPU")
+            raise MoefyError(f"{self.name} does not work with DataParallel: use torchrun, or one GPU")
         self.on_train_end(args, state, control)
         self.summed = args.gradient_accumulation_steps * (args.world_size if args.average_tokens_across_devices else 1)
         self.handles = self.watch(model)
         self.handles.append(model.register_forward_pre_hook(self._start, with_kwargs=True))
         self.handles.append(model.register_forward_hook(self._add))
-        keep_hooks(model, state, self.handles)
+        track_hooks(model, state, self.handles)
 
     def on_train_end(self, args, state, control, **kwargs):
         for handle in self.handles:
@@ -78,7 +87,7 @@ class ExtraLossCallback(TrainerCallback):
         if value is None:
             return
         if getattr(output, "loss", None) is None:
-            raise ValueError(
+            raise MoefyError(
                 f"{self.name} needs a model that returns its loss; label smoothing hides the labels from it"
             )
         self.logged, self.steps = self.logged + value.detach().cpu(), self.steps + 1

@@ -1,6 +1,7 @@
 """What loading and saving leave as it was, and what they refuse or say."""
 
 import importlib
+import json
 import logging as python_logging
 import re
 import sys
@@ -12,7 +13,8 @@ import transformers
 from tiny import TINY, convert, distance, run, tiny_inputs, tiny_model
 
 from moefy_hf import load, reroute_
-from moefy_hf.loading import moefied_class
+from moefy_hf.errors import MoefyError, NotMoefied, UnsupportedModel
+from moefy_hf.loading import check_moefied, moefied_class
 from moefy_hf.modeling import moefied, needs
 from moefy_hf.modeling.moefied import DENSE_NOTE
 from moefy_hf.modeling.routers import ROUTERS
@@ -191,3 +193,29 @@ def test_a_class_that_transformers_remakes_keeps_all_heads(tmp_path):
     model.save_pretrained(tmp_path)
     assert model.config.auto_map == heads and len(heads) > 1
     assert transformers.AutoConfig.from_pretrained(tmp_path).auto_map == heads
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "mamba9"}, "model type `mamba9`"),
+        ({"model_type": "bert"}, "does not say which head"),
+        ({"model_type": "bert", "architectures": ["BertForChess"]}, "BertForChess is no architecture"),
+        (
+            {"model_type": "gpt2", "architectures": ["MoefiedGPT2DoubleHeadsModel"], "moefication": {}},
+            "has no MoEfied version",
+        ),
+        ({"model_type": "mamba", "architectures": ["MambaModel"], "moefication": {}}, "'mamba' is not supported"),
+    ],
+)
+def test_a_checkpoint_of_no_known_model_is_refused(config, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=message):
+        load(tmp_path)
+
+
+def test_a_dense_model_is_no_moefied_one():
+    with pytest.raises(NotMoefied, match="BertModel is not MoEfied; convert it"):
+        check_moefied(tiny_model("bert"))
+    with pytest.raises(MoefyError, match="48 neurons do not split into experts of size 7"):
+        convert(tiny_model("bert"), expert_size=7)

@@ -1,4 +1,4 @@
-"""Does a saved checkpoint give, where this package is not installed, what the model gave?"""
+"""Check that a saved checkpoint computes what the model computed, where this package is not installed."""
 
 import os
 import subprocess
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..errors import VerificationError
 from ..loading import load
 from ..measure.contexts import evaluating
 from .card import auto_class, moefied_config
 
-# norm of the difference over norm of the outputs: another dense, split or router gives some tenths
+# norm of the difference over norm of the outputs; other weights, another split or router differ by some tenths
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 
 ELSEWHERE = """
@@ -35,16 +36,13 @@ torch.save({"class": type(model).__name__, "outputs": tensors}, f"{exchange}/out
 """
 
 
-class VerificationError(RuntimeError):
-    """What differs between a model and its saved self."""
-
-
 def verify(
     folder: str | Path, model: PreTrainedModel | None = None, inputs: Mapping[str, torch.Tensor] | None = None
 ) -> float:
     """Load a checkpoint in a new Python process that cannot import this package, and compare outputs.
 
     Args:
+        folder: of the checkpoint.
         model: what was saved there; by default the checkpoint as this package loads it.
         inputs: model inputs; by default made up from the config.
 
@@ -52,19 +50,18 @@ def verify(
         the norm of the difference relative to that of the outputs, the largest over all outputs.
 
     Raises:
-        VerificationError: it does not load as the MoEfied class, or gives something else.
+        VerificationError: it does not load as the MoEfied class, or gives other outputs.
+        NotMoefied: the folder holds a dense checkpoint.
+
+    Example:
+        >>> model.save_pretrained("my-moe")
+        >>> verify("my-moe", model)
+        0.0
     """
     folder = Path(folder).resolve()
     config = moefied_config(folder)
     model = load(folder) if model is None else model
-    made_up = inputs is None
-    inputs = example_inputs(model) if inputs is None else dict(inputs)
-    try:
-        expected = outputs_of(model, inputs)
-    except Exception as error:
-        if made_up:
-            raise VerificationError(f"the inputs made up for it do not suit it: pass inputs= ({error})") from error
-        raise
+    inputs, expected = inputs_and_outputs(model, inputs)
     with tempfile.TemporaryDirectory() as exchange:
         torch.save(inputs, f"{exchange}/inputs.pt")
         done = subprocess.run(
@@ -76,33 +73,61 @@ def verify(
         )
         if done.returncode:
             raise VerificationError(f"it does not load in a new process: {last_line(done.stderr)}")
-        found = torch.load(f"{exchange}/outputs.pt")
-    if found["class"] != config["architectures"][0]:
-        raise VerificationError(f"it loads as {found['class']}, not as {config['architectures'][0]}")
-    difference = max(relative(found["outputs"][name], value) for name, value in expected.items())
+        loaded = torch.load(f"{exchange}/outputs.pt")
+    if loaded["class"] != config["architectures"][0]:
+        raise VerificationError(f"it loads as {loaded['class']}, not as {config['architectures'][0]}")
+    difference = max(relative(loaded["outputs"][name], value) for name, value in expected.items())
     if not difference <= TOLERANCE.get(model.dtype, 1e-3):  # nan too
         raise VerificationError(f"a new process gets outputs that differ by {difference:.2g} of their norm")
     return difference
 
 
+def inputs_and_outputs(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor] | None
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return inputs, made up where none are given, and what the model returns for them.
+
+    Raises:
+        VerificationError: the model does not take the inputs that were made up for it.
+    """
+    if inputs is not None:
+        return dict(inputs), outputs_of(model, inputs)
+    made_up = example_inputs(model)
+    try:
+        return made_up, outputs_of(model, made_up)
+    except Exception as error:
+        raise VerificationError(f"the inputs made up for it do not suit it: pass inputs= ({error})") from error
+
+
 @torch.no_grad()
 def outputs_of(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every tensor a model returns, as it evaluates."""
+    """Return every tensor of a model's output, computed in evaluation mode."""
     with evaluating(model):
         output = model(**{name: value.to(model.device) for name, value in inputs.items()})
     return {name: value.cpu() for name, value in output.items() if torch.is_tensor(value)}
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12))
+def relative(output: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference relative to the norm of what is expected."""
+    return float((output.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12))
 
 
 def last_line(text: str) -> str:
+    """Return the last line of a text that is not blank."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no message")
 
 
 def example_inputs(model: PreTrainedModel, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
-    """Made-up inputs (seeded) of the kinds that a model takes: tokens, pictures or sound features."""
+    """Make up inputs (seeded) of the kinds that a model takes: tokens, pictures or sound features.
+
+    Args:
+        model: a MoEfied or dense model.
+        batch: number of rows; one, for models without a padding token.
+        length: tokens of a row, fewer where the model has fewer positions.
+
+    Returns:
+        the arguments of `forward`.
+    """
     config, head = model.config, type(model).__name__
     generator = torch.Generator().manual_seed(0)
     batch = 1 if getattr(config, "pad_token_id", None) is None else batch  # classifiers look for the last real token
@@ -113,11 +138,11 @@ def example_inputs(model: PreTrainedModel, batch: int = 2, length: int = 16) -> 
     def tokens(part: Any) -> torch.Tensor:
         longest = min(length, getattr(part, "max_position_embeddings", None) or length)
         shape = (batch, 3, longest) if head.endswith("ForMultipleChoice") else (batch, longest)
-        found = torch.randint(part.vocab_size // 2, part.vocab_size, shape, generator=generator)
+        ids = torch.randint(part.vocab_size // 2, part.vocab_size, shape, generator=generator)
         if isinstance(part.eos_token_id, int):  # where BART and T5 classify
-            found = found.where(found != part.eos_token_id, part.vocab_size // 2 - 1)
-            found[..., -1] = part.eos_token_id
-        return found
+            ids = ids.where(ids != part.eos_token_id, part.vocab_size // 2 - 1)
+            ids[..., -1] = part.eos_token_id
+        return ids
 
     def picture(part: Any) -> torch.Tensor:
         size = part.image_size if isinstance(part.image_size, list | tuple) else [part.image_size] * 2
@@ -133,8 +158,8 @@ def example_inputs(model: PreTrainedModel, batch: int = 2, length: int = 16) -> 
     if hasattr(config, "image_size"):
         return {"pixel_values": picture(config)}
     if model.main_input_name == "input_features":
-        found = {"input_features": noise(batch, config.num_mel_bins, 2 * config.max_source_positions)}
-        return found if head.endswith("AudioClassification") else found | {"decoder_input_ids": tokens(config)}
-    found = {"input_ids": tokens(config)}
+        features = {"input_features": noise(batch, config.num_mel_bins, 2 * config.max_source_positions)}
+        return features if head.endswith("AudioClassification") else features | {"decoder_input_ids": tokens(config)}
+    text = {"input_ids": tokens(config)}
     decodes = config.is_encoder_decoder and not head.endswith(("Classification", "QuestionAnswering", "EncoderModel"))
-    return found | ({"decoder_input_ids": tokens(config)} if decodes and not head.endswith("CausalLM") else {})
+    return text | ({"decoder_input_ids": tokens(config)} if decodes and not head.endswith("CausalLM") else {})
