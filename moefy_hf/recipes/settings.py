@@ -5,7 +5,7 @@ import atexit
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -61,12 +61,18 @@ class Arguments:
         return Arguments([new.get(type(part), part) for part in self.parts])
 
 
-def parse(types: tuple[type, ...], description: str, words: Sequence[str] | None = None) -> Arguments:
+def parse(
+    types: tuple[type, ...],
+    description: str,
+    words: Sequence[str] | None = None,
+    first_of: Callable[[Arguments], Mapping[str, Any]] = lambda arguments: {},
+) -> Arguments:
     """Read dataclasses and a `MoEficationConfig` from `--config FILE.yaml` and the command line, which wins.
 
     Args:
         types: dataclasses, as `HfArgumentParser` takes them; a `TrainingArguments` gives the conversion its seed.
         words: instead of the process' command line.
+        first_of: settings of the conversion that follow from the other arguments, as the first of a grid's do.
 
     Raises:
         ValueError: an unknown name, or a value out of range.
@@ -89,7 +95,7 @@ def parse(types: tuple[type, ...], description: str, words: Sequence[str] | None
     arguments = Arguments(parts)
     if trains:
         said["seed"] = arguments[TrainingArguments].seed
-    return Arguments([*parts, MoEficationConfig(**said)])
+    return Arguments([*parts, MoEficationConfig(**(said | {**first_of(arguments)}))])
 
 
 def split_files(words: list[str]) -> tuple[list[str], list[str]]:

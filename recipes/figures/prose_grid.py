@@ -68,7 +68,7 @@ class GridArguments:
 
 def main() -> None:
     with checking():
-        arguments = parse((*TYPES, GridArguments), __doc__)
+        arguments = parse((*TYPES, GridArguments), __doc__, first_of=first_cell)
         grid = arguments[GridArguments]
         check(grid, arguments[MoEficationConfig])
         configs = list(configs_of(grid, arguments[MoEficationConfig]))
@@ -100,6 +100,11 @@ def check(grid: GridArguments, config: MoEficationConfig) -> None:
     for name, reason in REFUSED.items():
         if value := getattr(config, name):
             raise ValueError(f"{name}={value}: {reason}")
+
+
+def first_cell(arguments: Arguments) -> dict[str, str]:
+    """Return the first router: router_settings need not suit the one that a recipe's file names."""
+    return {"router": arguments[GridArguments].routers[0]}
 
 
 def configs_of(grid: GridArguments, config: MoEficationConfig) -> Iterator[MoEficationConfig]:

@@ -123,6 +123,6 @@ def test_a_table_says_how_fast_each_model_is():
     assert table(scores, times, percent=True).splitlines()[2:] == [
         "| dense | all | 90.0 % | 120 |  |  |",
         "| MoEfied | 20 % | 87.5 % | 80 | 1.50 x dense | 130 |",
-        "| MoEfied, then fine-tuned | as learned |  |  |  |  |",
+        "| MoEfied, then fine-tuned | as learned | 100.0 % |  |  |  |",
     ]
     assert table({"dense": {"whales": 49.513}}, {}, percent=False).splitlines()[2] == "| dense | all | 49.51 |"
