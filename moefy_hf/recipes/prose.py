@@ -123,6 +123,7 @@ class ProseRun(Run):
         return self.batches(blocks if rows is None else blocks.select(range(min(rows, len(blocks)))), False, 0)
 
     def held_out_texts(self) -> dict[str, Dataset]:
+        """Return the blocks of each text that nothing was fitted on, by its name."""
         return {name: rows for name, rows in self.splits.items() if name not in ("train", "validation")}
 
     def measured_on(self) -> dict[str, str]:

@@ -50,14 +50,17 @@ class Run:
 
     @property
     def training(self) -> TrainingArguments:
+        """How the dense model is trained."""
         return self.arguments[TrainingArguments]
 
     @property
     def evaluation(self) -> EvaluationArguments:
+        """What is measured of every MoEfied model."""
         return self.arguments[EvaluationArguments]
 
     @property
     def config(self) -> MoEficationConfig:
+        """How the dense model is converted."""
         return self.arguments[MoEficationConfig]
 
     @property
@@ -67,6 +70,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
+        """Where the results are."""
         return self.stages.directory
 
     def wait(self) -> None:
@@ -95,6 +99,7 @@ class Run:
         return self.batches(self.splits["train"], True, self.config.seed)
 
     def validation(self) -> Iterable[Batch]:
+        """Return the validation rows as shuffled batches."""
         return self.batches(self.splits["validation"], True, 0)
 
     def measured_on(self) -> dict[str, str]:

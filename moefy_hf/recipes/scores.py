@@ -44,9 +44,6 @@ class Metrics:
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"--metrics {name}: {error}; settings are given like {name}:average=macro") from None
 
-    def __len__(self) -> int:
-        return len(self.loaded)
-
     def __call__(self, found: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
         """Return every single number that the metrics make of predictions and references."""
         scores: dict[str, float] = {}
