@@ -1,4 +1,8 @@
-"""Train or fine-tune a vision Transformer on labelled images, MoEfy it, and measure quality against compute.
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["moefy-hf[plots,images]"]
+# ///
+"""Train or fine-tune a vision Transformer on labelled images, MoEfy it, and measure quality and time against compute.
 
     accelerate launch recipes/moefy_image_classification.py --config recipes/configs/vit_fashion/moefication.yaml
 
@@ -8,16 +12,10 @@ with --model_type and --config_overrides; with it, a checkpoint is fine-tuned:
     ... --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name ethz/food101 --test_split validation
 """
 
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import real_inputs
 import torch
-from common import CollatedBatches, MoeficationArguments, load_splits, override, parse
-from datasets import ClassLabel, DatasetDict
-from pipeline import classify
-from run import Run, accuracy_of_classes, begin_stages
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -29,122 +27,127 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from moefy_hf.recipes import arguments as of
+from moefy_hf.recipes.data import CollatedBatches, load_images, override
+from moefy_hf.recipes.inputs import resolve
+from moefy_hf.recipes.plans import training_plan
+from moefy_hf.recipes.publishing import publish
+from moefy_hf.recipes.run import Run
+from moefy_hf.recipes.scores import Metrics, classes, evaluate_models
+from moefy_hf.recipes.settings import Arguments, check, checking, parse
+from moefy_hf.recipes.stages import Stages
+from moefy_hf.recipes.steps import compare_budgets, convert, show_sweep
+from moefy_hf.recipes.summary import summarise
+from moefy_hf.recipes.timing import measure_times
+from moefy_hf.recipes.training import fine_tune, recover, train_scheduled
 
-@dataclass
-class ImageModelArguments:
-    """The dense model to start from."""
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or local directory; nothing trains a new model"}
-    )
-    model_revision: str = field(default="main", metadata={"help": "branch, tag or commit on the Hub"})
-    model_type: str = field(default="vit", metadata={"help": "architecture of a new model"})
-    config_overrides: str = field(
-        default="", metadata={"help": "sizes of a new model: hidden_size=192,num_hidden_layers=6,..."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "run modeling code that comes with the model"})
-    activation: str | None = field(
-        default=None, metadata={"help": "swap the FFN activation for this one before training, e.g. relu"}
-    )
-
-
-@dataclass
-class ImageDataArguments:
-    """Labelled images."""
-
-    dataset_name: str = field(metadata={"help": "Hub id, local directory of parquet files, or package:NAME"})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
-    image_column: str = field(default="image", metadata={"help": "column with the image"})
-    label_column: str = field(default="label", metadata={"help": "column with the label, a ClassLabel"})
-    validation_split: str = field(
-        default="validation", metadata={"help": "name of the validation split; a tenth of train where there is none"}
-    )
-    test_split: str = field(default="test", metadata={"help": "name of the test split"})
-    max_train_samples: int | None = field(default=None, metadata={"help": "train on so many rows (seeded)"})
+TYPES = (
+    *(of.ImageModelArguments, of.ImageDataArguments, of.EvaluationArguments, of.ControlArguments),
+    *(of.MetricArguments, of.TimingArguments, of.SparsityArguments, of.RecoveryArguments),
+    *(of.DistillationArguments, of.LearnedArguments, of.ScheduleArguments, of.OutputArguments, TrainingArguments),
+)
 
 
 def main() -> None:
-    types = (ImageModelArguments, ImageDataArguments, MoeficationArguments, TrainingArguments)
-    model_args, data_args, moe_args, training_args = parse(types, __doc__)
-    stages = begin_stages(moe_args, training_args, model_args, data_args)
-    config = make_config(model_args)
-    splits, names = load_images(data_args)
-    processor = make_processor(model_args, config)
-    if training_args.should_save:
+    with checking():
+        run = begin(parse(TYPES, __doc__))
+    make = partial(make_model, run)
+    fine_tune(run, make)
+    if run.writes:  # conversion and measurements are one process' work
+        convert(run)
+        run.stages.run("sweep.json", partial(compare_budgets, run, "moefied"))
+        show_sweep(run.folder)
+    if "recovered" in run.stages.plan:
+        recover(run)
+    if "scheduled" in run.stages.plan:
+        train_scheduled(run, make)
+    if run.writes:
+        scores = evaluate_models(run)
+        if "times.json" in run.stages.plan:
+            run.stages.run("times.json", partial(measure_times, run))
+        publish(run)
+        print(summarise(run, scores))
+
+
+def begin(arguments: Arguments) -> Run:
+    """Load images, and find what is wrong with the settings before anything is written.
+
+    Raises:
+        ValueError: bad settings or data, or results of other settings in the output directory.
+    """
+    metrics, training = arguments[of.MetricArguments], arguments[TrainingArguments]
+    metrics.metrics = {(): ["accuracy"], ("none",): []}.get(tuple(metrics.metrics), metrics.metrics)
+    check(arguments)
+    plan, redo = training_plan(arguments), arguments[of.OutputArguments].redo
+    stages = Stages(training.output_dir, plan, arguments, redo)
+    processor = make_processor(arguments[of.ImageModelArguments])
+    splits, names = load_images(arguments.data)
+    judge = Metrics(metrics.metrics, sample=range(len(names)))
+    if training.should_save:
         stages.begin()
-    collator = partial(collate, processor, data_args)
+    collator = partial(collate, processor, arguments[of.ImageDataArguments])
 
     def batches(rows, shuffle, seed):
         return CollatedBatches(rows, collator, shuffle=shuffle, seed=seed)
 
-    auto = AutoModelForImageClassification
-    metrics = accuracy_of_classes
-    run = Run(moe_args, training_args, stages, splits, names, processor, auto, batches, collator, metrics=metrics)
-    classify(run, partial(make_model, run, model_args, config), model_args.activation)
+    return Run(
+        arguments,
+        stages,
+        splits,
+        names,
+        processor,
+        AutoModelForImageClassification,
+        batches,
+        judge,
+        predict=classes,
+        collator=collator,
+        compute_metrics=judge.of_classes,
+    )
 
 
-def make_config(model_args: ImageModelArguments) -> PreTrainedConfig:
-    """Of the checkpoint, or of a new model.
+def make_config(model: of.ImageModelArguments) -> PreTrainedConfig:
+    """Return the config of the checkpoint, or of a new model.
 
     Raises:
         ValueError: an unknown model type or setting.
     """
-    if model_args.model_name_or_path is not None:
-        path, revision = real_inputs.resolve(model_args.model_name_or_path), model_args.model_revision
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=model_args.trust_remote_code)
-    if model_args.model_type not in CONFIG_MAPPING:
-        raise ValueError(f"unknown model_type {model_args.model_type!r}; choose one of transformers', e.g. vit")
-    return override(CONFIG_MAPPING[model_args.model_type](), model_args.config_overrides)
+    if model.model_name_or_path is not None:
+        path, trust = resolve(model.model_name_or_path), model.trust_remote_code
+        return AutoConfig.from_pretrained(path, revision=model.model_revision, trust_remote_code=trust)
+    if model.model_type not in CONFIG_MAPPING:
+        raise ValueError(f"unknown model_type {model.model_type!r}; choose one of transformers', e.g. vit")
+    return override(CONFIG_MAPPING[model.model_type](), model.config_overrides)
 
 
-def load_images(data: ImageDataArguments) -> tuple[DatasetDict, list[str]]:
-    """Train, validation and test splits, and the names of the classes.
-
-    Raises:
-        ValueError: a split or column is missing, or labels are not classes; what there is is named.
-    """
-    raw = load_splits(data, ("train", data.test_split), (data.image_column, data.label_column))
-    feature = raw["train"].features[data.label_column]
-    if not isinstance(feature, ClassLabel):
-        raise ValueError(f"column {data.label_column!r} of {data.dataset_name} is no ClassLabel but {feature}")
-    train = raw["train"]
-    if data.validation_split in raw:
-        validation = raw[data.validation_split]
-    else:
-        parts = train.train_test_split(test_size=0.1, seed=0, stratify_by_column=data.label_column)
-        train, validation = parts["train"], parts["test"]
-    if data.max_train_samples is not None:
-        train = train.shuffle(seed=0).select(range(min(data.max_train_samples, len(train))))
-    return DatasetDict(train=train, validation=validation, test=raw[data.test_split]), feature.names
-
-
-def make_processor(model_args: ImageModelArguments, config: PreTrainedConfig) -> Any:
-    if model_args.model_name_or_path is not None:
-        return AutoImageProcessor.from_pretrained(
-            real_inputs.resolve(model_args.model_name_or_path), revision=model_args.model_revision
-        )
+def make_processor(model: of.ImageModelArguments) -> Any:
+    """Load the image processor of the checkpoint, or make that of a new model."""
+    config = make_config(model)
+    if model.model_name_or_path is not None:
+        return AutoImageProcessor.from_pretrained(resolve(model.model_name_or_path), revision=model.model_revision)
     size, half = {"height": config.image_size, "width": config.image_size}, [0.5] * config.num_channels
     return ViTImageProcessor(size=size, image_mean=half, image_std=half)
 
 
-def make_model(run: Run, model_args: ImageModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
-    """The dense model to train."""
-    if model_args.model_name_or_path is None:
+def make_model(run: Run) -> PreTrainedModel:
+    """Load or make the dense model to train."""
+    model = run.arguments[of.ImageModelArguments]
+    if model.model_name_or_path is None:
+        config = make_config(model)
         for name, value in run.labels().items():
             if name != "num_labels":  # which follows from the others
                 setattr(config, name, value)
         return AutoModelForImageClassification.from_config(config)
     return AutoModelForImageClassification.from_pretrained(
-        real_inputs.resolve(model_args.model_name_or_path),
-        revision=model_args.model_revision,
-        trust_remote_code=model_args.trust_remote_code,
+        resolve(model.model_name_or_path),
+        revision=model.model_revision,
+        trust_remote_code=model.trust_remote_code,
         ignore_mismatched_sizes=True,  # the head is of other classes
         **run.labels(),
     )
 
 
-def collate(processor: Any, data: ImageDataArguments, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Rows of a dataset as a model-ready batch."""
+def collate(processor: Any, data: of.ImageDataArguments, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Return rows of a dataset as a model-ready batch."""
     channels = len(processor.image_mean)
     images = [row[data.image_column].convert("L" if channels == 1 else "RGB") for row in rows]
     labels = torch.tensor([row[data.label_column] for row in rows])

@@ -1,27 +1,24 @@
-"""Train or fine-tune an encoder-decoder on pairs of texts, MoEfy it, and measure quality against compute.
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["moefy-hf[plots]"]
+# ///
+"""Train or fine-tune an encoder-decoder on pairs of texts, MoEfy it, and measure quality and time against compute.
 
     accelerate launch recipes/moefy_seq2seq.py --config recipes/configs/t5_r8/moefication.yaml
 
-The stages are those of moefy_classification.py, with the accuracy of the target's tokens as quality; generated_*.json
-hold how many targets the models generate exactly. Without --model_name_or_path a small T5 is trained from nothing:
+The stages are those of moefy_classification.py. Quality in sweep.json is the accuracy of the target's tokens;
+scores_*.json hold --metrics of generated targets, by default how many are exactly right. Without --model_name_or_path
+a small T5 is trained from nothing:
 
     ... --model_name_or_path google-t5/t5-small --dataset_name knkarthick/samsum --source_column dialogue \\
-        --target_column summary --source_prefix "summarize: "
+        --target_column summary --source_prefix "summarize: " --metrics rouge
 """
 
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import real_inputs
 import torch
-from common import CollatedBatches, MoeficationArguments, load_splits, override, parse
-from datasets import DatasetDict
-from pipeline import budgets, classify
-from run import Run, begin_stages, models_of
-from stages import write_json
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -34,121 +31,107 @@ from transformers import (
     T5Config,
 )
 
+from moefy_hf.recipes import arguments as of
+from moefy_hf.recipes.data import CollatedBatches, load_pairs, override
+from moefy_hf.recipes.inputs import resolve
+from moefy_hf.recipes.plans import training_plan
+from moefy_hf.recipes.publishing import publish
+from moefy_hf.recipes.run import Run
+from moefy_hf.recipes.scores import Metrics, evaluate_models
+from moefy_hf.recipes.settings import Arguments, check, checking, parse
+from moefy_hf.recipes.stages import Stages
+from moefy_hf.recipes.steps import compare_budgets, convert, show_sweep
+from moefy_hf.recipes.summary import summarise
+from moefy_hf.recipes.timing import measure_times
+from moefy_hf.recipes.training import fine_tune, recover, train_scheduled
 
-@dataclass
-class Seq2SeqModelArguments:
-    """The dense model to start from."""
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or local directory; nothing trains a new T5"}
-    )
-    model_revision: str = field(default="main", metadata={"help": "branch, tag or commit on the Hub"})
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Hub id, local directory or package:NAME; by default the model's"}
-    )
-    config_overrides: str = field(
-        default="", metadata={"help": "sizes of a new T5: d_model=128,d_ff=512,num_layers=3"}
-    )
-    activation: str | None = field(
-        default=None, metadata={"help": "swap the FFN activation for this one before training, e.g. relu"}
-    )
-
-
-@dataclass
-class Seq2SeqDataArguments:
-    """Pairs of texts."""
-
-    dataset_name: str = field(metadata={"help": "Hub id, local directory of csv/parquet files, or package:NAME"})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
-    source_column: str = field(default="text", metadata={"help": "column with the input"})
-    target_column: str = field(default="label", metadata={"help": "column with the output, text"})
-    source_prefix: str = field(default="", metadata={"help": "put before every input"})
-    max_source_length: int = field(default=64, metadata={"help": "longer inputs are cut to so many tokens"})
-    max_target_length: int = field(default=16, metadata={"help": "longer outputs are cut to so many tokens"})
-    validation_split: str = field(default="validation", metadata={"help": "name of the validation split"})
-    test_split: str = field(default="test", metadata={"help": "name of the test split"})
-    generated_rows: int = field(default=200, metadata={"help": "rows of validation and test to generate for"})
+TYPES = (
+    *(of.Seq2SeqModelArguments, of.PairDataArguments, of.EvaluationArguments, of.ControlArguments),
+    *(of.MetricArguments, of.GenerationArguments, of.TimingArguments, of.SparsityArguments, of.RecoveryArguments),
+    *(of.DistillationArguments, of.LearnedArguments, of.ScheduleArguments, of.OutputArguments),
+    Seq2SeqTrainingArguments,
+)
 
 
 def main() -> None:
-    types = (Seq2SeqModelArguments, Seq2SeqDataArguments, MoeficationArguments, Seq2SeqTrainingArguments)
-    model_args, data_args, moe_args, training_args = parse(types, __doc__)
-    stages = begin_stages(moe_args, training_args, model_args, data_args)
-    tokenizer = load_tokenizer(model_args)
-    with training_args.main_process_first(desc="tokenisation"):
-        splits = load_pairs(data_args, tokenizer)
-    make = partial(make_model, model_args, tokenizer)
-    if training_args.should_save:
+    with checking():
+        run = begin(parse(TYPES, __doc__))
+    make = partial(make_model, run)
+    fine_tune(run, make)
+    if run.writes:  # conversion and measurements are one process' work
+        convert(run)
+        run.stages.run("sweep.json", partial(compare_budgets, run, "moefied"))
+        show_sweep(run.folder)
+    if "recovered" in run.stages.plan:
+        recover(run)
+    if "scheduled" in run.stages.plan:
+        train_scheduled(run, make)
+    if run.writes:
+        scores = evaluate_models(run)
+        if "times.json" in run.stages.plan:
+            run.stages.run("times.json", partial(measure_times, run))
+        publish(run)
+        print(summarise(run, scores))
+
+
+def begin(arguments: Arguments) -> Run:
+    """Load pairs, and find what is wrong with the settings before anything is written.
+
+    Raises:
+        ValueError: bad settings or data, or results of other settings in the output directory.
+    """
+    metrics, training = arguments[of.MetricArguments], arguments[Seq2SeqTrainingArguments]
+    metrics.metrics = {(): ["exact_match"], ("none",): []}.get(tuple(metrics.metrics), metrics.metrics)
+    check(arguments)
+    plan, redo = training_plan(arguments), arguments[of.OutputArguments].redo
+    stages = Stages(training.output_dir, plan, arguments, redo)
+    tokenizer = load_tokenizer(arguments[of.Seq2SeqModelArguments])
+    with training.main_process_first(desc="tokenisation"):
+        splits = load_pairs(arguments.data, tokenizer)
+    make_config(arguments.model, tokenizer)
+    judge = Metrics(metrics.metrics, sample=["a text"])
+    if training.should_save:
         stages.begin()
     collator = DataCollatorForSeq2Seq(tokenizer)
 
     def batches(rows, shuffle, seed):
         return CollatedBatches(rows, collator, shuffle=shuffle, seed=seed)
 
-    run = Run(
-        moe_args,
-        training_args,
+    return Run(
+        arguments,
         stages,
         splits,
         [],
         tokenizer,
         AutoModelForSeq2SeqLM,
         batches,
-        collator,
+        judge,
+        predict=generate,
+        collator=collator,
         task_type="SEQ_2_SEQ_LM",
         trainer=Seq2SeqTrainer,
-        metrics=partial(exact_match, tokenizer) if training_args.predict_with_generate else None,
+        compute_metrics=partial(of_texts, tokenizer, judge) if training.predict_with_generate else None,
     )
-    classify(run, make, model_args.activation)
-    if training_args.should_save:
-        for name in models_of(moe_args):
-            found = stages.run(f"generated_{name}.json", partial(generate, run, data_args, name))
-            print(f"exactly generated targets: {found.read_text()}")
 
 
-def load_tokenizer(model_args: Seq2SeqModelArguments) -> PreTrainedTokenizerBase:
-    name = model_args.tokenizer_name or model_args.model_name_or_path
+def load_tokenizer(model: of.Seq2SeqModelArguments) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that is named, or the model's."""
+    name = model.tokenizer_name or model.model_name_or_path
     if name is None:
         raise ValueError("a new T5 needs --tokenizer_name")
-    return AutoTokenizer.from_pretrained(real_inputs.resolve(name))
+    return AutoTokenizer.from_pretrained(resolve(name))
 
 
-def load_pairs(data: Seq2SeqDataArguments, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
-    """Tokenised train, validation and test splits with `labels`.
-
-    Raises:
-        ValueError: a split or column is missing, or targets are no text; what there is is named.
-    """
-    splits = {"train": "train", "validation": data.validation_split, "test": data.test_split}
-    raw = load_splits(data, splits.values(), (data.source_column, data.target_column))
-    if not isinstance(raw["train"][0][data.target_column], str):
-        raise ValueError(f"column {data.target_column!r} of {data.dataset_name} is no text")
-
-    def encode(rows: dict[str, list]) -> dict[str, list]:
-        sources = [data.source_prefix + text for text in rows[data.source_column]]
-        encoded = tokenizer(sources, truncation=True, max_length=data.max_source_length)
-        targets = tokenizer(text_target=rows[data.target_column], truncation=True, max_length=data.max_target_length)
-        return {
-            "input_ids": encoded["input_ids"],
-            "attention_mask": encoded["attention_mask"],
-            "labels": targets["input_ids"],
-        }
-
-    return DatasetDict(
-        {
-            ours: raw[theirs].map(
-                encode, batched=True, remove_columns=raw[theirs].column_names, desc=f"tokenize {ours}"
-            )
-            for ours, theirs in splits.items()
-        }
-    )
+def make_model(run: Run) -> PreTrainedModel:
+    """Load or make the dense model to train."""
+    model = run.arguments.model
+    if model.model_name_or_path is not None:
+        return AutoModelForSeq2SeqLM.from_pretrained(resolve(model.model_name_or_path), revision=model.model_revision)
+    return AutoModelForSeq2SeqLM.from_config(make_config(model, run.processor))
 
 
-def make_model(model_args: Seq2SeqModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The dense model to train."""
-    if model_args.model_name_or_path is not None:
-        path = real_inputs.resolve(model_args.model_name_or_path)
-        return AutoModelForSeq2SeqLM.from_pretrained(path, revision=model_args.model_revision)
+def make_config(model: of.Seq2SeqModelArguments, tokenizer: PreTrainedTokenizerBase) -> T5Config:
+    """Return the sizes of a new T5."""
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     config = T5Config(
         vocab_size=len(tokenizer),
@@ -157,36 +140,34 @@ def make_model(model_args: Seq2SeqModelArguments, tokenizer: PreTrainedTokenizer
         decoder_start_token_id=tokenizer.pad_token_id,
     )
     config.num_decoder_layers = None
-    override(config, model_args.config_overrides)
+    override(config, model.config_overrides)
     config.num_decoder_layers = config.num_decoder_layers or config.num_layers
-    return AutoModelForSeq2SeqLM.from_config(config)
+    return config
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
+    """Return the texts of token ids, of which negative ones are padding."""
     ids = np.where(np.asarray(ids) < 0, tokenizer.pad_token_id, ids)
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def exact_match(tokenizer: PreTrainedTokenizerBase, found: EvalPrediction) -> dict[str, float]:
-    pairs = zip(decoded(tokenizer, found.predictions), decoded(tokenizer, found.label_ids), strict=True)
-    return {"exact_match": float(np.mean([ours == theirs for ours, theirs in pairs]))}
+def of_texts(tokenizer: PreTrainedTokenizerBase, judge: Metrics, found: EvalPrediction) -> dict[str, float]:
+    """Return what the Trainer shows of generated targets."""
+    return judge(decoded(tokenizer, found.predictions), decoded(tokenizer, found.label_ids))
 
 
 @torch.no_grad()
-def generate(run: Run, data: Seq2SeqDataArguments, name: str, path: Path) -> None:
-    """Share of targets that a model generates exactly, at every share of the experts."""
-    scores: dict[str, float] = {}
-    model = run.load(run.stages.directory / name, trust_remote_code=True).eval()
-    for budget in budgets(run, model):
-        right = total = 0
-        for batch in run.held_out(data.generated_rows):
-            inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
-            with run.autocast():
-                ids = model.generate(**inputs, max_new_tokens=data.max_target_length, do_sample=False)
-            pairs = zip(decoded(run.processor, ids.cpu()), decoded(run.processor, batch["labels"]), strict=True)
-            right, total = right + sum(ours == theirs for ours, theirs in pairs), total + len(ids)
-        scores[f"{name}{budget}"] = right / total
-    write_json(path, scores)
+def generate(run: Run, model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Return the targets that a model generates, greedily, and the right ones."""
+    found: list[str] = []
+    right: list[str] = []
+    for batch in run.held_out(run.arguments[of.GenerationArguments].generated_rows):
+        inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+        with run.autocast():
+            ids = model.generate(**inputs, max_new_tokens=run.arguments.data.max_target_length, do_sample=False)
+        found += decoded(run.processor, ids.cpu())
+        right += decoded(run.processor, batch["labels"])
+    return found, right
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ from test_learned_selection import moefied  # noqa: E402
 from transformers import Trainer, TrainerCallback  # noqa: E402
 
 from moefy_hf import LearnedSelectionCallback  # noqa: E402
-
-sys.path.append(str(Path(__file__).parents[1] / "recipes"))
-from common import leave_processes  # noqa: E402
+from moefy_hf.recipes.settings import leave_processes  # noqa: E402
 
 
 class Trace(TrainerCallback):

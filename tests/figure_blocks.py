@@ -8,7 +8,7 @@ from documents import read, table, times
 from speed_blocks import generation, one_token
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "recipes"))
+sys.path.insert(0, str(ROOT / "recipes" / "figures"))
 import prose_facts  # noqa: E402
 import sweep_tables  # noqa: E402
 

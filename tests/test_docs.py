@@ -111,7 +111,7 @@ def test_every_fact_is_shown_with_its_command(path):
     "path", [path for path in FACTS if "rows" in json.loads(path.read_text())], ids=lambda p: p.stem
 )
 def test_the_card_of_a_sweep_shows_all_figures(path):
-    """python recipes/sweep_tables.py model_cards/facts/NAME.json > model_cards/NAME.md"""
+    """python recipes/figures/sweep_tables.py model_cards/facts/NAME.json > model_cards/NAME.md"""
     card = (ROOT / "model_cards" / f"{path.stem}.md").read_text(encoding="utf-8")
     assert card == sweep_tables.tables(json.loads(path.read_text(encoding="utf-8"))) + "\n"
 

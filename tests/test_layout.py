@@ -23,6 +23,7 @@ FLOORS = [  # from the ground up: a room uses those below it
     {"conversion"},
     {"evaluation", "training"},
     {"hub"},
+    {"recipes"},
     {"bench"},
     {"cli"},
 ]
@@ -82,7 +83,19 @@ def test_rooms_do_not_go_in_circles():
         done |= {*free}
 
 
-HEAVY = ("peft", "scipy", "sklearn", "matplotlib", "plotly", "transformers.models.llama4", "onnx", "trl")
+def test_only_recipes_import_data_sets_and_metrics():
+    """Loading them takes seconds, and what converts a model needs batches only."""
+    users = defaultdict(set)
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in names:
+                users[name.split(".")[0]].add(path.relative_to(PACKAGE).parts[0])
+    assert users["datasets"] == users["evaluate"] == {"recipes"}
+
+
+HEAVY = ("peft", "scipy", "sklearn", "matplotlib", "plotly", "transformers.models.llama4", "onnx", "trl", "evaluate")
 COSTS = {  # what runs -> what must not have been imported for it, and what everybody who runs it has imported anyway
     "import moefy_hf": (("torch", "transformers", *HEAVY), ""),
     "from moefy_hf.cli.main import parser; parser(['--help'])": (("torch", "transformers", *HEAVY), ""),

@@ -17,7 +17,7 @@ from moefy_hf.cli.main import main
 from moefy_hf.hub.card import model_card, write_card
 from moefy_hf.hub.facts import read_facts
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "figures"))
 from expert_facts import facts_of  # noqa: E402
 
 

@@ -1,6 +1,8 @@
 """A tiny checkpoint and tiny texts, and a way to run a recipe on them in this process."""
 
+import contextlib
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -12,11 +14,26 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+RECIPES = Path(__file__).parents[2] / "recipes"
+sys.path[:0] = [str(RECIPES), str(RECIPES / "figures")]
 import moefy_classification  # noqa: E402
 
 NEUTRAL = [f"word{number}" for number in range(20)]
 MOOD = {"good": ["superb", "fine"], "bad": ["awful", "dull"]}
+
+
+@pytest.fixture
+def refused():
+    """A context in which a script ends with status 2, for a reason that matches."""
+
+    @contextlib.contextmanager
+    def expect(message: str):
+        with pytest.raises(SystemExit) as ended:
+            yield
+        assert ended.value.code == 2
+        assert re.search(message, str(ended.value.__cause__)), ended.value.__cause__
+
+    return expect
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +100,15 @@ def recipe(inputs, tmp_path_factory):
             "expert_size": 8,
             "splitter": "coactivation",
             "router": "linear",
-            "share": 0.5,
+            "k": 0.5,
             "calibration_tokens": 900,
+            "timed_batches": 0,
         }
         config = tmp_path_factory.mktemp("config") / "config.yaml"
         given = {**defaults, "output_dir": str(output_dir), **settings}
         config.write_text(yaml.safe_dump(given))
-        shares = [] if "shares" in settings else ["--shares", "0.25", "0.5"]
-        patch.setattr(sys, "argv", [f"{main.__module__}.py", "--config", str(config), *shares, *flags])
+        budgets = [] if "budgets" in settings else ["--budgets", "0.25", "0.5"]
+        patch.setattr(sys, "argv", [f"{main.__module__}.py", "--config", str(config), *budgets, *flags])
         main()
 
     yield run
@@ -107,6 +125,7 @@ def run_config(tmp_path, monkeypatch):
             "disable_tqdm": True,
             "report_to": "none",
             "use_cpu": True,
+            "timed_batches": 0,
             **settings,
         }
         path = tmp_path / "config.yaml"

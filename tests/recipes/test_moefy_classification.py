@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from stages import MARKER
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moefy_hf import Sweep
 from moefy_hf.hub.facts import read_facts
 from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.modeling.moefied import is_moefied
+from moefy_hf.recipes.stages import MARKER, read_made
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,10 @@ def test_without_matplotlib_everything_but_the_picture(recipe, finished, tmp_pat
 
 
 def test_leaves_models_sweep_and_picture(finished):
-    assert {path.name for path in finished.iterdir()} == {*("dense", "moefied", "sweep.json", "sweep.png", MARKER)}
+    assert {path.name for path in finished.iterdir()} == {
+        *("dense", "moefied", "sweep.json", "sweep.png", MARKER),
+        *("scores_dense.json", "scores_moefied.json"),
+    }
     assert (finished / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     dense = AutoModelForSequenceClassification.from_pretrained(finished / "dense")
     assert not is_moefied(dense) and dense.config.id2label == {0: "bad", 1: "good"}
@@ -92,7 +95,7 @@ def test_the_sweep_is_of_validation_and_test(finished):
     assert own < dice
     dense = AutoModelForSequenceClassification.from_pretrained(finished / "dense").eval()
     tokenizer, right = AutoTokenizer.from_pretrained(finished / "dense"), 0
-    texts = Path(json.loads((finished / MARKER).read_text())["dense"]["dataset_name"])
+    texts = Path(read_made(finished)["dense"]["dataset_name"])
     for split in ("validation", "test"):
         for line in (texts / f"{split}.csv").read_text().splitlines()[1:]:
             text, label = line.split(",")
@@ -127,26 +130,27 @@ def test_an_unfinished_run_goes_on(recipe, finished, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"share": 0.25}, "share"),
+        ({"k": 0.25}, "k"),
         ({"learning_rate": 0.1}, "learning_rate"),
         ({"seed": 1}, "seed"),
-        ({"shares": 0.1}, "shares"),
+        ({"budgets": 0.1}, "budgets"),
     ],
 )
-def test_changed_settings_are_refused(recipe, finished, settings, named):
+def test_changed_settings_are_refused(recipe, refused, finished, settings, named):
     before = times(finished), (finished / MARKER).read_text()
-    with pytest.raises(ValueError, match=rf"other settings \({named} changed\)"):
+    with refused(rf"other settings \({named} changed\)"):
         recipe(finished, **settings)
     assert (times(finished), (finished / MARKER).read_text()) == before
 
 
-def test_a_foreign_folder_is_refused(recipe, tmp_path):
+def test_a_foreign_folder_is_refused(recipe, refused, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not the output of a moefy recipe"):
+    with refused("not the output of a moefy recipe"):
         recipe(tmp_path, redo=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+CHEAP = {"router": "random", "splitter": "random", "allocation": "uniform"}
 LEARNS = {"recovery_epochs": 1, "router": "sigmoid"}
 
 
@@ -156,15 +160,16 @@ LEARNS = {"recovery_epochs": 1, "router": "sigmoid"}
         ({"text_column": "sentence"}, "no column 'sentence'.*text, label"),
         ({"splitter": "kmeans"}, "unknown splitter 'kmeans'.*coactivation"),
         ({"router": "softmax"}, "unknown router 'softmax'.*linear"),
-        ({"share": 0.0}, "0.0"),
-        ({"share": 1.5}, "1.5"),
+        ({"k": 0.0}, "0.0"),
+        ({"k": 1.5}, "1.5"),
         ({"allocation": "greedy"}, "unknown allocation 'greedy'.*sensitivity"),
         ({"activation": "rely"}, "unknown activation 'rely'.*relu"),
         ({"sparsity_penalty": "l2"}, "unknown penalty 'l2'.*l1"),
         ({"expert_sizes": 8}, "expert_sizes"),
         ({"expert_size": 7}, "64 neurons.*7"),
+        ({"frozen": "head"}, "frozen: no parameter of BertForSequenceClassification has 'head' in its name"),
         ({"controls": "orakel"}, "unknown control 'orakel'"),
-        ({"shares": 1.5}, "1.5"),
+        ({"budgets": 1.5}, "1.5"),
         ({"recovery_parameters": "some"}, "unknown recovery_parameters 'some'.*lora"),
         ({"recovery_epochs": -1.0}, "must not be negative"),
         ({"lora_rank": 0}, "at least 1"),
@@ -179,8 +184,8 @@ LEARNS = {"recovery_epochs": 1, "router": "sigmoid"}
         ({"learned_eta": 1.0, "fsdp": "full_shard"} | LEARNS, "FSDP keeps parameters in shards"),
     ],
 )
-def test_mistakes_are_named_before_training(recipe, tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_mistakes_are_named_before_training(recipe, refused, tmp_path, settings, message):
+    with refused(message):
         recipe(tmp_path / "run", **settings)
     assert not (tmp_path / "run" / "dense").exists()
 
@@ -189,13 +194,22 @@ def test_redo_replaces_everything(recipe, tmp_path):
     folder = tmp_path / "run"
     recipe(folder, max_steps=2)
     before = times(folder)
-    recipe(folder, "--redo", max_steps=2, share=0.25)
+    recipe(folder, "--redo", max_steps=2, k=0.25)
     after = times(folder)
     assert all(after[path] != before[path] for path in before)
     config = json.loads((folder / "moefied" / "config.json").read_text())
     assert config["moefication"]["selection"]["k"] == 0.25
-    recipe(folder, max_steps=2, share=0.25)  # these are its settings now
+    recipe(folder, max_steps=2, k=0.25)  # these are its settings now
     assert times(folder) == after
+
+
+def test_what_is_frozen_stays_as_it_came(recipe, inputs, tmp_path):
+    recipe(tmp_path / "run", max_steps=2, frozen=["embeddings", "layer.0"], **CHEAP)
+    before = AutoModelForSequenceClassification.from_pretrained(inputs["model"]).state_dict()
+    after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "dense").state_dict()
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert not any("embeddings" in name or "layer.0" in name for name in moved)
+    assert any("layer.1.attention" in name for name in moved)
 
 
 def test_uniform_budgets_need_no_sensitivity(recipe, tmp_path):
@@ -219,7 +233,7 @@ def test_reduced_precision(recipe, tmp_path):
     assert len(Sweep.load(tmp_path / "run" / "sweep.json").rows) == 13
 
 
-def test_more_can_be_asked_of_a_finished_run(recipe, finished, tmp_path):
+def test_more_can_be_asked_of_a_finished_run(recipe, refused, finished, tmp_path):
     """What was trained is trained once: recovery goes on from there."""
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
@@ -230,7 +244,7 @@ def test_more_can_be_asked_of_a_finished_run(recipe, finished, tmp_path):
     recipe(folder)  # which does not ask for it
     recipe(folder, "--recovery_epochs", "0.2")
     assert (folder / "recovered.json").stat().st_mtime_ns == made
-    with pytest.raises(ValueError, match=r"other settings \(recovery_parameters changed\)"):
+    with refused(r"other settings \(recovery_parameters changed\)"):
         recipe(folder, "--recovery_epochs", "0.2", "--recovery_parameters", "down")
 
 
@@ -252,13 +266,14 @@ def test_moefied_while_training(recipe, finished, tmp_path, capsys):
     assert model.config.moefication["selection"]["k"] == 0.5 and model.config.hidden_act == "relu"
     rows = Sweep.load(folder / "scheduled.json").rows
     assert next(row["accuracy"] for row in rows if row["router"] == "own" and row["k"] == 0.5) > 0.9
-    assert "| coactivation | linear, anneal | " in capsys.readouterr().out
+    scores = json.loads((folder / "scores_scheduled.json").read_text())["scheduled at 0.5"]
+    assert f"| MoEfied while training | 50 % | {100 * scores['accuracy']:.1f} % |" in capsys.readouterr().out
 
 
-def test_a_schedule_that_cannot_run_is_found_before_training(recipe, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="of 3: train longer"):
+def test_a_schedule_that_cannot_run_is_found_before_training(recipe, refused, tmp_path, monkeypatch):
+    with refused("of 3: train longer"):
         recipe(tmp_path / "run", "--schedule", "switchable", max_steps=3)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="FSDP"):
+    with refused("FSDP"):
         recipe(tmp_path / "other", "--schedule", "anneal")
     assert not (tmp_path / "run" / "dense").exists() and not (tmp_path / "other" / "dense").exists()

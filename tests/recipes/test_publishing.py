@@ -1,9 +1,7 @@
 """A recipe's last step: its checkpoint on the Hub, a loopback one here."""
 
-import pytest
 from huggingface_hub import ModelCard
 
-from moefy_hf.errors import PushError
 from moefy_hf.hub import push as hub
 
 REPO = "user/movies-moe"
@@ -25,10 +23,10 @@ def test_a_finished_run_is_pushed_when_asked(recipe, server, tmp_path, monkeypat
     assert str(tmp_path) not in card.content + files["moefication_facts.json"].decode()
 
 
-def test_what_would_stop_the_push_is_found_before_training(recipe, server, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="hub_model_id, 'owner/name' of the repository; got 'movies'"):
+def test_what_would_stop_the_push_is_found_before_training(recipe, refused, server, tmp_path, monkeypatch):
+    with refused("hub_model_id, 'owner/name' of the repository; got 'movies'"):
         recipe(tmp_path / "run", "--push_to_hub", "true", "--hub_model_id", "movies", **ONE_STEP)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(PushError, match="there is no token"):
+    with refused("there is no token"):
         recipe(tmp_path / "run", "--push_to_hub", "true", "--hub_model_id", REPO, **ONE_STEP)
     assert not (tmp_path / "run").exists()

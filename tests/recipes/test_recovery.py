@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from moefy_hf import Sweep
 from moefy_hf.modeling.moefied import is_moefied
 
-HARD = {"share": 0.25, "router": "random", "splitter": "random", "allocation": "uniform"}  # loses much at first
+HARD = {"k": 0.25, "router": "random", "splitter": "random", "allocation": "uniform"}  # loses much at first
 
 
 def changed(folder, before: str, after: str) -> set[str]:
@@ -55,7 +55,7 @@ def test_recovers_at_its_budget(recipe, tmp_path, parameters, capsys):
     assert f"| training: recovery_parameters | {parameters} |" in card and "trained on after it" in card
     assert "num_train_epochs" not in card  # those of the dense model
     out = capsys.readouterr().out
-    assert "trained for as many steps as recovery: " in out and "| random | fixed random, recovered | " in out
+    assert "| dense, fine-tuned for as long | all | " in out and "| MoEfied, then fine-tuned | 25 % | " in out
 
 
 TAU = 0.4
@@ -107,7 +107,9 @@ def test_learns_its_budget(recipe, inputs, tmp_path, parameters, capsys):
     model.set_selection(k=0.25, allocation="sensitivity")
     assert sum(site.act.k for site in model.moe_sites()) == pytest.approx(8, abs=1)
     cell = f"{100 * learned['accuracy'] / Sweep.load(run / 'sweep.json').rows[0]['accuracy']:.1f}"
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if "| sigmoid, level, learned | " in line)
+    assert f"| MoEfied, then fine-tuned | as learned | {100 * learned['accuracy']:.1f} % |" in capsys.readouterr().out
+    shown = sweep_tables.tables(recovery_facts.facts_of([run]), ["relative_quality"])
+    (line,) = (line for line in shown.splitlines() if "| sigmoid, level, learned | " in line)
     assert line.replace(" ", "").strip("|").split("|")[2:].count(cell) == 1 and line.count(".") == 1
     card = (run / "recovered" / "README.md").read_text()
     for part in ("| training: learned_eta | 1.0 |", "| training: learned_tau | 0.4 |", "`level`, level 0.91"):
@@ -161,16 +163,17 @@ def test_facts_are_means_over_runs(recipe, tmp_path, capsys, monkeypatch):
     assert f"as recovery: {100 * row['accuracy']:.1f} ± " in out and "| coactivation | linear, recovered |" in out
 
 
-def test_a_larger_eta_is_another_recovery_and_computes_less(recipe, tmp_path):
+def test_a_larger_eta_is_another_recovery_and_computes_less(recipe, refused, tmp_path):
     shares = {}
     for eta in ("0", "10"):
         run = tmp_path / f"run_{eta}"
         if shares:
             shutil.copytree(tmp_path / "run_0", run)
-            with pytest.raises(ValueError, match=r"other settings \(learned_eta changed\)"):
+            with refused(r"other settings \(learned_eta changed\)"):
                 recipe(run, "--recovery_epochs", "3", "--learned_eta", eta, **LEARNED)
             shutil.rmtree(run / "recovered")
-            (run / "recovered.json").unlink()
+            for name in ("recovered.json", "scores_recovered.json"):
+                (run / name).unlink()
         recipe(run, "--recovery_epochs", "3", "--learned_eta", eta, **LEARNED)  # all else is taken over
         shares[eta] = Sweep.load(run / "recovered.json").rows[-1]["experts"]
     assert shares["0"] > 1.5 * shares["10"]
@@ -203,9 +206,9 @@ def test_facts_need_finished_runs_that_differ_only_in_their_seed(recipe, tmp_pat
     recipe(tmp_path / "run", max_steps=2)
     with pytest.raises(ValueError, match="lacks recovered.json or scheduled.json"):
         recovery_facts.facts_of([tmp_path / "run"])
-    for name, share in (("a", 0.25), ("b", 0.5)):
-        recipe(tmp_path / name, "--recovery_epochs", "0.5", max_steps=2, share=share)
-    with pytest.raises(ValueError, match="b differs from .*a in share"):
+    for name, k in (("a", 0.25), ("b", 0.5)):
+        recipe(tmp_path / name, "--recovery_epochs", "0.5", max_steps=2, k=k)
+    with pytest.raises(ValueError, match="b differs from .*a in k"):
         recovery_facts.facts_of([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(ValueError, match="differ in their seed, got 42, 42"):
         recovery_facts.facts_of([tmp_path / "a", tmp_path / "a"])

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Is an exported checkpoint the MoEfied model it was made of? Measured on real text, in float32 on the CPU.
 
-    python recipes/check_export.py my-moe my-mixtral --texts held_out.txt --facts facts.json --prompts prompts.json
+    python recipes/figures/check_export.py my-moe my-mixtral --texts held_out.txt --facts facts.json \\
+        --prompts prompts.json
     node recipes/serving/llama_cpp.mjs my-mixtral.gguf prompts.json generations.json
-    python recipes/check_export.py my-moe my-mixtral --texts held_out.txt --facts facts.json \\
+    python recipes/figures/check_export.py my-moe my-mixtral --texts held_out.txt --facts facts.json \\
         --generations generations.json
 
 Compares logits token by token, and greedy generations of 20 beginnings of sentences; with --generations also those of
@@ -20,8 +21,9 @@ from typing import Any
 
 import torch
 import transformers
-from stages import write_json
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from moefy_hf.recipes.stages import write_json
 
 WINDOW, PROMPTS = 256, 20
 
@@ -67,7 +69,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     model.set_selection(k=k, allocation="uniform")
     sites = model.moe_sites()
     facts: dict[str, Any] = {
-        "command": "python recipes/check_export.py " + " ".join(sys.argv[1:]),
+        "command": "python recipes/figures/check_export.py " + " ".join(sys.argv[1:]),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "dtype": "float32",
         "architecture": type(served).__name__,

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import gzip
-import importlib.util
 import io
 import struct
 import sys
@@ -15,11 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "recipes" / "real_inputs.py"
-spec = importlib.util.spec_from_file_location("real_inputs", SCRIPT)
-real_inputs = importlib.util.module_from_spec(spec)
-sys.modules["real_inputs"] = real_inputs
-spec.loader.exec_module(real_inputs)
+from moefy_hf.recipes import input_files, inputs
 
 RATINGS = "\r\n".join(
     [
@@ -50,11 +45,11 @@ def toy(monkeypatch, tmp_path):
             wheel.writestr("toy/code.py", "")
         return into / "toy.whl"
 
-    source = real_inputs.Source(
-        "wheel", "toy==1", ("data/*.txt",), real_inputs.digest(members), real_inputs.convert_prose, "letters; 1 kB"
+    source = inputs.Source(
+        "wheel", "toy==1", ("data/*.txt",), inputs.digest(members), input_files.convert_prose, "letters; 1 kB"
     )
-    monkeypatch.setattr(real_inputs, "PACKAGED", {"toy": source})
-    monkeypatch.setattr(real_inputs, "fetch", fetch)
+    monkeypatch.setattr(inputs, "PACKAGED", {"toy": source})
+    monkeypatch.setattr(inputs, "fetch", fetch)
     return fetched
 
 
@@ -66,7 +61,7 @@ def left_in(cache: Path) -> list[str]:
 
 
 def test_ratings():
-    rows = real_inputs.read_ratings(line + "\n" for line in RATINGS.split("\n"))
+    rows = input_files.read_ratings(line + "\n" for line in RATINGS.split("\n"))
     assert [label for _, label in rows] == ["positive", "negative", "positive", "negative"]
     assert rows[0][0] == "A ''warm'', funny film."
     assert rows[1][0] == 'He said "no" and\tleft; the clichés stayed.'
@@ -79,18 +74,18 @@ def test_tab_with_awkward_quoting(tmp_path):
     body = f'x\tplain\ny\t"a ""quoted"", one\tover\ntwo lines"\n\nx\tit\'s 5" wide\ny\t{long}\n'
     path.write_text("Category\tText\nd\tstring\nclass\t\n\n" + body, encoding="utf-8")
     with path.open(encoding="utf-8", newline="") as file:
-        rows = real_inputs.read_tab(file)
+        rows = input_files.read_tab(file)
     assert rows == [("plain", "x"), ('a "quoted", one\tover\ntwo lines', "y"), ("it's 5\" wide", "x"), (long, "y")]
 
 
 def test_tab_columns_come_from_the_header():
     lines = ["Text\tId\tCategory\n", "string\tc\td\n", "\tmeta\tclass\n", "hello\t7\tgreeting\n"]
-    assert real_inputs.read_tab(lines) == [("hello", "greeting")]
+    assert input_files.read_tab(lines) == [("hello", "greeting")]
 
 
 def test_drop_empty_says_how_many(capsys):
     rows = [(" kept ", "a"), ("  ", "a"), ("unlabelled", ""), ("kept", "b")]
-    assert real_inputs.drop_empty(rows, "toy") == [("kept", "a"), ("kept", "b")]
+    assert input_files.drop_empty(rows, "toy") == [("kept", "a"), ("kept", "b")]
     assert "dropped 2 of 4 rows" in capsys.readouterr().err
 
 
@@ -98,26 +93,26 @@ def test_idx(tmp_path):
     pixels = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
     header = bytes([0, 0, 8, 3]) + struct.pack(">3i", 2, 3, 4)
     (tmp_path / "images.gz").write_bytes(gzip.compress(header + pixels.tobytes()))
-    assert np.array_equal(real_inputs.read_idx(tmp_path / "images.gz"), pixels)
+    assert np.array_equal(input_files.read_idx(tmp_path / "images.gz"), pixels)
 
 
 # ---- splitting and writing
 
 
 def test_stratified_split_partitions_in_proportion():
-    train, held_out = real_inputs.stratified_split(ROWS, 0.1)
+    train, held_out = input_files.stratified_split(ROWS, 0.1)
     assert len(held_out) == 20 and sum(label == "rare" for _, label in held_out) == 2
     assert not set(train) & set(held_out)
     assert sorted(train + held_out) == sorted(ROWS)
 
 
 def test_stratified_split_is_seeded():
-    assert real_inputs.stratified_split(ROWS, 0.1) == real_inputs.stratified_split(ROWS, 0.1)
-    assert real_inputs.stratified_split(ROWS, 0.1) != real_inputs.stratified_split(ROWS, 0.1, seed=1)
+    assert input_files.stratified_split(ROWS, 0.1) == input_files.stratified_split(ROWS, 0.1)
+    assert input_files.stratified_split(ROWS, 0.1) != input_files.stratified_split(ROWS, 0.1, seed=1)
 
 
 def test_a_class_of_one_row_stays_in_train():
-    train, held_out = real_inputs.stratified_split([*ROWS, ("alone", "single")], 0.1)
+    train, held_out = input_files.stratified_split([*ROWS, ("alone", "single")], 0.1)
     assert ("alone", "single") in train and len(train) + len(held_out) == 201
 
 
@@ -131,7 +126,7 @@ def test_movie_end_to_end(tmp_path):
     (texts / "movieReviewSnippets_GroundTruth.txt").write_text("".join(lines), encoding="utf-8", newline="")
     with tarfile.open(raw / "hutto_ICWSM_2014.tar.gz", "w:gz") as tar:
         tar.add(texts, texts.name)
-    real_inputs.convert_movie(raw, out)
+    input_files.convert_movie(raw, out)
     files = {split: str(out / f"{split}.csv") for split in ("train", "validation", "test")}
     data = load_dataset("csv", data_files=files, cache_dir=str(tmp_path / "arrow"))
     assert {split: len(rows) for split, rows in data.items()} == {"train": 80, "validation": 10, "test": 10}
@@ -148,7 +143,7 @@ def test_tab_end_to_end(tmp_path):
         (tmp_path / f"toy-{split}.tab").write_text(header + body)
     out = tmp_path / "out"
     out.mkdir()
-    assert real_inputs.convert_tab(tmp_path, out) == "180 train, 20 validation, 200 test rows, 2 classes"
+    assert input_files.convert_tab(tmp_path, out) == "180 train, 20 validation, 200 test rows, 2 classes"
     with (out / "test.csv").open(encoding="utf-8", newline="") as file:
         assert [(row["text"], row["label"]) for row in csv.DictReader(file)] == [("test " + t, c) for t, c in ROWS]
 
@@ -171,7 +166,7 @@ def test_unpack_takes_what_matches_and_writes_nowhere_else(tmp_path, suffix):
                 member = tarfile.TarInfo(name)
                 member.size = len(text)
                 tar.addfile(member, io.BytesIO(text.encode()))
-    real_inputs.unpack(archive, ("data/*.txt",), into)
+    input_files.unpack(archive, ("data/*.txt",), into)
     assert left_in(into) == ["a.txt", "evil.txt"] and (into / "a.txt").read_text() == "a"
     assert not (tmp_path / "nested" / "data").exists()
 
@@ -179,51 +174,51 @@ def test_unpack_takes_what_matches_and_writes_nowhere_else(tmp_path, suffix):
 @pytest.mark.parametrize("name", ["google-bert/bert-base-uncased", "./runs/dense", "/data/movie", "movie"])
 def test_other_strings_are_returned_unchanged(name, tmp_path, monkeypatch):
     monkeypatch.setenv("MOEFY_CACHE", str(tmp_path / "cache"))
-    assert real_inputs.resolve(name) == name and not (tmp_path / "cache").exists()
+    assert inputs.resolve(name) == name and not (tmp_path / "cache").exists()
 
 
 def test_unknown_names_raise_with_the_valid_ones(tmp_path):
     with pytest.raises(ValueError) as error:
-        real_inputs.resolve("package:imdb", tmp_path)
+        inputs.resolve("package:imdb", tmp_path)
     assert "package:imdb" in str(error.value)
-    for name in real_inputs.PACKAGED:
+    for name in inputs.PACKAGED:
         assert f"package:{name}" in str(error.value)
 
 
 def test_materialises_once(toy, tmp_path):
     cache = tmp_path / "cache"
-    first = real_inputs.resolve("package:toy", cache)
+    first = inputs.resolve("package:toy", cache)
     assert first == str(cache / "toy") and left_in(cache) == ["toy"]
     assert left_in(cache / "toy") == ["SOURCE.md", "a.txt", "b.txt"]
     assert (cache / "toy" / "a.txt").read_bytes() == b"alpha\n"
     assert "toy==1" in (cache / "toy" / "SOURCE.md").read_text()
-    assert real_inputs.resolve("package:toy", cache) == first and toy == ["toy==1"]
+    assert inputs.resolve("package:toy", cache) == first and toy == ["toy==1"]
 
 
 def test_processes_at_once_fetch_once(toy, tmp_path):
     with ThreadPoolExecutor(4) as pool:
-        paths = set(pool.map(lambda _: real_inputs.resolve("package:toy", tmp_path / "cache"), range(4)))
+        paths = set(pool.map(lambda _: inputs.resolve("package:toy", tmp_path / "cache"), range(4)))
     assert paths == {str(tmp_path / "cache" / "toy")} and toy == ["toy==1"]
     assert left_in(tmp_path / "cache") == ["toy"]
 
 
 def test_cache_comes_from_the_environment(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("MOEFY_CACHE", str(tmp_path / "elsewhere"))
-    assert real_inputs.resolve("package:toy") == str(tmp_path / "elsewhere" / "toy")
+    assert inputs.resolve("package:toy") == str(tmp_path / "elsewhere" / "toy")
 
 
 def test_inputs_of_one_package_share_its_archive(toy, tmp_path):
-    real_inputs.PACKAGED["again"] = real_inputs.PACKAGED["toy"]
+    inputs.PACKAGED["again"] = inputs.PACKAGED["toy"]
     for name in ("toy", "again"):
-        real_inputs.resolve(f"package:{name}", tmp_path / "cache")
+        inputs.resolve(f"package:{name}", tmp_path / "cache")
     assert toy == ["toy==1"] and left_in(tmp_path / "cache") == ["again", "archives", "toy"]
 
 
 def test_wrong_files_are_refused_and_leave_nothing(toy, tmp_path):
-    real_inputs.PACKAGED["toy"] = dataclasses.replace(real_inputs.PACKAGED["toy"], sha256="0" * 64)
-    real_inputs.PACKAGED["again"] = real_inputs.PACKAGED["toy"]  # shared archives are not kept unverified either
+    inputs.PACKAGED["toy"] = dataclasses.replace(inputs.PACKAGED["toy"], sha256="0" * 64)
+    inputs.PACKAGED["again"] = inputs.PACKAGED["toy"]  # shared archives are not kept unverified either
     with pytest.raises(RuntimeError, match=f"toy==1 have sha256 [0-9a-f]{{64}}, expected {'0' * 64}"):
-        real_inputs.resolve("package:toy", tmp_path / "cache")
+        inputs.resolve("package:toy", tmp_path / "cache")
     assert left_in(tmp_path / "cache") == []
 
 
@@ -233,46 +228,46 @@ def test_an_interruption_leaves_nothing(toy, tmp_path, error):
         (out / "half.txt").write_text("written")
         raise error
 
-    whole = real_inputs.PACKAGED["toy"]
-    real_inputs.PACKAGED["toy"] = dataclasses.replace(whole, convert=convert)
+    whole = inputs.PACKAGED["toy"]
+    inputs.PACKAGED["toy"] = dataclasses.replace(whole, convert=convert)
     with pytest.raises(error):
-        real_inputs.resolve("package:toy", tmp_path / "cache")
+        inputs.resolve("package:toy", tmp_path / "cache")
     assert left_in(tmp_path / "cache") == []
-    real_inputs.PACKAGED["toy"] = whole
-    assert Path(real_inputs.resolve("package:toy", tmp_path / "cache")).is_dir()
+    inputs.PACKAGED["toy"] = whole
+    assert Path(inputs.resolve("package:toy", tmp_path / "cache")).is_dir()
 
 
 def test_missing_programs_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     for kind, program in (("npm", "npm"), ("deb", "apt-get")):
-        source = real_inputs.Source(kind, "toy", (), "", real_inputs.convert_prose, "")
+        source = inputs.Source(kind, "toy", (), "", input_files.convert_prose, "")
         with pytest.raises(RuntimeError, match=f"'{program}'"):
-            real_inputs.fetch(source, tmp_path)
+            inputs.fetch(source, tmp_path)
 
 
 def test_failing_programs_are_quoted(tmp_path):
     with pytest.raises(RuntimeError, match="(?s)failed .3.:\nno such package"):
-        real_inputs.run(sys.executable, "-c", "print('no such package'); raise SystemExit(3)", cwd=tmp_path)
+        input_files.run(sys.executable, "-c", "print('no such package'); raise SystemExit(3)", cwd=tmp_path)
 
 
-@pytest.mark.parametrize("name", real_inputs.PACKAGED)
+@pytest.mark.parametrize("name", inputs.PACKAGED)
 def test_every_source_is_pinned(name):
-    source = real_inputs.PACKAGED[name]
+    source = inputs.PACKAGED[name]
     assert source.kind in ("wheel", "sdist", "npm", "deb") and len(source.sha256) == 64
     assert (source.kind == "sdist") == ("--hash=sha256:" in source.package)
     assert source.kind == "deb" or source.release[1:].partition("==" if source.kind != "npm" else "@")[2]
 
 
 def test_command_line(toy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["real_inputs.py", "toy", "--cache-dir", str(tmp_path / "cache")])
-    real_inputs.main()
+    monkeypatch.setattr(sys, "argv", ["inputs.py", "toy", "--cache-dir", str(tmp_path / "cache")])
+    inputs.main()
     assert capsys.readouterr().out.split() == [str(tmp_path / "cache" / "toy")]
-    monkeypatch.setattr(sys, "argv", ["real_inputs.py", "--list"])
-    real_inputs.main()
+    monkeypatch.setattr(sys, "argv", ["inputs.py", "--list"])
+    inputs.main()
     assert "toy" in capsys.readouterr().out and toy == ["toy==1"]
 
 
 def test_command_line_names_what_is_wrong(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["real_inputs.py", "imdb", "--cache-dir", str(tmp_path / "cache")])
+    monkeypatch.setattr(sys, "argv", ["inputs.py", "imdb", "--cache-dir", str(tmp_path / "cache")])
     with pytest.raises(SystemExit, match="Unknown 'package:imdb'; valid are package:toy"):
-        real_inputs.main()
+        inputs.main()

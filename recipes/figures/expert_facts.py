@@ -1,6 +1,6 @@
 """Facts of an analysis, for model_cards/facts, out of what `moefy analyze` and `moefy ablate` left.
 
-python recipes/expert_facts.py model_cards/facts/NAME.json REPORT ABLATION.json --commands "moefy analyze ..." ...
+python recipes/figures/expert_facts.py model_cards/facts/NAME.json REPORT ABLATION.json --commands "moefy analyze ..."
 """
 
 import argparse

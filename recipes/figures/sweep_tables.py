@@ -1,8 +1,8 @@
 """Figures of sweep.py: averages over seeds, Markdown tables of them, and a picture.
 
-python recipes/sweep_tables.py facts.json
-python recipes/sweep_tables.py facts.json relative_quality output_error
-python recipes/sweep_tables.py facts.json --plot facts.png
+python recipes/figures/sweep_tables.py facts.json
+python recipes/figures/sweep_tables.py facts.json relative_quality output_error
+python recipes/figures/sweep_tables.py facts.json --plot facts.png
 """
 
 import json

@@ -4,8 +4,8 @@
         accelerate launch recipes/moefy_causal_lm.py --config recipes/configs/smollm2/$method.yaml \\
             --output_dir outputs/smollm2_$method
     done
-    python recipes/prose_facts.py facts.json outputs/smollm2_moefication outputs/smollm2_cmoe
-    python recipes/prose_facts.py facts.json
+    python recipes/figures/prose_facts.py facts.json outputs/smollm2_moefication outputs/smollm2_cmoe
+    python recipes/figures/prose_facts.py facts.json
 
 Perplexities are relative to the dense model's as it came, also where a run has recovered; means over the seeds of a
 method, with standard deviations.
@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import transformers
 from recovery_facts import made_in
-from stages import write_json
 
 from moefy_hf.evaluation.controls import BASELINES
 from moefy_hf.io import markdown
+from moefy_hf.recipes.stages import write_json
 
 # what runs must have in common, and what tells their methods from each other
 COMMON = (
@@ -80,7 +80,7 @@ def cells_of(directory: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
         own = row["router"] == "own"
         cell = {name: row[name] for name in ("router", "type", "allocation", "k", "ffn_flops", "relative_quality")}
         texts = {text: prose[f"{text} at {row['k']}"] / dense[text] for text in dense} if own else {}
-        if own and (row["allocation"], row["type"]) != (settings["allocation"], "top_k"):
+        if own and (row["allocation"], row["type"]) != (allocation_of(settings), "top_k"):
             texts = {}  # prose is read at the model's own selection
         ours = {} if row["router"] in BASELINES else method
         found.append({**cell, "seed": settings["seed"], "method": ours, "texts": texts})
@@ -106,7 +106,7 @@ def recovered_cells_of(directory: Path) -> list[dict[str, Any]]:
         cell = {name: row[name] for name in ("router", "type", "allocation", "k", "experts", "ffn_flops")}
         cell |= {"seed": settings["seed"], "method": method, "relative_quality": row["perplexity"] / whole}
         at = "as learned" if row["k"] is None else f"at {row['k']}"
-        ours = row["k"] is None or (row["type"], row["allocation"]) == ("top_k", settings["allocation"])
+        ours = row["k"] is None or (row["type"], row["allocation"]) == ("top_k", allocation_of(settings))
         found.append(cell | {"texts": {text: recovered[f"{text} {at}"] / dense[text] for text in dense if ours}})
     texts = {text: control[text] / dense[text] for text in dense}  # as many tokens of each
     other = ("share", "distillation_weight", *LEARNED)
@@ -121,7 +121,12 @@ def recovery_of(settings: dict[str, Any]) -> dict[str, Any]:
     names = ("recovery_parameters", "lora_rank", "distillation_weight", "learning_rate")
     tokens = round(settings["recovery_epochs"] * settings["train_tokens"])
     learned = {name: settings[name] for name in LEARNED if settings.get(name) is not None}
-    return {"tokens": tokens, "share": settings["share"], **{name: settings[name] for name in names}, **learned}
+    return {"tokens": tokens, "share": settings["k"], **{name: settings[name] for name in names}, **learned}
+
+
+def allocation_of(settings: dict[str, Any]) -> str:
+    """Return how a run's models shared their budgets: "auto" was by sensitivity."""
+    return "sensitivity" if settings["allocation"] == "auto" else settings["allocation"]
 
 
 def average(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -165,7 +170,7 @@ def label(row: dict[str, Any], sized: bool = True) -> str:
     parts = [f"{method['splitter']} of {size_of(row)}" if sized else method["splitter"]]
     parts += [f"{method['shared_experts']} shared"] if method["shared_experts"] else []
     parts += ["compensated"] if method["compensation"] else []
-    set_to = " ".join(["", *map(str, method.get("router_settings") or [])])
+    set_to = " ".join(["", *written(method.get("router_settings") or [])])
     parts.append(method["router"] + set_to if row["router"] == "own" else f"*{row['router']}*")
     if row["type"] != "top_k":
         parts.append(row["type"])
@@ -173,6 +178,11 @@ def label(row: dict[str, Any], sized: bool = True) -> str:
         at = "with learned budgets" if "learned_eta" in recovery else f"at {recovery['share']:.0%} of the experts"
         parts.append(f"recovered {at} on {recovery['tokens']:,} tokens")
     return ", ".join(parts) + ("" if row["allocation"] == "uniform" else f", {row['allocation']} budgets")
+
+
+def written(settings: dict[str, Any] | list[str]) -> list[str]:
+    """Return a router's settings as NAME=NUMBER, as older figures have them."""
+    return [f"{name}={value}" for name, value in settings.items()] if isinstance(settings, dict) else settings
 
 
 def size_of(row: dict[str, Any]) -> str:
@@ -241,7 +251,7 @@ def main() -> None:
         sys.exit(__doc__)
     path = Path(sys.argv[1])
     if len(sys.argv) > 2:
-        facts: dict[str, Any] = {"command": "python recipes/prose_facts.py " + " ".join(sys.argv[1:])}
+        facts: dict[str, Any] = {"command": "python recipes/figures/prose_facts.py " + " ".join(sys.argv[1:])}
         try:
             facts |= facts_of([Path(each) for each in sys.argv[2:]])
         except ValueError as error:

@@ -4,7 +4,7 @@
         accelerate launch recipes/moefy_classification.py --config recipes/configs/minilm_movie/moefication.yaml \\
             --recovery_epochs 1 --distillation_weight 1 --seed $seed --output_dir outputs/recovery_$seed
     done
-    python recipes/recovery_facts.py facts.json outputs/recovery_0 outputs/recovery_1 outputs/recovery_2
+    python recipes/figures/recovery_facts.py facts.json outputs/recovery_0 outputs/recovery_1 outputs/recovery_2
 
 Accuracies are relative to the dense model that was converted. A line "linear, recovered" is the linear router in the
 model fine-tuned after conversion, "linear, anneal" in one that was MoEfied while training (--schedule anneal),
@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 import transformers
-from run import UNUSED
-from stages import MARKER, differing, unused_by, write_json
 from sweep_tables import TRAINED_ON, average, own_name, tables
 
+from moefy_hf.recipes.stages import read_made, write_json
+
 # settings in which runs may differ
-PLACES = ("seed", "data_seed", "redo")
+PLACES = ("seed", "data_seed")
 OPTIONAL = ("recovered", "control", "scheduled")
 
 
@@ -46,9 +46,9 @@ def facts_of(directories: Sequence[Path], models: Collection[str] | None = None)
         raise ValueError(f"{directories[0]} lacks recovered.json or scheduled.json: is it finished?")
     for name in ("sweep.json", *(f"{name}.json" for name in models)):
         for directory, made in zip(directories, runs, strict=True):
-            unused = (*PLACES, *unused_by(name, UNUSED))
-            if changed := differing(runs[0][name], made[name], unused):
-                raise ValueError(f"{directory} differs from {directories[0]} in {', '.join(sorted(changed))}")
+            every = {*runs[0][name], *made[name]} - {*PLACES}
+            if changed := sorted(key for key in every if runs[0][name].get(key) != made[name].get(key)):
+                raise ValueError(f"{directory} differs from {directories[0]} in {', '.join(changed)}")
     settings = [made[f"{models[0]}.json"] for made in runs]
     seeds = [each["seed"] for each in settings]
     if len(set(seeds)) < len(seeds):
@@ -75,7 +75,7 @@ def made_in(directory: Path) -> dict[str, dict]:
     Raises:
         ValueError: there is no sweep.
     """
-    made = json.loads((directory / MARKER).read_text()) if (directory / MARKER).exists() else {}
+    made = read_made(directory)
     if "sweep.json" not in made:
         raise ValueError(f"{directory} lacks sweep.json: is it a finished run of a recipe?")
     return made
@@ -117,19 +117,19 @@ OF_ITSELF = ("agreement", "kl", "relative_quality")
 
 
 def generated_by(directory: Path) -> dict[str, float]:
-    """What moefy_seq2seq.py leaves: the share of exactly generated targets, of every model."""
-    found = {}
+    """Return what moefy_seq2seq.py leaves: the share of exactly generated targets, of every model."""
+    scores: dict[str, dict[str, float]] = {}
     for name in made_in(directory):
-        if name.startswith("generated_"):
-            found |= json.loads((directory / name).read_text())
-    return found
+        if name.startswith("scores_"):
+            scores |= json.loads((directory / name).read_text())
+    return {who: metrics["exact_match"] for who, metrics in scores.items() if "exact_match" in metrics}
 
 
 def main() -> None:
     if len(sys.argv) < 3 or sys.argv[1].startswith("-") or not sys.argv[1].endswith(".json"):
         sys.exit(__doc__)
     directories = [Path(each) for each in sys.argv[2:]]
-    facts: dict[str, Any] = {"command": "python recipes/recovery_facts.py " + " ".join(sys.argv[1:])}
+    facts: dict[str, Any] = {"command": "python recipes/figures/recovery_facts.py " + " ".join(sys.argv[1:])}
     try:
         facts |= facts_of(directories)
     except ValueError as error:

@@ -1,0 +1,260 @@
+"""Arguments of the recipes, as dataclasses: each is what some stage of a run reads, and is cached by."""
+
+from dataclasses import dataclass, field
+
+from ..evaluation.controls import BASELINES, CONTROLS
+from ..modeling.selection import SELECTIONS
+
+INPUT = "Hub id, local directory, or package:NAME (python -m moefy_hf.recipes.inputs --list)"
+DATASET = "Hub id, local directory of csv or parquet files, or package:NAME"
+
+
+def about(help: str, default):
+    """Make a field with a help text; lists are copied for each instance."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def needed(help: str):
+    """Make a field without a default."""
+    return field(metadata={"help": help})
+
+
+# ---- models
+
+
+@dataclass
+class ModelArguments:
+    """The dense model to start from."""
+
+    model_name_or_path: str = needed(INPUT)
+    model_revision: str = about("branch, tag or commit on the Hub", "main")
+    dtype: str = about("dtype the weights are loaded in", "float32")
+    attn_implementation: str | None = about("attention implementation", None)
+    trust_remote_code: bool = about("run modeling code that comes with the model", False)
+
+
+@dataclass
+class ClassifierArguments(ModelArguments):
+    """The dense model to fine-tune."""
+
+    activation: str | None = about("swap the FFN activation for this one before training, e.g. relu", None)
+    frozen: list[str] = about("parameters with one of these in their name are not fine-tuned, e.g. embeddings", [])
+
+
+@dataclass
+class Seq2SeqModelArguments:
+    """The dense encoder-decoder to start from."""
+
+    model_name_or_path: str | None = about("Hub id or local directory; nothing trains a new T5", None)
+    model_revision: str = about("branch, tag or commit on the Hub", "main")
+    tokenizer_name: str | None = about("Hub id, local directory or package:NAME; by default the model's", None)
+    config_overrides: str = about("sizes of a new T5: d_model=128,d_ff=512,num_layers=3", "")
+    activation: str | None = about("swap the FFN activation for this one before training, e.g. relu", None)
+
+
+@dataclass
+class ImageModelArguments:
+    """The dense vision model to start from."""
+
+    model_name_or_path: str | None = about("Hub id or local directory; nothing trains a new model", None)
+    model_revision: str = about("branch, tag or commit on the Hub", "main")
+    model_type: str = about("architecture of a new model", "vit")
+    config_overrides: str = about("sizes of a new model: hidden_size=192,num_hidden_layers=6,...", "")
+    trust_remote_code: bool = about("run modeling code that comes with the model", False)
+    activation: str | None = about("swap the FFN activation for this one before training, e.g. relu", None)
+
+
+# ---- data
+
+
+@dataclass
+class TextDataArguments:
+    """Labelled text."""
+
+    dataset_name: str = needed(DATASET)
+    dataset_config_name: str | None = about("configuration of a Hub dataset", None)
+    text_column: str = about("column with the text", "text")
+    label_column: str = about("column with the label", "label")
+    max_seq_length: int = about("longer texts are cut to so many tokens", 128)
+    max_train_samples: int | None = about("train on so many rows (seeded)", None)
+    max_eval_samples: int | None = about("measure on so many rows of validation and test each (seeded)", None)
+    validation_split: str = about("name of the validation split", "validation")
+    test_split: str = about("name of the test split", "test")
+
+
+@dataclass
+class PairDataArguments:
+    """Pairs of texts."""
+
+    dataset_name: str = needed(DATASET)
+    dataset_config_name: str | None = about("configuration of a Hub dataset", None)
+    source_column: str = about("column with the input", "text")
+    target_column: str = about("column with the output, text", "label")
+    source_prefix: str = about("put before every input", "")
+    max_source_length: int = about("longer inputs are cut to so many tokens", 64)
+    max_target_length: int = about("longer outputs are cut to so many tokens", 16)
+    validation_split: str = about("name of the validation split", "validation")
+    test_split: str = about("name of the test split", "test")
+
+
+@dataclass
+class ImageDataArguments:
+    """Labelled images."""
+
+    dataset_name: str = needed(DATASET)
+    dataset_config_name: str | None = about("configuration of a Hub dataset", None)
+    image_column: str = about("column with the image", "image")
+    label_column: str = about("column with the label, a ClassLabel", "label")
+    validation_split: str = about("name of the validation split; a tenth of train where there is none", "validation")
+    test_split: str = about("name of the test split", "test")
+    max_train_samples: int | None = about("train on so many rows (seeded)", None)
+
+
+@dataclass
+class ProseDataArguments:
+    """Texts to calibrate and train on."""
+
+    dataset_name: list[str] = needed("Hub ids, local .txt files, directories of .txt, csv or parquet, or package:NAME")
+    dataset_config_name: str | None = about("configuration of a Hub dataset", None)
+    text_column: str = about("column with the text", "text")
+    train_split: str = about("name of the training split", "train")
+    streaming: bool = about("read no more of the texts than is used", False)
+    max_seq_length: int = about("tokens of a block", 512)
+    train_tokens: int = about("tokens of the training texts; recovery_epochs are passes over them", 500_000)
+
+
+@dataclass
+class HeldOutArguments:
+    """Texts to measure on."""
+
+    held_out_name: list[str] = about("like dataset_name, or none; by default the other splits of dataset_name", [])
+    held_out_splits: list[str] = about(
+        "splits of the first dataset_name to measure on, where there is no held_out_name", ["validation", "test"]
+    )
+    held_out_tokens: int = about("tokens of each text to measure on", 4096)
+
+
+# ---- measurements
+
+
+@dataclass
+class EvaluationArguments:
+    """What is measured of every MoEfied model."""
+
+    budgets: list[float] = about("shares of the experts to measure at", [0.05, 0.1, 0.2, 0.3])
+    selections: list[str] = about(
+        f"types of selection to measure at the same average share: {', '.join(SELECTIONS)}", ["top_k"]
+    )
+
+
+@dataclass
+class ControlArguments:
+    """What stands beside the converted model."""
+
+    controls: list[str] = about(f"of {', '.join((*CONTROLS, *BASELINES))}; or none", ["oracle", "random"])
+
+
+@dataclass
+class MetricArguments:
+    """Metrics of the library evaluate."""
+
+    metrics: list[str] = about(
+        "metrics of evaluate.load: an id on the Hub or a local module, with settings like f1:average=macro; accuracy "
+        "and exact_match come with this package and need no network; by default what suits the task; or none",
+        [],
+    )
+
+
+@dataclass
+class TimingArguments:
+    """How long a batch takes, dense and MoEfied."""
+
+    timed_batches: int = about("held-out batches to time on this machine; 0 times nothing", 8)
+
+
+@dataclass
+class GenerationArguments:
+    """Targets that models generate."""
+
+    generated_rows: int = about("rows of validation and test to generate for", 200)
+
+
+@dataclass
+class ContinuationArguments:
+    """Texts that models go on with."""
+
+    generated_rows: int = about("beginnings of held-out blocks that are continued", 4)
+    generated_tokens: int = about("tokens of a continuation, and of its beginning", 40)
+
+
+@dataclass
+class ExportArguments:
+    """The converted model in an architecture that serving engines know."""
+
+    export: bool = about("also write a served architecture, where that is exact", True)
+
+
+# ---- trainings
+
+
+@dataclass
+class SparsityArguments:
+    """A penalty in every training."""
+
+    sparsity_penalty: str | None = about("square_hoyer, l1 or density", None)
+    sparsity_weight: float = about("factor of that penalty", 0.0)
+
+
+@dataclass
+class RecoveryArguments:
+    """Training after conversion, beside the dense model for as many steps."""
+
+    recovery_epochs: float = about(
+        "fine-tune the converted model for so many epochs, and the dense one beside it", 0.0
+    )
+    recovery_parameters: str = about("what that trains: all, down (the paper's calibration), lora", "all")
+    lora_rank: int = about("rank of the LoRA on every Linear, merged afterwards", 16)
+
+
+@dataclass
+class DistillationArguments:
+    """The dense model as a teacher."""
+
+    distillation_weight: float = about("in recovery and schedule: weight of the divergence from the dense model", 0.0)
+
+
+@dataclass
+class LearnedArguments:
+    """A selection that recovery learns (LTE)."""
+
+    learned_eta: float | None = about(
+        "in recovery: learn how many experts each token needs, with this weight of the efficiency penalty, instead of "
+        "a fixed budget; needs router sigmoid",
+        None,
+    )
+    learned_tau: float | None = about(
+        "with learned_eta: experts with at least this routing weight run; 0.5 by default", None
+    )
+
+
+@dataclass
+class ScheduleArguments:
+    """A conversion within the dense training."""
+
+    schedule: str | None = about(
+        "also MoEfy while training, from what the dense model began with and for as long: one_step, anneal, "
+        "smoe_dropout or switchable",
+        None,
+    )
+
+
+@dataclass
+class OutputArguments:
+    """What becomes of earlier results."""
+
+    redo: bool = about("run finished stages again", False)
+
+
+TRAININGS = (SparsityArguments, RecoveryArguments, DistillationArguments, LearnedArguments)

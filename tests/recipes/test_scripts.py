@@ -1,0 +1,107 @@
+"""The recipes as files that a person takes away: small, with their dependencies, running beside the wheel alone."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "recipes").glob("*.py"))
+EVERY = [
+    *SCRIPTS,
+    *sorted((ROOT / "recipes" / "figures").glob("*.py")),
+    *sorted((ROOT / "moefy_hf" / "recipes").rglob("*.py")),
+]
+
+
+def test_the_scripts():
+    assert [path.stem for path in SCRIPTS] == [
+        *("moefy_causal_lm", "moefy_classification", "moefy_image_classification", "moefy_seq2seq")
+    ]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_needs_the_package_and_what_it_depends_on(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 200
+    header = re.match(r"(?s)# /// script\n(.*?)# ///\n", text)
+    assert header and "# requires-python" in header[1] and re.search(r'dependencies = \["moefy-hf\[plots', header[1])
+    roots = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module
+            roots.add(node.module.split(".")[0])
+    assert roots - sys.stdlib_module_names <= {"moefy_hf", "torch", "transformers", "numpy", "datasets", "evaluate"}
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.stem)
+def test_files_and_functions_are_short(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, node.name
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """A folder that the wheel is installed in, and nothing else."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # a build leaves files where it is made
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("moefy_hf", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "build", "*.so"))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    flags = ["--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "wheel", *flags, "--wheel-dir", str(folder), str(source)], check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--no-index", "--target", str(folder / "site"), str(wheel)], check=True
+    )
+    return folder / "site"
+
+
+def test_a_copy_of_one_script_runs_beside_the_wheel(site, inputs, tmp_path):
+    script = tmp_path / "empty" / "moefy_classification.py"
+    script.parent.mkdir()
+    shutil.copy(ROOT / "recipes" / "moefy_classification.py", script)
+    flags = ["--model_name_or_path", inputs["model"], "--dataset_name", inputs["texts"], "--output_dir", "out"]
+    flags += ["--max_steps", "2", "--save_strategy", "no", "--report_to", "none", "--activation", "relu"]
+    flags += ["--expert_size", "8", "--k", "0.5", "--budgets", "0.5", "--controls", "none", "--timed_batches", "1"]
+    flags += ["--calibration_tokens", "600", "--use_cpu", "true"]
+    env = os.environ | {"PYTHONPATH": str(site), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, script.name, *flags], cwd=script.parent, env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| model | experts per token | accuracy | ms per batch | speed | ms masked |" in done.stdout
+    assert {path.name for path in script.parent.iterdir()} == {script.name, "out"}
+    scores = json.loads((script.parent / "out" / "scores_moefied.json").read_text())
+    assert 0 <= scores["moefied at 0.5"]["accuracy"] <= 1
+    (script.parent / "out" / "scores_moefied.json").unlink()
+    program = "import moefy_hf.recipes.scores as s; print(s.__file__, *s.BUNDLED)"
+    found = subprocess.run([sys.executable, "-c", program], cwd=script.parent, env=env, capture_output=True, text=True)
+    assert found.stdout.startswith(str(site)) and found.stdout.split()[1:] == ["accuracy", "exact_match"]
+
+
+def test_a_bad_setting_is_one_line(site, tmp_path):
+    script = ROOT / "recipes" / "moefy_classification.py"
+    flags = ["--model_name_or_path", "m", "--dataset_name", "d", "--splitter", "kmeans"]
+    env = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, script, *flags], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert (
+        last.startswith(f"{script}: error: unknown splitter 'kmeans'; choose from") and "Traceback" not in done.stderr
+    )
+    assert not list(tmp_path.iterdir())
