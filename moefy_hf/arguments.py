@@ -2,7 +2,7 @@
 
 import argparse
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,19 @@ def add_arguments(parser: ArgumentParser, cls: type, leave_out: tuple[str, ...] 
 def given(args: Namespace, cls: type) -> dict[str, Any]:
     """What a command line said of a dataclass' fields."""
     return {field.name: vars(args)[field.name] for field in fields(cls) if field.name in vars(args)}
+
+
+def as_words(settings: Mapping[str, Any]) -> list[str]:
+    """Return the words of a command line that says the same as settings out of a YAML file.
+
+    A mapping becomes NAME=VALUE words, as `router_settings` takes them.
+    """
+    words: list[str] = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            value = [f"{key}={number}" for key, number in value.items()]
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

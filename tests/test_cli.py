@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,6 +152,34 @@ def test_convert_with_budgets_by_angles(dense, tmp_path):
     assert model.config.moefication["selection"] == {"type": "top_k", "k": 0.5, "allocation": "angular"}
     assert len(model.config.moefication["angular"]["distance"]) == 2
     assert sum(site.act.selection.k for site in model.moe_sites()) == 6
+
+
+def test_convert_with_a_file_that_a_recipe_reads(dense, tmp_path, capsys):
+    file = Path(__file__).parents[1] / "recipes" / "configs" / "smollm2" / "cmoe.yaml"
+    settings = ["--config", str(file), "--data", str(dense / "texts.txt"), "--calibration_tokens", "400", "--force"]
+    main(["convert", str(dense / "dense"), str(tmp_path / "moe"), *settings, "--shared_experts", "1", "--k", "0.5"])
+    section = load(tmp_path / "moe").config.moefication
+    assert (section["splitter"], section["router"], section["expert_size"]) == ("activation_markers", "analytic", 8)
+    assert (section["shared_experts"], section["calibration_tokens"]) == (1, 400)  # the command line wins
+    assert section["selection"] == {"type": "top_k", "k": 0.5, "allocation": "uniform"}
+    assert load(dense / "dense").config.model_type == "llama"
+
+
+def test_a_file_of_settings(dense, tmp_path, capsys):
+    file = tmp_path / "settings.yaml"
+    file.write_text("router: low_rank\nrouter_settings: {rank: 3}\nexpert_size: 8\nlayers: [1]\ncompensation: true\n")
+    texts = ["--data", str(dense / "texts.txt"), "--force"]
+    main(["convert", str(dense / "dense"), str(tmp_path / "moe"), "--config", str(file), *texts])
+    section = load(tmp_path / "moe").config.moefication
+    assert (section["router_settings"], section["layers"], section["compensation"]) == ({"rank": 3}, [1], True)
+    for content, message in (
+        ("experts: 8\n", "unknown settings experts; choose from expert_size"),
+        ("- 8\n", "NAME: VALUE"),
+    ):
+        file.write_text(content)
+        with pytest.raises(SystemExit) as stopped:
+            main(["convert", str(dense / "dense"), str(tmp_path / "other"), "--config", str(file), *texts])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_convert_without_data(dense, tmp_path, capsys):

@@ -126,3 +126,38 @@ def test_public_names_of_the_hub_are_found_when_asked_for():
     assert set(package.__all__) <= set(dir(package))
     with pytest.raises(AttributeError, match="no attribute 'moefy'"):
         package.moefy  # noqa: B018
+
+
+ROOT = PACKAGE.parent
+CODE = [*PACKAGE.rglob("*.py"), *(ROOT / "recipes").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+
+
+def test_no_file_is_over_300_lines():
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in CODE}
+    assert not {path: count for path, count in lines.items() if count > 300}
+    scripts = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "recipes").glob("*.py")}
+    assert scripts and not {name: count for name, count in scripts.items() if count > 200}
+
+
+def test_no_function_is_over_60_lines():
+    functions = {
+        f"{path.relative_to(ROOT)}: {node.name}": node.end_lineno - node.lineno + 1
+        for path in CODE
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert not {name: count for name, count in functions.items() if count > 60}
+
+
+def test_only_the_section_knows_its_keys():
+    """`config.moefication` is read and written by `Section` alone."""
+    raw = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "section.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Subscript | ast.Attribute)
+        and isinstance(node.value, ast.Attribute)
+        and node.value.attr == "moefication"
+    ]
+    assert not raw

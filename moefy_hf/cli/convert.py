@@ -2,14 +2,15 @@
 
 import argparse
 from argparse import Namespace
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..arguments import add_arguments as add_settings
-from ..arguments import given, positive, read_yaml
+from ..arguments import as_words, given, positive, read_yaml
 from ..config import SETTINGS, MoEficationConfig
 from ..conversion.checks import check_convertible
 from ..conversion.convert import moefy_
@@ -20,6 +21,7 @@ from ..hub.facts import add_facts
 from ..hub.push import add_license
 from ..io import written_whole
 from ..measure.metrics import is_causal
+from ..recipes import arguments as recipe_arguments
 from .common import (
     DATA,
     NEW_FOLDER,
@@ -46,10 +48,27 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def config_of(args: Namespace) -> MoEficationConfig:
-    """Return the settings of a conversion: those of --config and, over them, those of the command line."""
+    """Read the settings of a conversion: of --config and, where it says something else, the command line.
+
+    Raises:
+        MoefyError: a name in the file that is neither a conversion's nor a recipe's, or a setting out of range.
+    """
     settings = read_yaml(args.config) if args.config else {}
-    from_file = {name: settings[name] for name in SETTINGS if name in settings}
+    if unknown := sorted(settings.keys() - {*SETTINGS} - (names_of_recipes() if settings else set())):
+        raise MoefyError(f"{args.config} has unknown settings {', '.join(unknown)}; choose from {', '.join(SETTINGS)}")
+    parser = argparse.ArgumentParser(prog=f"moefy convert --config {args.config}", usage=argparse.SUPPRESS)
+    add_settings(parser, MoEficationConfig)
+    conversion = {name: value for name, value in settings.items() if name in SETTINGS}
+    from_file = given(parser.parse_args(as_words(conversion)), MoEficationConfig)
+    if unread := sorted(settings.keys() - {*SETTINGS}):
+        logger.warning(f"of {args.config}, recipes alone read {', '.join(unread)}")
     return MoEficationConfig(**from_file | given(args, MoEficationConfig))
+
+
+def names_of_recipes() -> set[str]:
+    """Return the settings of recipes, which convert, train and measure."""
+    classes = [cls for cls in vars(recipe_arguments).values() if is_dataclass(cls)]
+    return {field.name for cls in (TrainingArguments, *classes) for field in fields(cls)}
 
 
 def convert(args: Namespace) -> dict[str, Any]:

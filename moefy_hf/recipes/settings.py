@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..arguments import add_arguments, given, read_yaml
+from ..arguments import add_arguments, as_words, given, read_yaml
 from ..config import AUTO, MoEficationConfig
 from ..errors import MoefyError
 from ..evaluation.controls import check_control
@@ -106,10 +106,7 @@ def split_files(words: list[str]) -> tuple[list[str], list[str]]:
         at = words.index("--config")
         if at + 1 >= len(words):
             raise MoefyError("--config needs a YAML file")
-        for name, value in read_yaml(words[at + 1]).items():
-            if isinstance(value, dict):
-                value = [f"{key}={number}" for key, number in value.items()]
-            from_files += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        from_files += as_words(read_yaml(words[at + 1]))
         del words[at : at + 2]
     return from_files, words
 

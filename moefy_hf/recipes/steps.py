@@ -12,6 +12,7 @@ from ..conversion.thresholds import calibrate_thresholds_
 from ..evaluation.quality_check import predict_quality
 from ..evaluation.sweep import Sweep, evaluate
 from ..modeling.moefied import is_moefied
+from ..modeling.section import Section
 from .arguments import ControlArguments
 from .publishing import describe_conversion, describe_quality
 from .settings import allocation_of, checking
@@ -44,7 +45,7 @@ def compare_budgets(run: "Run", name: str, path: Path) -> None:
     """
     controls = run.arguments[ControlArguments].controls if name == "moefied" else []
     model = run.load(run.folder / name, trust_remote_code=True)
-    own = model.config.moefication["selection"]
+    own = Section(model.config).selection
     with run.autocast():
         kinds = run.evaluation.selections
         calibrate_thresholds_(model, run.calibration(), [kind for kind in kinds if kind != "top_k"])
@@ -75,7 +76,7 @@ def budgets(run: "Run", model: PreTrainedModel) -> Iterator[str]:
         yield ""
         return
     changes: dict[str, Any] = {}
-    if "k" not in model.config.moefication["selection"]:
+    if "k" not in Section(model.config).selection:
         yield " as learned"
         changes = {"type": "top_k", "allocation": allocation_of(run.config)}
     for budget in run.evaluation.budgets:

@@ -15,6 +15,7 @@ from ..measure.metrics import Quality, predictions
 from ..measure.profile import profile
 from ..modeling.budget_allocation import MEASURED
 from ..modeling.moefied import is_moefied
+from ..modeling.section import Section
 from ..training.callback import MoEficationCallback
 from ..training.sparsity import relufy_
 from .arguments import LearnedArguments, RecoveryArguments, ScheduleArguments, SparsityArguments
@@ -146,7 +147,7 @@ def accuracy(run: "Run", name: str) -> float:
 
 def save_trained(run: "Run", model: PreTrainedModel, path: Path, name: str) -> None:
     """Save a trained model; a MoEfied one with what is known of it."""
-    if is_moefied(model) and "k" not in model.config.moefication["selection"]:
+    if is_moefied(model) and "k" not in Section(model.config).selection:
         measure_again(run, model)
     save(model, run.processor, path)
     if is_moefied(model):
