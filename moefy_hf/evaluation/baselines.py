@@ -191,7 +191,7 @@ def baseline_rows(
     batches: Iterable[Mapping[str, Any]],
     calibration: Iterable[Mapping[str, Any]],
     baselines: Sequence[str],
-    shares: Sequence[int | float],
+    budgets: Sequence[int | float],
     flops: ModelFlops,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
@@ -201,7 +201,7 @@ def baseline_rows(
 
     Args:
         baselines: names, see the head of this file.
-        shares: k as `set_selection` takes it: as much of the weights is computed as k experts are.
+        budgets: k as `set_selection` takes it: as much of the weights is computed as k experts are.
         flops: of the dense model.
 
     Raises:
@@ -211,7 +211,7 @@ def baseline_rows(
         sites = model.moe_sites()
         calibrated = {name: [place for site in sites for place in places_of(site, name)] for name in baselines}
         calibrate_(model, [place for places in calibrated.values() for place in places], calibration)
-        possible = {(name, k): places_at(calibrated, name, k) for name in baselines for k in shares}
+        possible = {(name, k): places_at(calibrated, name, k) for name in baselines for k in budgets}
         points = {key: (places, Quality()) for key, places in possible.items() if places is not None}
         reference = Quality()
         for batch in tqdm(batches, desc="neuron-level baselines", unit="batch", disable=not progress):

@@ -111,7 +111,7 @@ class Measured:
 def evaluate(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, Any]],
-    shares: Iterable[int | float] = (0.1, 0.2, 0.3, 0.5),
+    budgets: Iterable[int | float] = (0.1, 0.2, 0.3, 0.5),
     *,
     controls: Iterable[str] = ("oracle", "random"),
     selections: Iterable[str | Mapping[str, Any]] | None = None,
@@ -124,7 +124,7 @@ def evaluate(
 
     Args:
         batches: model-ready batches, with `labels` for accuracy or perplexity; read more than once.
-        shares: k as `set_selection` takes it.
+        budgets: k as `set_selection` takes it.
         controls: of "oracle" (experts chosen by the norm of their output), "oracle_mass" (by their summed
             activation, the paper's ground truth) and "random" (drawn per token); and of what leaves out single
             neurons of the dense model at the same share of its FFNs' weights, "cats", "teal" and "wina" (see
@@ -154,13 +154,13 @@ def evaluate(
     check_code(model)
     if iter(batches) is batches:
         raise MoefyError("evaluate reads the batches more than once: give a list or a DataLoader, not an iterator")
-    shares, (controls, baselines) = list(shares), sorted_controls(controls, calibration)
-    points = points_of(model, selections, controls, allocations, shares)
+    budgets, (controls, baselines) = list(budgets), sorted_controls(controls, calibration)
+    points = points_of(model, selections, controls, allocations, budgets)
     with evaluating(model), torch.no_grad():
         measured = measure_points(model, batches, points, progress)
         rows = []
         if baselines and calibration is not None:
-            rows = baseline_rows(model, batches, calibration, baselines, shares, measured.flops, progress)
+            rows = baseline_rows(model, batches, calibration, baselines, budgets, measured.flops, progress)
     local = local_figures(model, batches, points, local_tokens) if local_tokens else None
     return sweep_of(model, points, measured, local, rows)
 
@@ -187,7 +187,7 @@ def points_of(
     selections: Iterable[str | Mapping[str, Any]] | None,
     controls: Sequence[str],
     allocations: Iterable[str] | None,
-    shares: Sequence[int | float],
+    budgets: Sequence[int | float],
 ) -> list[SweepPoint]:
     """Return the points that `evaluate` measures, with the model's own selection and allocation where none is given.
 
@@ -197,7 +197,7 @@ def points_of(
     current = Section(model.config).selection
     kinds = [current["type"]] if selections is None else list(selections)
     spreads = [current.get("allocation", "uniform")] if allocations is None else list(allocations)
-    points = sweep_points(kinds, controls, spreads, shares)
+    points = sweep_points(kinds, controls, spreads, budgets)
     for point in points:
         with point.on(model):
             pass

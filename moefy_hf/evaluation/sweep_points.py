@@ -51,7 +51,7 @@ def sweep_points(
     selections: Sequence[str | Mapping[str, Any]],
     controls: Sequence[str],
     allocations: Sequence[str],
-    shares: Sequence[int | float],
+    budgets: Sequence[int | float],
 ) -> list[SweepPoint]:
     """Return the points of a sweep; controls always select "top_k". Whole selections come last.
 
@@ -76,6 +76,6 @@ def sweep_points(
             applied = "uniform" if (kind, allocation) == ("top_k", "global") else allocation  # top_k has no threshold
             if applied == allocation or applied not in allocations:
                 points += [
-                    SweepPoint(control, (("type", kind), ("k", share), ("allocation", applied))) for share in shares
+                    SweepPoint(control, (("type", kind), ("k", budget), ("allocation", applied))) for budget in budgets
                 ]
     return [*points, *(SweepPoint(None, tuple(selection.items())) for selection in whole)]

@@ -158,7 +158,7 @@ def profile(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, Any]],
     *,
-    max_tokens: int = 100_000,
+    max_tokens: int = 50_000,
     sample: bool = True,
     layers: list[int] | None = None,
     progress: bool = True,
