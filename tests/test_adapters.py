@@ -163,7 +163,7 @@ def test_on_the_command_line(saved, capsys):
     assert config["base_model_name_or_path"] == str(folder / "moefied")
     with pytest.raises(SystemExit, match="2"):
         main(command)
-    assert "exists: choose another output_dir" in capsys.readouterr().err
+    assert "exists: choose another OUTPUT" in capsys.readouterr().err
 
 
 def test_what_cannot_be_permuted_is_refused(tmp_path):
