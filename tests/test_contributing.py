@@ -14,7 +14,7 @@ from documents import fenced
 from tiny import ENCODER, convert, distance, run, tiny_inputs, tiny_model
 
 from moefy_hf import evaluate, export
-from moefy_hf.exporters.formats import TARGETS
+from moefy_hf.exporters.formats import EXPORT_FORMATS
 from moefy_hf.loading import moefied_class
 from moefy_hf.modeling.ffn_sites import SPECS, find_sites
 from moefy_hf.modeling.routers import ROUTERS
@@ -52,7 +52,7 @@ def add(tmp_path, monkeypatch):
         spec.loader.exec_module(module)
         return module
 
-    before = [(registry, {*registry}) for registry in (SPLITTERS, ROUTERS, SELECTIONS, TARGETS, SPECS)]
+    before = [(registry, {*registry}) for registry in (SPLITTERS, ROUTERS, SELECTIONS, EXPORT_FORMATS, SPECS)]
     yield add_
     for registry, names in before:
         for name in {*registry} - names:

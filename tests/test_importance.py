@@ -9,8 +9,7 @@ from batches import text_batches
 from tiny import NAMES, convert, distance, run, tiny_inputs, tiny_model
 
 from moefy_hf import MoEficationConfig, allocate_budgets_, calibrate_thresholds_, evaluate, moefy_, reroute_
-from moefy_hf.conversion.budgets import COMPARING_PREDICTIONS, MEASURES
-from moefy_hf.conversion.importance import angular_distance, measure_angles
+from moefy_hf.conversion.budgets import COMPARING_PREDICTIONS, MEASURES, angular_distance, measure_angles
 from moefy_hf.conversion.replay import block_of
 from moefy_hf.loading import moefied_class
 from moefy_hf.modeling.budget_allocation import MEASURED

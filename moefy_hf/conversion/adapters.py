@@ -102,22 +102,22 @@ def check_of_dense(config: PeftConfig, model: Any) -> None:
 
 
 def permuted_adapter(state: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """An adapter's tensors, by the names that peft saves them under, in the order of a MoEfied model's neurons.
+    """Return an adapter's tensors in the order of a MoEfied model's neurons, by the names that peft saves them under.
 
     Raises:
         MoefyError: see `permute_adapter_`.
     """
-    found = dict(state)
+    permuted = dict(state)
     for site in model.moe_sites():
         for part, path in ffn_linears(site).items():
             start = f"{PREFIX}{path}."
             for name in [each for each in state if each.startswith(start)]:
-                found[name] = in_order(site, part, name.removeprefix(start), state[name])
-    return found
+                permuted[name] = in_order(site, part, name.removeprefix(start), state[name])
+    return permuted
 
 
 def in_order(site: FfnSite, part: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """One of the adapter's tensors on one of an FFN's Linears."""
+    """Return one of the adapter's tensors on one of an FFN's Linears, in the order of the neurons now."""
     kind = name.removeprefix("base_layer.")
     if kind.startswith("lora_magnitude_vector"):
         kind = "lora_magnitude_vector"
@@ -144,7 +144,7 @@ def in_order(site: FfnSite, part: str, name: str, tensor: torch.Tensor) -> torch
 
 
 def order_of(site: FfnSite) -> torch.Tensor:
-    """(f,) the position that each neuron had in the dense model."""
+    """Return the position (f,) that each neuron had in the dense model."""
     order = getattr(site.act, "neuron_order", None)
     if order is None or int(order.min()) < 0:
         raise MoefyError(

@@ -1,22 +1,25 @@
-"""Spread one budget of experts over layers by what is measured of each: above all, what restricting it alone does to
-the model's output."""
+"""Measure what allocations need of each layer: what restricting it alone does, and how far it turns hidden states."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import MoefyError
 from ..loading import check_moefied
-from ..measure.contexts import all_experts, evaluating
+from ..measure.contexts import all_experts, evaluating, hooked
+from ..measure.hooks import run_with_hooks
 from ..measure.metrics import Quality, predictions
+from ..measure.padding import without_padding
 from ..measure.router_inputs import inputs_from
+from ..modeling.ffn_sites import FfnSite
 from ..modeling.section import Section
 from ..modeling.selection_config import count_experts
-from .importance import measure_angles
 from .replay import before, block_of, recorded, replayed
 
 GRID = (1 / 48, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # measured shares of a layer's experts
@@ -25,7 +28,7 @@ GRID = (1 / 48, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # measured shares of a layer's exp
 def measure_sensitivity(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, progress: bool = True
 ) -> dict[str, list[list[float]]]:
-    """How far each layer, restricted alone to k experts, moves the model's predictions.
+    """Measure how far each layer, restricted alone to k experts, moves the model's predictions.
 
     Returns:
         `k`: for each routed layer the measured counts, the last of them E; `loss`: the mean divergence
@@ -47,14 +50,14 @@ def measure_sensitivity(
                 known = before(outputs, block)  # layers before this one do what they did
                 known = {each: known[each] for each in known if each is not blocks[read]}  # its router's must run
                 with replayed(known):
-                    for k, found in zip(ks[:-1], layer, strict=False):
+                    for k, restricted in zip(ks[:-1], layer, strict=False):
                         site.act.selection = replace(everything, k=k - site.act.shared)
-                        found.update_(predictions(model, batch)[0], dense, None)
+                        restricted.update_(predictions(model, batch)[0], dense, None)
                 site.act.selection = everything
             bar.update()
     if positions == 0:
         raise MoefyError("sensitivity cannot be measured: no batch, or none with a position that counts, was given")
-    losses = [[found.divergence / found.count for found in layer[:-1]] + [0.0] for layer in quality]
+    losses = [[each.divergence / each.count for each in layer[:-1]] + [0.0] for layer in quality]
     return {"k": grids, "loss": losses}
 
 
@@ -63,7 +66,68 @@ def _grid(num_experts: int, shared: int) -> list[float]:
     return sorted({max(least, round(share * num_experts)) for share in GRID} | {least, num_experts})
 
 
-# allocations of `modeling.allocation.MEASURED` -> what measures the layers for them
+def measure_angles(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, progress: bool = True
+) -> dict[str, list[float]]:
+    """Measure how far the layer around each routed FFN turns the hidden states, with all experts; needs no head.
+
+    It is the coarse importance of CFSP (Wang et al., COLING 2025).
+
+    Returns:
+        `distance`: for each routed layer, arccos(cos(x, y)) / pi, from 0 to 1, of the hidden states x and y (d,) that
+        it is given and returns; the mean over tokens that are no padding.
+
+    Raises:
+        MoefyError: no token is given, or a routed FFN is in no layer.
+    """
+    sites = model.moe_sites()
+    layers = [layer_of(model, site) for site in sites]
+    sums = torch.zeros(len(sites), 2, dtype=torch.float64)  # of angles, and how many
+    batch: Mapping[str, Any] = {}
+
+    def seen(position: int, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+        x, y = args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output
+        angles = without_padding(model, sites[position], batch, angular_distance(x, y).unsqueeze(-1))  # (T, 1)
+        sums[position] += torch.tensor([float(angles.sum()), len(angles)])
+
+    handles = [
+        layer.register_forward_hook(
+            lambda _, args, kwargs, output, i=position: seen(i, args, kwargs, output), with_kwargs=True
+        )
+        for position, layer in enumerate(layers)
+    ]
+    with hooked(handles), all_experts(check_moefied(model)), run_with_hooks(model, [], lambda *_: None) as run:
+        for batch in tqdm(batches, desc="importance", unit="batch", disable=not progress):
+            run(batch)
+    if not sums[:, 1].all():
+        raise MoefyError(
+            "importance cannot be measured: no batch, or none with a token that is not padding, was given"
+        )
+    return {"distance": (sums[:, 0] / sums[:, 1]).tolist()}
+
+
+def layer_of(model: PreTrainedModel, site: FfnSite) -> nn.Module:
+    """Return the layer around an FFN.
+
+    Raises:
+        MoefyError: the FFN is in no list of layers.
+    """
+    block = block_of(model, site)
+    if block is None:
+        raise MoefyError(f'{site.name} is in no list of layers, whose hidden states could be compared: use "uniform"')
+    return block
+
+
+def angular_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return the angle between x and y (..., d) over pi, (...).
+
+    It is computed by the tangent of half of it, which is exact for small angles, too, unlike the arc cosine.
+    """
+    x, y = F.normalize(x.float(), dim=-1), F.normalize(y.float(), dim=-1)
+    return 2 * torch.atan2((x - y).norm(dim=-1), (x + y).norm(dim=-1)) / torch.pi
+
+
+# allocations of `budget_allocation.MEASURED` -> what measures the layers for them
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {"sensitivity": measure_sensitivity, "angular": measure_angles}
 COMPARING_PREDICTIONS = ("sensitivity",)  # those that need a head
 

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..config import AUTO, MoEficationConfig
 from ..conversion.permute import check_plain
-from ..errors import MoefyError
+from ..errors import CalibrationError, MoefyError, UnsupportedModel
 from ..loading import moefied_class
 from ..measure.metrics import OVERFLOW, is_adapted, predictions, usable
 from ..measure.profile import ModelProfile
@@ -77,7 +77,7 @@ def check_convertible(
             'one that has, or use allocation "angular" or "uniform"'
         )
     if calibration is None and (users := config.needs()):
-        raise MoefyError(
+        raise CalibrationError(
             f"calibration data is missing: {' and '.join(users)} learns from it; give batches, or choose from "
             f"splitters {_names(SPLITTERS, 'needs_profile')} and routers {_names(ROUTERS, 'trainable')}"
         )
@@ -85,35 +85,40 @@ def check_convertible(
 
 
 def check_unwrapped(model: Any) -> None:
-    """
+    """Check that neurons of a model can be permuted where they are.
+
     Raises:
-        MoefyError: no transformers model, or one that is wrapped, sharded, or part of a larger one.
+        UnsupportedModel: no transformers model, or one that is wrapped, sharded, or part of a larger one.
     """
     names = {base.__name__ for base in type(model).__mro__}
     if is_adapted(model):
-        raise MoefyError(
+        raise UnsupportedModel(
             "an adapter cannot follow neurons that are permuted: merge it first, model = model.merge_and_unload(), or "
             "add it after conversion"
         )
     if "OptimizedModule" in names:
-        raise MoefyError("this model is compiled: convert the one inside, model._orig_mod, and compile that")
+        raise UnsupportedModel("this model is compiled: convert the one inside, model._orig_mod, and compile that")
     if names & {"FSDPModule", "FullyShardedDataParallel"}:
-        raise MoefyError("FSDP has sharded this model, and shards cannot be permuted: convert it before it is sharded")
+        raise UnsupportedModel(
+            "FSDP has sharded this model, and shards cannot be permuted: convert it before it is sharded"
+        )
     if names & {"DataParallel", "DistributedDataParallel"}:
-        raise MoefyError(f"this is a {type(model).__name__}: convert the model inside, model.module, and wrap that")
+        raise UnsupportedModel(
+            f"this is a {type(model).__name__}: convert the model inside, model.module, and wrap that"
+        )
     if not isinstance(model, PreTrainedModel):
-        raise MoefyError(f"what is converted is a transformers model, got a {type(model).__name__}")
+        raise UnsupportedModel(f"what is converted is a transformers model, got a {type(model).__name__}")
     if whole_around(model) is not None:
         gc.collect()  # a whole that was deleted may linger
     if (whole := whole_around(model)) is not None:
-        raise MoefyError(
+        raise UnsupportedModel(
             f"this {type(model).__name__} is part of a {type(whole).__name__}, which would be saved with routers and "
             "load as a dense model: convert the whole; or take the part out first (part = whole.part; del whole)"
         )
 
 
 def whole_around(model: torch.nn.Module) -> PreTrainedModel | None:
-    """A transformers model that holds this one, at any depth."""
+    """Return a transformers model that holds this one, at any depth; None where none does."""
     for holder in gc.get_referrers(model):
         if type(holder) is dict and all(isinstance(each, torch.nn.Module | None) for each in holder.values()):
             for owner in owners_of(holder):
@@ -125,12 +130,12 @@ def whole_around(model: torch.nn.Module) -> PreTrainedModel | None:
 
 
 def owners_of(children: dict[str, Any]) -> list[torch.nn.Module]:
-    """The modules whose children these are: Python may keep attributes in a dictionary, or in the object itself."""
-    found = []
+    """Return the modules whose children these are: Python keeps attributes in a dictionary or in the object itself."""
+    owners = []
     for each in gc.get_referrers(children):
         holders = gc.get_referrers(each) if type(each) is dict and each.get("_modules") is children else [each]
-        found += [held for held in holders if isinstance(held, torch.nn.Module) and held._modules is children]
-    return found
+        owners += [held for held in holders if isinstance(held, torch.nn.Module) and held._modules is children]
+    return owners
 
 
 def _names(registry: Mapping[str, Any], unwanted: str) -> str:
@@ -138,17 +143,25 @@ def _names(registry: Mapping[str, Any], unwanted: str) -> str:
 
 
 def check_profile(
-    config: MoEficationConfig, sites: list[FfnSite], sizes: list[tuple[int, int]], found: ModelProfile
+    config: MoEficationConfig, sites: list[FfnSite], sizes: list[tuple[int, int]], profile: ModelProfile
 ) -> None:
-    if len(found.sites) != len(sites):
-        raise MoefyError(f"the profile has {len(found.sites)} layers, {len(sites)} are to be converted")
-    for site, (experts, _), stats in zip(sites, sizes, found.sites, strict=True):
+    """Check that a profile is of these FFNs, has a sample, and enough tokens for what learns from it.
+
+    Args:
+        sizes: (E, m) of each FFN.
+
+    Raises:
+        CalibrationError: it is not.
+    """
+    if len(profile.sites) != len(sites):
+        raise CalibrationError(f"the profile has {len(profile.sites)} layers, {len(sites)} are to be converted")
+    for site, (experts, _), stats in zip(sites, sizes, profile.sites, strict=True):
         if len(stats.active) != site.sizes[1]:
-            raise MoefyError(
+            raise CalibrationError(
                 f"the profile is of another model: {len(stats.active)} neurons, {site.name} has {site.sizes[1]}"
             )
         if stats.inputs is None:
-            raise MoefyError(
+            raise CalibrationError(
                 f"the profile holds no sample of the inputs of {site.name}: none was kept, or it was closed"
             )
         needed = {"router " + repr(config.router): tokens_needed(site.sizes[0], experts - config.shared_experts)}
@@ -158,7 +171,7 @@ def check_profile(
             needed["splitter " + repr(config.splitter)] = site.sizes[1]
         for what, tokens in needed.items():
             if stats.tokens < tokens:
-                raise MoefyError(
+                raise CalibrationError(
                     f"calibration is too small: {stats.tokens} tokens reached {site.name}, "
                     f"{what} needs at least {tokens}"
                 )
@@ -166,19 +179,23 @@ def check_profile(
 
 @torch.no_grad()
 def check_predictions(model: PreTrainedModel, batches: list[Mapping[str, Any]]) -> None:
-    """Sensitivity compares predictions: find out that there are none before anything is changed."""
+    """Find out before anything is changed that a model's predictions cannot be compared, as sensitivity does.
+
+    Raises:
+        CalibrationError: there are none, none that counts, or some that are not finite.
+    """
     remedy = 'select with "allocation": "angular" or "uniform" instead of "sensitivity"'
     try:
-        found = False
+        counted = 0
         for batch in batches:
             logits = predictions(model, batch)[0]
             if not usable(logits).all():
-                raise MoefyError(f"the model's predictions on calibration data are not finite: {OVERFLOW}")
-            found = found or len(logits) > 0
+                raise CalibrationError(f"the model's predictions on calibration data are not finite: {OVERFLOW}")
+            counted += len(logits)
     except ValueError as error:
-        raise MoefyError(f"{error}; or {remedy}") from error
-    if not found:
-        raise MoefyError(f"no position of the calibration data counts, all its labels are -100: {remedy}")
+        raise CalibrationError(f"{error}; or {remedy}") from error
+    if not counted:
+        raise CalibrationError(f"no position of the calibration data counts, all its labels are -100: {remedy}")
 
 
 def _headless(model: PreTrainedModel) -> bool:

@@ -65,9 +65,10 @@ def permute_neurons_(site: FfnSite, order: torch.Tensor, optimizer: torch.optim.
 
 
 def check_permutation(site: FfnSite, order: torch.Tensor) -> None:
-    """
+    """Check an order of an FFN's neurons.
+
     Raises:
-        MoefyError: `order` is no permutation of the neurons of a FFN.
+        MoefyError: `order` is no permutation.
     """
     neurons = site.sizes[1]
     if order.dtype != torch.int64 or not torch.equal(order.cpu().sort().values, torch.arange(neurons)):
@@ -77,12 +78,12 @@ def check_permutation(site: FfnSite, order: torch.Tensor) -> None:
 
 
 def moments(optimizer: torch.optim.Optimizer | None, param: nn.Parameter, name: str) -> list[torch.Tensor]:
-    """What an optimizer remembers of each number of a parameter.
+    """Return what an optimizer remembers of each number of a parameter.
 
     Raises:
         MoefyError: it keeps anything else of it but single numbers (Adafactor's rows and columns, 8-bit blocks).
     """
-    found = []
+    tensors = []
     for key, value in (optimizer.state.get(param, {}) if optimizer else {}).items():
         if torch.is_tensor(value) and value.dim() > 0:
             if value.shape != param.shape or type(value) not in (torch.Tensor, nn.Parameter):
@@ -91,5 +92,5 @@ def moments(optimizer: torch.optim.Optimizer | None, param: nn.Parameter, name: 
                     f"{what}, for {name} of shape {tuple(param.shape)}: such state cannot follow a permutation; use "
                     "AdamW or SGD"
                 )
-            found.append(value)
-    return found
+            tensors.append(value)
+    return tensors

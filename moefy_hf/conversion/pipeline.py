@@ -68,24 +68,24 @@ def find_experts_(
         optimizer: what it remembers of neurons is permuted with them.
         warm: the neurons lie in experts already; a split that cannot be improved on from there is kept.
     """
-    found = Experts()
-    with timed(found.seconds, "split"):
+    result = Experts()
+    with timed(result.seconds, "split"):
         sites = model.moe_sites() if is_moefied(model) else selected_sites(find_sites(model), config.layers)
-        found.orders = neuron_orders(sites, config, profile, warm=warm, progress=progress)
+        result.orders = neuron_orders(sites, config, profile, warm=warm, progress=progress)
         if not is_moefied(model):
             install_routers_(model, config.section())
-        for site, order in zip(model.moe_sites(), found.orders, strict=True):
+        for site, order in zip(model.moe_sites(), result.orders, strict=True):
             permute_neurons_(site, order, optimizer)
-    with timed(found.seconds, "routers"):
-        found.fits = start_routers_(model, profile, config.seed, progress=progress)
+    with timed(result.seconds, "routers"):
+        result.fits = start_routers_(model, profile, config.seed, progress=progress)
         kind = config.selection_section()["type"]
         if profile is not None and setting_name(kind):
             calibrate_thresholds_(model, profile, [kind])
     if profile is not None and config.allocation in MEASURES:
-        with timed(found.seconds, "budgets"):
+        with timed(result.seconds, "budgets"):
             measured = MEASURES[config.allocation](model, profile.batches, progress=progress)
             Section(model.config).set_measured(config.allocation, measured)
-    return found
+    return result
 
 
 def start_routers_(

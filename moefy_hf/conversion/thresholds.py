@@ -1,4 +1,4 @@
-"""What dynamic selections spend: how many experts each of their settings computes, layer by layer."""
+"""How many experts each threshold of the dynamic selections computes, layer by layer."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,8 +29,9 @@ def calibrate_thresholds_(
     *,
     progress: bool = True,
 ) -> None:
-    """Find what every setting of the dynamic selections computes, so that a budget can be asked for instead:
-    `model.set_selection(type="threshold", k=0.25)`. Kept in the model's config, and saved with it.
+    """Measure how many experts every threshold of the dynamic selections computes, and keep it in the model's config.
+
+    A budget can be asked for then instead of a threshold, also after saving and loading.
 
     Args:
         data: model-ready batches, run at the selection the model has now; or a profile of this model that keeps a
@@ -51,8 +52,8 @@ def calibrate_thresholds_(
         return
     if not isinstance(data, ModelProfile):
         layers = Section(model.config).layers
-        with profile(model, data, max_tokens=TOKENS, layers=layers, progress=progress) as found:
-            calibrate_thresholds_(model, found, kinds)
+        with profile(model, data, max_tokens=TOKENS, layers=layers, progress=progress) as sampled:
+            calibrate_thresholds_(model, sampled, kinds)
         return
     shares = [step / STEPS for step in range(STEPS + 1)]
     tables: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
@@ -70,7 +71,7 @@ def calibrate_thresholds_(
 
 @torch.no_grad()
 def sampled_strengths(site: FfnSite, sample: FfnSample) -> torch.Tensor:
-    """(T, E - S): what the router of a FFN gives the experts on the first tokens of a sample of what it reads."""
+    """Return the routing weights (T, E - S) of an FFN's router on the first tokens of a sample of what it reads."""
     router, inputs = site.act.router, sample.inputs[:TOKENS].to(site.down.weight.device)
     return router.strengths(scores_of(router, inputs)).float().cpu()
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import MoefyError
+from ..errors import CalibrationError, MoefyError
 from ..modeling.ffn_sites import FfnSite, FfnWeights, find_sites
 from ..modeling.install import selected_sites
 from .hooks import run_with_hooks
@@ -135,7 +135,7 @@ def check_sample(sites: Sequence[FfnSite], profile: ModelProfile) -> None:
         raise MoefyError("this profile kept no sample of FFN inputs, or was closed")
 
 
-class NotFiniteError(ValueError):
+class NotFiniteError(CalibrationError):
     """Hidden states overflowed."""
 
 
