@@ -1,5 +1,6 @@
 """The `moefy` command on tiny checkpoints, in this process."""
 
+import argparse
 import json
 import re
 import shutil
@@ -12,9 +13,9 @@ from tiny import convert, tiny_inputs, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from moefy_hf import Sweep
+from moefy_hf import MoEficationConfig, Sweep
 from moefy_hf.cli import convert as convert_command
-from moefy_hf.cli.main import main
+from moefy_hf.cli.main import COMMANDS, main, parser
 from moefy_hf.data import read_labelled
 from moefy_hf.hub.facts import read_facts
 from moefy_hf.loading import load
@@ -400,3 +401,24 @@ def test_help_teaches(words, taught, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--help"])
     assert not stopped.value.code and taught in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_flags_mean_the_same_in_every_command(name):
+    """Words are joined by underscores; --json prints; --data, --output and --k name files and budgets."""
+    commands = next(a for a in parser([name])._actions if isinstance(a, argparse._SubParsersAction))
+    actions = {flag: action for action in commands.choices[name]._actions for flag in action.option_strings}
+    assert not [flag for flag in actions if "-" in flag.lstrip("-")]
+    if name != "kernels":
+        assert isinstance(actions["--json"], argparse._StoreTrueAction)
+    for flag in ("--data", "--calibration", "--output"):
+        assert flag not in actions or actions[flag].type is None
+    if "--k" in actions:
+        assert actions["--k"].type("0.25") == 0.25
+    places = [action.dest for action in commands.choices[name]._actions if not action.option_strings]
+    assert places[:1] in (["model"], ["word"]) and ("output" not in places or places[-1] == "output")
+
+
+def test_defaults_are_those_of_the_config():
+    args = parser(["convert"]).parse_args(["convert", "model", "output"])
+    assert convert_command.config_of(args) == MoEficationConfig()
