@@ -298,8 +298,8 @@ def test_a_whole_checkpoint_on_the_command_line(moe, tmp_path, capsys):
 
 @pytest.mark.parametrize("new_tokens", [0, 3])
 def test_end_to_end(new_tokens, moe, tmp_path, monkeypatch, capsys):
-    given = [str(moe), "--texts", str(tmp_path / "texts.txt"), "--rounds", "3", "--batch", "2"]
-    flags = ["--new_tokens", str(new_tokens), "--csv", str(tmp_path / "out.csv"), "--facts"]
+    given = [str(moe), "--data", str(tmp_path / "texts.txt"), "--rounds", "3", "--batch", "2"]
+    flags = ["--new_tokens", str(new_tokens), "--output", str(tmp_path / "out.csv"), "--facts"]
     monkeypatch.setattr(sys, "argv", ["end_to_end", *given, *flags])
     end_to_end.main()
     with open(tmp_path / "out.csv", newline="") as file:
@@ -316,7 +316,7 @@ def test_end_to_end(new_tokens, moe, tmp_path, monkeypatch, capsys):
 def test_bad_input_end_to_end(tmp_path, monkeypatch, capsys):
     tiny_model("llama", "AutoModelForCausalLM").save_pretrained(tmp_path / "dense")
     (tmp_path / "texts.txt").write_text("w1 w2")
-    given = ["end_to_end", str(tmp_path / "dense"), "--texts"]
+    given = ["end_to_end", str(tmp_path / "dense"), "--data"]
     cases = {("nothing.txt",): "nothing.txt is no file", (str(tmp_path / "texts.txt"),): "dense is not MoEfied"}
     cases[("texts.txt", "--rounds", "0")] = "rounds must be positive"
     for flags, message in cases.items():

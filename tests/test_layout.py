@@ -161,3 +161,14 @@ def test_only_the_section_knows_its_keys():
         and node.value.attr == "moefication"
     ]
     assert not raw
+
+
+def test_the_floors_are_those_that_contributors_read():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| ") and "`" in line]
+    floors = {
+        int(floor): {*rooms.replace("`", "").replace(" ", "").split(",")}
+        for floor, rooms in rows
+        if floor.strip().isdigit()
+    }
+    assert floors == {number: rooms for number, rooms in enumerate(FLOORS, start=1)}

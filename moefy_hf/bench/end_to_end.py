@@ -1,8 +1,8 @@
 """A MoEfied checkpoint against its dense self on texts, whole model: forward passes, or greedy generation with
---new_tokens. `moefy bench CHECKPOINT --generate` and `--batches` do the same on random tokens.
+--new_tokens. `moefy bench MODEL --generate` and `--batches` do the same on random tokens.
 
-    python -m moefy_hf.bench.end_to_end my-moe --texts held_out.txt --batch 32 --length 64 --facts
-    python -m moefy_hf.bench.end_to_end my-moe --texts held_out.txt --length 128 --new_tokens 32
+    python -m moefy_hf.bench.end_to_end my-moe --data held_out.txt --batch 32 --length 64 --facts
+    python -m moefy_hf.bench.end_to_end my-moe --data held_out.txt --length 128 --new_tokens 32
 
 Float32 on the CPU. Dense (the stock class on the same files), masked and sparse take turns in an order drawn anew;
 ratios are medians of the rounds'. Outputs are compared before anything is timed.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from ..data import TextBatches, read_lines
+from ..data import TextBatches, read_texts
 from ..hub.facts import add_facts
 from ..io import write_csv
 from ..loading import routed
@@ -28,14 +28,14 @@ def main() -> None:
     """Time a checkpoint as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--texts", required=True, help="text file, one text per line")
+    parser.add_argument("--data", required=True, help="csv file with a column text, or text file with a text per line")
     parser.add_argument("--batch", type=int, default=1, help="texts at once (default: 1)")
     parser.add_argument("--length", type=int, default=128, help="tokens of a text, at most (default: 128)")
     parser.add_argument("--new_tokens", type=int, default=0, help="generate so many (default: a forward pass)")
     parser.add_argument("--k", type=float, help="share of the experts (default: the checkpoint's budgets)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--csv", help="file that gets the figures")
+    parser.add_argument("--output", help="csv file that gets the figures")
     parser.add_argument("--facts", action="store_true", help="add them to the checkpoint's facts, for its card")
     args = parser.parse_args()
     if min(args.batch, args.length, args.threads, args.rounds) < 1 or args.new_tokens < 0:
@@ -46,9 +46,9 @@ def main() -> None:
         parser.error(" ".join(str(error).split()))
     for row in rows:
         print(", ".join(f"{name} {value}" for name, value in row.items()))
-    if args.csv:
+    if args.output:
         columns = [*rows[0], "hardware"]
-        write_csv(args.csv, columns, [[*row.values(), hardware()] for row in rows])
+        write_csv(args.output, columns, [[*row.values(), hardware()] for row in rows])
     if args.facts:
         add_facts(args.checkpoint, speed={"hardware": hardware(), "rows": rows})
 
@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         MoefyError: the checkpoint is not MoEfied, or the texts cannot be read.
     """
-    texts = read_lines(args.texts)
+    texts = read_texts(args.data)
     names = ("masked", "cpu", "auto")
     settings = Settings(checkpoint=args.checkpoint, share=args.k, threads=args.threads, implementations=names)
     dense, model = checkpoint_models(settings)
