@@ -31,13 +31,14 @@ def measure_sensitivity(
         `k`: for each routed layer the measured counts, the last of them E; `loss`: the mean divergence
         KL(dense || restricted), in nats, of the predicted distribution at each of them (0 at E).
     """
+    model = check_moefied(model)
     sites = model.moe_sites()
     blocks = [block_of(model, site) for site in sites]
     grids: list[list[float]] = [_grid(site.act.num_experts, site.act.shared) for site in sites]
     quality = [[Quality() for _ in ks] for ks in grids]
     bar = tqdm(desc="sensitivity", unit="batch", disable=not progress)
     positions = 0
-    with evaluating(model), torch.no_grad(), all_experts(check_moefied(model)), bar:
+    with evaluating(model), torch.no_grad(), all_experts(model), bar:
         for batch in batches:
             with recorded([block for block in blocks if block is not None]) as outputs:
                 dense, _ = predictions(model, batch)
@@ -94,7 +95,7 @@ def allocate_budgets_(
         MoefyError: the model is not MoEfied, `share` is out of range, `data` is empty, or `allocation` is none that is
             measured (the valid ones are listed).
     """
-    check_moefied(model)
+    model = check_moefied(model)
     if allocation not in MEASURES:
         raise MoefyError(f"allocation {allocation!r} measures nothing; choose from {', '.join(MEASURES)}")
     for site in model.moe_sites():  # finds a bad share before the work

@@ -31,6 +31,7 @@ def measure_angles(
     Raises:
         MoefyError: no token is given, or a routed FFN is in no layer.
     """
+    model = check_moefied(model)
     sites = model.moe_sites()
     layers = [layer_of(model, site) for site in sites]
     sums = torch.zeros(len(sites), 2, dtype=torch.float64)  # of angles, and how many
@@ -47,7 +48,7 @@ def measure_angles(
         )
         for position, layer in enumerate(layers)
     ]
-    with hooked(handles), all_experts(check_moefied(model)), run_with_hooks(model, [], lambda *_: None) as run:
+    with hooked(handles), all_experts(model), run_with_hooks(model, [], lambda *_: None) as run:
         for batch in tqdm(batches, desc="importance", unit="batch", disable=not progress):
             run(batch)
     if not sums[:, 1].all():
