@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
@@ -86,9 +86,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
     @property
     def splits_done(self) -> int:
         """Return the number of splits so far, of a model that follows the schedule."""
-        done = Section.of_values(self.section).splits
-        assert done is not None, "only a model that was MoEfied before has no such number"
-        return done
+        return cast(int, Section.of_values(self.section).splits)  # None only where the model came MoEfied
 
     def state(self) -> dict:
         """Return what a checkpoint stores: enough to continue from the step it was written at."""
@@ -169,9 +167,8 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         if phase is not None:
             number = f"{timetable.at(state.global_step) + 1} of {len(self.phases)}"
             announce(args, state, f"phase {number} begins: {phase.name or 'no name'}")
-        splits_due = timetable.splits_until(
-            state.global_step
-        )  # also where a run goes on with fewer steps than it began
+        # also where a run goes on with fewer steps than it began
+        splits_due = timetable.splits_until(state.global_step)
         if splits_due > self.splits_done:
             with preserve_random_state(args):
                 batches, progress = self.batches(args, train_dataloader), not args.disable_tqdm
@@ -196,14 +193,12 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             return
         best = Path(state.best_model_checkpoint or "", "config.json")
         if args.load_best_model_at_end and state.best_model_checkpoint and best.exists():
-            section = Section.of_file(best)
-            assert section is not None, "checkpoints of this training are MoEfied"
+            section = cast(Section, Section.of_file(best))  # checkpoints of this training are MoEfied
             replace_section_(model, section.values)  # the best weights expect their own budget
             self.section = Section(model.config).values
         elif state.global_step >= state.max_steps and Section.of_values(self.section).splits:
-            self.select(
-                model, Timetable(self.phases, state.max_steps).share(state.max_steps, self.configured_share(model))
-            )
+            timetable = Timetable(self.phases, state.max_steps)
+            self.select(model, timetable.share(state.max_steps, self.configured_share(model)))
         if self.num_splits and not Section.of_values(self.section).splits:
             logger.warning("the model that training ends with is dense: its neurons were not split yet")
         announce(args, state, f"training ends with {describe(model)}")
