@@ -38,11 +38,11 @@ _HOMES = {  # public name -> the module that has it, imported when the name is f
 }
 _OLD = {  # public name of version 0.1 -> its module and name now; gone with the release after the next
     "add_facts": ("hub.facts", "add_facts"),
-    "allocate_budgets_": ("conversion.budgets", "allocate_budgets_"),
+    "allocate_budgets": ("conversion.budgets", "allocate_budgets_"),
     "find_sites": ("modeling.ffn_sites", "find_sites"),
-    "fit_routers_": ("conversion.fit_routers", "fit_routers_"),
-    "load": ("loading", "load"),
-    "calibrate_thresholds_": ("conversion.thresholds", "calibrate_thresholds_"),
+    "fit_routers": ("conversion.fit_routers", "fit_routers_"),
+    "load_checkpoint": ("loading", "load"),
+    "measure_reach": ("conversion.thresholds", "calibrate_thresholds_"),
     "model_card": ("hub.card", "model_card"),
     "MoeficationConfig": ("config", "MoEficationConfig"),
     "moefied_class": ("loading", "moefied_class"),

@@ -61,7 +61,10 @@ def about(help: str, parse: Callable[[str], Any], nargs: str | None = None, **ma
 
 def default_of(field: Field) -> Any:
     """The value that a field has where nobody sets it."""
-    return field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
+    if field.default is not MISSING:
+        return field.default
+    assert field.default_factory is not MISSING, f"{field.name} has no default"
+    return field.default_factory()
 
 
 def add_arguments(parser: ArgumentParser, cls: type, leave_out: tuple[str, ...] = ()) -> None:

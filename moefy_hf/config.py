@@ -1,7 +1,7 @@
 """`MoEficationConfig`: what a conversion is told to do; stored in the model's config.json under "moefication"."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -117,8 +117,9 @@ class MoEficationConfig:
         selection = self.selection_section()
         check_selection(selection)
         if self.threshold is None:
-            for k in self.k if isinstance(self.k, list | tuple) and self.k else [self.k]:
-                count_experts(k, 2**31)  # finds bad shares, whatever the model
+            ks: Sequence[Any] = self.k if isinstance(self.k, list | tuple) and self.k else [self.k]
+            for k in ks:
+                count_experts(k, 2**31)  # finds bad shares, whatever the model, and an empty list
         elif not isinstance(self.threshold, list | tuple):
             resolve_selection(selection, [1])
 

@@ -213,7 +213,7 @@ def labelled_rows(path: str, config: PreTrainedConfig) -> Iterator[tuple[str, in
         if not label:
             raise MoefyError(f"{path}: row {line} has no label")
         if label not in classes:
-            known = ", ".join(map(str, config.id2label.values()))
+            known = ", ".join(map(str, (config.id2label or {}).values()))
             raise MoefyError(f"{path}: row {line} has label {label!r}, which is none of {known}")
         yield (row["text"] or "").strip(), classes[label]
 

@@ -12,14 +12,13 @@ from transformers.models.auto import modeling_auto
 from .errors import NotMoefied, UnsupportedModel
 from .modeling.ffn_layouts import SPECS
 from .modeling.ffn_sites import FfnSite
-from .modeling.moefied import is_moefied
+from .modeling.moefied import MoefiedMixin, is_moefied, model_type_of
 from .modeling.routed_activation import RoutedActivation, is_routed
 from .modeling.section import FORMAT_VERSION, Section
 
 if TYPE_CHECKING:
-    from .modeling.moefied import MoefiedMixin
 
-    class MoefiedModel(MoefiedMixin, PreTrainedModel):
+    class MoefiedModel(MoefiedMixin):
         """Is the type of MoEfied models, from this package's classes or from a checkpoint's own code.
 
         It is for annotations alone: `loading.check_moefied` is what tells a MoEfied model from a dense one.
@@ -51,11 +50,12 @@ def moefied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
         >>> moefied_class(transformers.BertForMaskedLM)
         <class 'moefy_hf.modeling.modeling_moefied_bert.MoefiedBertForMaskedLM'>
     """
-    model_type = cls.config_class.model_type
+    model_type = model_type_of(cls)
     if model_type not in SPECS:
         raise UnsupportedModel(f"model type {model_type!r} is not supported; supported: {', '.join(sorted(SPECS))}")
     module = importlib.import_module(f".modeling.modeling_moefied_{model_type.replace('-', '_')}", __package__)
-    heads = {c.stock_class(): c for c in vars(module).values() if isinstance(c, type) and "_auto_class" in vars(c)}
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, MoefiedMixin)]
+    heads = {c.stock_class(): c for c in classes if "_auto_class" in vars(c)}
     if cls not in heads:
         known = ", ".join(stock.__name__ for stock in heads)
         raise UnsupportedModel(f"{cls.__name__} has no MoEfied version; supported for {model_type!r}: {known}")

@@ -38,6 +38,10 @@ def test_the_types_that_editors_see_are_the_names_that_there_are():
     assert seen == set(moefy_hf._HOMES.items())
 
 
+def test_no_name_is_old_and_new():
+    assert not moefy_hf._OLD.keys() & moefy_hf._HOMES.keys()
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = moefy_hf.nothing

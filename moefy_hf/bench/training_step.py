@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 from ..config import MoEficationConfig
 from ..conversion.convert import moefy_
 from ..io import write_csv
+from ..loading import check_moefied
 from ..training.monitor import RoutingMonitor
 
 COLUMNS = ("hidden", "neurons", "layers", "batch", "length", "share", "threads", "dense_seconds", "routed", "watched")
@@ -33,7 +34,7 @@ class Training:
         self.model, self.monitor = model.train(), RoutingMonitor() if watched else None
         self.optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
         if self.monitor is not None:
-            self.monitor.attach(model)
+            self.monitor.attach(check_moefied(model))
             self.monitor.watching = True
 
     def seconds(self, batch: dict[str, torch.Tensor]) -> float:

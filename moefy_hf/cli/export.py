@@ -8,7 +8,7 @@ from ..arguments import share_or_count
 from ..conversion.adapters import permute_adapter
 from ..exporters.export import export
 from ..exporters.formats import EXPORT_FORMATS
-from ..loading import load
+from ..loading import check_moefied, load
 from ..modeling.moefied import is_moefied
 from .common import NEW_FOLDER, load_tokenizer, new_folder, of_model, show_output
 
@@ -34,7 +34,7 @@ def export_model(args: Namespace) -> dict[str, Any]:
     # on the CPU, where it is written from
     model = load(args.model, args.revision, head=args.head, dtype=args.dtype)
     if args.k is not None and is_moefied(model):
-        model.set_selection(k=args.k, allocation="uniform")
+        check_moefied(model).set_selection(k=args.k, allocation="uniform")
     try:
         tokenizer = load_tokenizer(args)
     except (ValueError, OSError):  # a checkpoint without one is exported without one

@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import MoefyError
 from ..io import written_whole
-from ..loading import check_moefied
+from ..loading import MoefiedModel, check_moefied
 from ..modeling.adapters import ffn_linears, is_of_moefied
 from ..modeling.ffn_sites import FfnSite
 
@@ -60,7 +60,7 @@ def permute_adapter_(model: PeftModel, adapter_name: str = "default") -> None:
         raise MoefyError(
             f"the model has no adapter {adapter_name!r}; it has: {has} (moefy permute-adapter takes files)"
         )
-    base: Any = model.get_base_model()
+    base = check_moefied(cast(PreTrainedModel, model.get_base_model()))
     check_of_dense(model.peft_config[adapter_name], base)
     permuted = permuted_adapter(get_peft_model_state_dict(model, adapter_name=adapter_name), base)
     model.peft_config[adapter_name].base_model_name_or_path = base.name_or_path
@@ -77,6 +77,7 @@ def permute_adapter(adapter: str | Path, model: PreTrainedModel, output_dir: str
     if output_dir.exists():
         raise MoefyError(f"{output_dir} exists: choose another output_dir")
     config = PeftConfig.from_pretrained(str(adapter))
+    model = check_moefied(model)
     check_of_dense(config, model)
     permuted = permuted_adapter(load_peft_weights(str(adapter), device="cpu"), model)
     config.base_model_name_or_path = model.name_or_path
@@ -88,12 +89,11 @@ def permute_adapter(adapter: str | Path, model: PreTrainedModel, output_dir: str
     return output_dir
 
 
-def check_of_dense(config: PeftConfig, model: Any) -> None:
+def check_of_dense(config: PeftConfig, model: MoefiedModel) -> None:
     """
     Raises:
-        MoefyError: the model is dense, or the adapter was trained on the MoEfied model, or is permuted already.
+        MoefyError: the adapter was trained on the MoEfied model, or is permuted already.
     """
-    check_moefied(model)
     if is_of_moefied(config, model):
         raise MoefyError(
             f"this adapter was trained on, or permuted for, {config.base_model_name_or_path!r}, a MoEfied model: it "
@@ -101,7 +101,7 @@ def check_of_dense(config: PeftConfig, model: Any) -> None:
         )
 
 
-def permuted_adapter(state: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def permuted_adapter(state: dict[str, torch.Tensor], model: MoefiedModel) -> dict[str, torch.Tensor]:
     """Return an adapter's tensors in the order of a MoEfied model's neurons, by the names that peft saves them under.
 
     Raises:

@@ -34,13 +34,14 @@ def measure_sensitivity(
         `k`: for each routed layer the measured counts, the last of them E; `loss`: the mean divergence
         KL(dense || restricted), in nats, of the predicted distribution at each of them (0 at E).
     """
+    model = check_moefied(model)
     sites = model.moe_sites()
     blocks = [block_of(model, site) for site in sites]
     grids: list[list[float]] = [_grid(site.act.num_experts, site.act.shared) for site in sites]
     quality = [[Quality() for _ in ks] for ks in grids]
     bar = tqdm(desc="sensitivity", unit="batch", disable=not progress)
     positions = 0
-    with evaluating(model), torch.no_grad(), all_experts(check_moefied(model)), bar:
+    with evaluating(model), torch.no_grad(), all_experts(model), bar:
         for batch in batches:
             with recorded([block for block in blocks if block is not None]) as outputs:
                 dense, _ = predictions(model, batch)
@@ -80,6 +81,7 @@ def measure_angles(
     Raises:
         MoefyError: no token is given, or a routed FFN is in no layer.
     """
+    model = check_moefied(model)
     sites = model.moe_sites()
     layers = [layer_of(model, site) for site in sites]
     sums = torch.zeros(len(sites), 2, dtype=torch.float64)  # of angles, and how many
@@ -96,7 +98,7 @@ def measure_angles(
         )
         for position, layer in enumerate(layers)
     ]
-    with hooked(handles), all_experts(check_moefied(model)), run_with_hooks(model, [], lambda *_: None) as run:
+    with hooked(handles), all_experts(model), run_with_hooks(model, [], lambda *_: None) as run:
         for batch in tqdm(batches, desc="importance", unit="batch", disable=not progress):
             run(batch)
     if not sums[:, 1].all():
@@ -158,7 +160,7 @@ def allocate_budgets_(
         MoefyError: the model is not MoEfied, `share` is out of range, `data` is empty, or `allocation` is none that is
             measured (the valid ones are listed).
     """
-    check_moefied(model)
+    model = check_moefied(model)
     if allocation not in MEASURES:
         raise MoefyError(f"allocation {allocation!r} measures nothing; choose from {', '.join(MEASURES)}")
     for site in model.moe_sites():  # finds a bad share before the work

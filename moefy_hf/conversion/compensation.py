@@ -27,7 +27,7 @@ def compensate_(model: PreTrainedModel, profile: ModelProfile, *, progress: bool
         MoefyError: the model is not MoEfied, or the profile is of another number of FFNs or has no sample. The model
             is unchanged then.
     """
-    check_moefied(model)
+    model = check_moefied(model)
     sites = model.moe_sites()
     check_sample(sites, profile)
     readers = inputs_from(sites)

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..config import MoEficationConfig
 from ..io import is_hub_id
+from ..loading import check_moefied
 from ..measure.profile import ModelProfile, NotFiniteError, profile
 from .budgets import COMPARING_PREDICTIONS
 from .checks import check_convertible, check_predictions, check_profile, with_allocation
@@ -90,15 +91,16 @@ def moefy_(
             if config.allocation in COMPARING_PREDICTIONS:
                 check_predictions(model, dense.batches)
         experts = find_experts_(model, config, dense, progress=progress)
-        model.set_selection(**config.selection_section())
+        moefied = check_moefied(model)
+        moefied.set_selection(**config.selection_section())
         seconds |= experts.seconds
         if config.compensation and dense is not None:
             with timed(seconds, "compensation"):
-                compensate_(model, dense, progress=progress)
+                compensate_(moefied, dense, progress=progress)
     return ConversionReport(
         experts=[experts for experts, _ in sizes],
         expert_sizes=[size for _, size in sizes],
-        k=[site.act.k for site in model.moe_sites()],
+        k=[site.act.k for site in moefied.moe_sites()],
         calibration_tokens=dense.tokens if dense else 0,
         sparsity=[stats.sparsity for stats in dense.sites] if dense else [],
         fits=experts.fits,

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import MoefyError
+from ..loading import check_moefied
 from ..measure.profile import ModelProfile, check_sample
 from ..measure.router_inputs import check_same_sample, inputs_from, scores_of
 from ..measure.sample import CHUNK
@@ -72,9 +73,10 @@ def fit_routers_(
         epochs: passes over the sample, learning rate `lr` (Adam) falling to zero along a cosine.
 
     Raises:
-        MoefyError: the profile belongs to another number of FFNs, has no sample, or holds too few tokens (says how
-            many are needed), or other tokens of layers that one router scores for.
+        MoefyError: the model is not MoEfied; or the profile belongs to another number of FFNs, has no sample, or holds
+            too few tokens (says how many are needed), or other tokens of layers that one router scores for.
     """
+    model = check_moefied(model)
     sites = model.moe_sites()
     check_sample(sites, profile)
     readers = inputs_from(sites)

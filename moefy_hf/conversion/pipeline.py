@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..config import MoEficationConfig
 from ..conversion.permute import check_permutation, permute_neurons_
-from ..loading import moefied_class
+from ..loading import MoefiedModel, check_moefied, moefied_class
 from ..measure.profile import ModelProfile, SiteProfile
 from ..modeling.adapters import IN_MEMORY
 from ..modeling.ffn_sites import FfnSite, find_sites
@@ -70,26 +70,27 @@ def find_experts_(
     """
     result = Experts()
     with timed(result.seconds, "split"):
-        sites = model.moe_sites() if is_moefied(model) else selected_sites(find_sites(model), config.layers)
+        moefied = check_moefied(model) if is_moefied(model) else None
+        sites = moefied.moe_sites() if moefied is not None else selected_sites(find_sites(model), config.layers)
         result.orders = neuron_orders(sites, config, profile, warm=warm, progress=progress)
-        if not is_moefied(model):
-            install_routers_(model, config.section())
-        for site, order in zip(model.moe_sites(), result.orders, strict=True):
+        if moefied is None:
+            moefied = install_routers_(model, config.section())
+        for site, order in zip(moefied.moe_sites(), result.orders, strict=True):
             permute_neurons_(site, order, optimizer)
     with timed(result.seconds, "routers"):
-        result.fits = start_routers_(model, profile, config.seed, progress=progress)
+        result.fits = start_routers_(moefied, profile, config.seed, progress=progress)
         kind = config.selection_section()["type"]
         if profile is not None and setting_name(kind):
-            calibrate_thresholds_(model, profile, [kind])
+            calibrate_thresholds_(moefied, profile, [kind])
     if profile is not None and config.allocation in MEASURES:
         with timed(result.seconds, "budgets"):
-            measured = MEASURES[config.allocation](model, profile.batches, progress=progress)
-            Section(model.config).set_measured(config.allocation, measured)
+            measured = MEASURES[config.allocation](moefied, profile.batches, progress=progress)
+            Section(moefied.config).set_measured(config.allocation, measured)
     return result
 
 
 def start_routers_(
-    model: PreTrainedModel, profile: ModelProfile | None, seed: int, *, progress: bool = True
+    model: MoefiedModel, profile: ModelProfile | None, seed: int, *, progress: bool = True
 ) -> list[RouterFit]:
     """Start every router from the experts that its FFN has now, in place, and fit those that learn from a profile."""
     init_routers_(model, seed)
@@ -140,8 +141,11 @@ def neuron_order(
     return torch.cat([first, others[split(*apart(weights, stats, others), experts - shared, generator, warm).cpu()]])
 
 
-def install_routers_(model: PreTrainedModel, section: dict[str, Any]) -> None:
-    """Change a dense model's class and put routers into it that select everything: its function stays what it was."""
+def install_routers_(model: PreTrainedModel, section: dict[str, Any]) -> MoefiedModel:
+    """Change a dense model's class and put routers into it that select everything; return the same object.
+
+    Its function stays what it was.
+    """
     view = Section.put(model.config, section)
     view.selection, view.compensation, view.neuron_order = dict(ALL_EXPERTS), False, True
     model.__class__ = moefied_class(type(model))
@@ -150,13 +154,15 @@ def install_routers_(model: PreTrainedModel, section: dict[str, Any]) -> None:
     install_(model)
     if not (model.name_or_path or "").endswith(IN_MEMORY):
         model.name_or_path = (model.name_or_path or "") + IN_MEMORY  # by which adapters know what they are trained on
-    for site in model.moe_sites():
+    moefied = check_moefied(model)
+    for site in moefied.moe_sites():
         site.act.neuron_order.copy_(torch.arange(site.sizes[1]))
-    model.config.auto_map = model.auto_map()
-    init_routers_(model, view.seed)
+    moefied.config.auto_map = moefied.auto_map()
+    init_routers_(moefied, view.seed)
+    return moefied
 
 
-def init_routers_(model: PreTrainedModel, seed: int) -> None:
+def init_routers_(model: MoefiedModel, seed: int) -> None:
     """Start every router from the experts that its FFN has now."""
     generator = torch.Generator().manual_seed(seed)
     for site in model.moe_sites():

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..conversion.permute import permute_neurons_
 from ..errors import MoefyError
-from ..loading import check_moefied
+from ..loading import MoefiedModel, check_moefied
 from ..measure.profile import ModelProfile, check_sample
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.install import connect_routers_, new_router
@@ -51,6 +51,7 @@ def reroute_(
             or with code that came with a checkpoint, or a selection that depends on what was measured. The model is
             unchanged then.
     """
+    model = check_moefied(model)
     check_reroutable(model, router, profile, settings)
     section, sites = Section(model.config), model.moe_sites()
     experts, as_they_are = [site.act.num_experts for site in sites], [torch.arange(site.sizes[1]) for site in sites]
@@ -77,7 +78,7 @@ def reroute_(
 
 
 def check_reroutable(
-    model: PreTrainedModel,
+    model: MoefiedModel,
     router: str,
     profile: ModelProfile | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -86,7 +87,6 @@ def check_reroutable(
     Raises:
         MoefyError: see `reroute_`.
     """
-    check_moefied(model)
     router_class(router, settings)
     section, sites = Section(model.config), model.moe_sites()
     selection = section.selection

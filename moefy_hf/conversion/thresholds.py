@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import MoefyError
-from ..loading import check_moefied
+from ..loading import MoefiedModel, check_moefied
 from ..measure.contexts import hooked
 from ..measure.padding import without_padding
 from ..measure.profile import ModelProfile, check_sample, profile
@@ -42,7 +42,7 @@ def calibrate_thresholds_(
         MoefyError: the model is not MoEfied, an unknown selection (the valid ones are listed) or one that is not
             dynamic, no data, or a profile of other FFNs or without a sample.
     """
-    check_moefied(model)
+    model = check_moefied(model)
     dynamic = {name: cls for name, cls in SELECTIONS.items() if issubclass(cls, Dynamic)}
     kinds = list(dynamic if kinds is None else kinds)
     for kind in kinds:
@@ -77,9 +77,7 @@ def sampled_strengths(site: FfnSite, sample: FfnSample) -> torch.Tensor:
 
 
 @contextmanager
-def counted_experts(
-    model: PreTrainedModel, batch: Mapping[str, Any], counts: dict[str, list[float]]
-) -> Iterator[None]:
+def counted_experts(model: MoefiedModel, batch: Mapping[str, Any], counts: dict[str, list[float]]) -> Iterator[None]:
     """Add to `counts`, by the name of the FFN, the [experts computed, tokens] of the forward passes within; padding
     is left out."""
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..errors import MoefyError
 from ..io import written_whole
-from ..loading import check_moefied
+from ..loading import MoefiedModel, check_moefied
 from ..modeling.routers import router_facts
 from ..modeling.section import NAME, Section
 from ..modeling.selection import selection_facts
@@ -47,7 +47,7 @@ def export(
         FileExistsError: there is something in output_dir.
     """
     output_dir = Path(output_dir)
-    check_moefied(model)
+    model = check_moefied(model)
     export_format = None if to == "dense" else choose_format(model, to)
     if export_format is not None:
         check_expressible(model, export_format)
@@ -88,7 +88,7 @@ def slides(model: PreTrainedModel) -> bool:
     return getattr(model.config, "sliding_window", None) is not None
 
 
-def check_expressible(model: PreTrainedModel, export_format: ExportFormat) -> None:
+def check_expressible(model: MoefiedModel, export_format: ExportFormat) -> None:
     """Check that a format has a place for all that the model does.
 
     Raises:
@@ -109,7 +109,7 @@ def check_expressible(model: PreTrainedModel, export_format: ExportFormat) -> No
         raise MoefyError("float16 cannot hold the scaled router: export in float32 or bfloat16, e.g. model.float()")
 
 
-def check_routing(model: PreTrainedModel, export_format: ExportFormat) -> None:
+def check_routing(model: MoefiedModel, export_format: ExportFormat) -> None:
     """Check the router, the selection, and what is added to selected experts.
 
     Raises:
@@ -139,7 +139,7 @@ def check_routing(model: PreTrainedModel, export_format: ExportFormat) -> None:
         )
 
 
-def check_layers(model: PreTrainedModel, export_format: ExportFormat) -> None:
+def check_layers(model: MoefiedModel, export_format: ExportFormat) -> None:
     """Check sizes, dense layers and biases.
 
     Raises:

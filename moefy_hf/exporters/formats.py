@@ -21,6 +21,7 @@ from transformers.models.mixtral import MixtralConfig
 from transformers.models.qwen2_moe import Qwen2MoeConfig
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 
+from ..loading import MoefiedModel
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.routers import router_facts
 
@@ -56,7 +57,7 @@ class ExportFormat:
     sliding: ClassVar[bool] = True
     sliding_by_layer: ClassVar[bool] = True
 
-    def config(self, model: PreTrainedModel) -> PreTrainedConfig:
+    def config(self, model: MoefiedModel) -> PreTrainedConfig:
         """Return the config: the settings that both architectures have, and the experts."""
         known = set(self.config_class().to_dict()) - {"model_type", "architectures", "transformers_version"}
         settings = {n: value for n, value in model.config.to_dict().items() if n in known | {"head_dim", "dtype"}}
@@ -64,7 +65,7 @@ class ExportFormat:
         settings |= {"num_experts_per_tok": act.selection.k, "architectures": [self.architecture]}
         return self.config_class(**settings | self.settings(model, act.router.num_experts, act.expert_size))
 
-    def settings(self, model: PreTrainedModel, experts: int, size: int) -> dict[str, Any]:
+    def settings(self, model: MoefiedModel, experts: int, size: int) -> dict[str, Any]:
         """Return the settings that only this architecture has.
 
         Args:
@@ -72,7 +73,7 @@ class ExportFormat:
         """
         raise NotImplementedError
 
-    def tensors(self, model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, model: MoefiedModel) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield keys and tensors of the checkpoint, one FFN at a time."""
         sites = {f"{site.name}.": site for site in model.moe_sites()}
         for name, tensor in own_tensors(model):
@@ -81,15 +82,15 @@ class ExportFormat:
         for site in sites.values():
             yield from self.ffn_tensors(model, site, f"{site.name.rpartition('.')[0]}.{self.block}")
 
-    def renamed(self, model: PreTrainedModel, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    def renamed(self, model: MoefiedModel, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
         """Return key and value of a tensor that is of no routed FFN."""
         return name, tensor
 
-    def ffn_tensors(self, model: PreTrainedModel, site: FfnSite, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    def ffn_tensors(self, model: MoefiedModel, site: FfnSite, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield those of one routed FFN; here of an architecture that selects and weighs by a softmax."""
         act = site.act
-        norm = model.get_submodule(f"{site.name.rpartition('.')[0]}.post_attention_layernorm")
-        router = scaled(router_weight(site), norm.weight.detach(), SPREAD)
+        norm = model.get_parameter(f"{site.name.rpartition('.')[0]}.post_attention_layernorm.weight")
+        router = scaled(router_weight(site), norm.detach(), SPREAD)
         yield f"{prefix}.gate.weight", router.to(model.dtype)
         gate, up, down = (part.weight.detach() for part in (site.gate, site.up, site.down))
         for expert in range(act.num_experts):
@@ -111,7 +112,7 @@ class Llama4(ExportFormat):
     most_shared = 1
     sliding = False
 
-    def settings(self, model: PreTrainedModel, experts: int, size: int) -> dict[str, Any]:
+    def settings(self, model: MoefiedModel, experts: int, size: int) -> dict[str, Any]:
         return {
             "num_local_experts": experts,
             "intermediate_size": size,
@@ -125,12 +126,12 @@ class Llama4(ExportFormat):
             "head_dim": head_dim(model.config),
         }
 
-    def renamed(self, model: PreTrainedModel, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    def renamed(self, model: MoefiedModel, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
         if ".q_proj." in name or ".k_proj." in name:
             tensor = interleaved(tensor, head_dim(model.config))
         return name.replace(".mlp.", f".{self.block}."), tensor
 
-    def ffn_tensors(self, model: PreTrainedModel, site: FfnSite, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    def ffn_tensors(self, model: MoefiedModel, site: FfnSite, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         size, shared, router = site.act.expert_size, site.act.shared, router_weight(site)
         yield f"{prefix}.router.weight", scaled(router, router.new_ones(site.sizes[0]), VANISHING).to(model.dtype)
         gate, up, down = (part.weight.detach() for part in (site.gate, site.up, site.down))
@@ -153,7 +154,7 @@ class Mixtral(ExportFormat):
     parts = ("w1", "w3", "w2")
     dense_layers = False
 
-    def settings(self, model: PreTrainedModel, experts: int, size: int) -> dict[str, Any]:
+    def settings(self, model: MoefiedModel, experts: int, size: int) -> dict[str, Any]:
         return {"num_local_experts": experts, "intermediate_size": size}
 
 
@@ -162,7 +163,7 @@ class QwenMoe(ExportFormat):
 
     block = "mlp"
 
-    def settings(self, model: PreTrainedModel, experts: int, size: int) -> dict[str, Any]:
+    def settings(self, model: MoefiedModel, experts: int, size: int) -> dict[str, Any]:
         dense = set(range(model.config.num_hidden_layers)) - {layer_of(site) for site in model.moe_sites()}
         return {
             "num_experts": experts,
@@ -180,10 +181,10 @@ class Qwen2Moe(QwenMoe):
     config_class = Qwen2MoeConfig
     sources = ("qwen2",)
 
-    def settings(self, model: PreTrainedModel, experts: int, size: int) -> dict[str, Any]:
+    def settings(self, model: MoefiedModel, experts: int, size: int) -> dict[str, Any]:
         return super().settings(model, experts, size) | {"shared_expert_intermediate_size": size}
 
-    def ffn_tensors(self, model: PreTrainedModel, site: FfnSite, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    def ffn_tensors(self, model: MoefiedModel, site: FfnSite, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         yield from super().ffn_tensors(model, site, prefix)
         size, (d, _), gate = site.act.expert_size, site.sizes, site.gate.weight.detach()
         yield f"{prefix}.shared_expert_gate.weight", gate.new_zeros(1, d)

@@ -86,7 +86,8 @@ def as_json(parts: Mapping[str, Any]) -> dict[str, Any]:
             value = {"data": value}
         if value is not None:
             kind = str if name in ("base_model", "license") else Mapping
-            if not isinstance(value, kind) or name == "sweep" and not {"rows", "facts"} <= value.keys():
+            whole = name != "sweep" or isinstance(value, Mapping) and {"rows", "facts"} <= value.keys()
+            if not isinstance(value, kind) or not whole:
                 raise MoefyError(f"{name} must be {PARTS[name]}; got {value!r:.80}")
             stored[name] = value
     return stored

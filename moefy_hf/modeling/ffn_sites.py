@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import MoefyError
@@ -86,7 +87,7 @@ class FfnSite:
         return FfnWeights(rows(up), rows(self.down), act, up.bias, rows(gate), gate.bias)
 
 
-def find_sites(model: nn.Module) -> list[FfnSite]:
+def find_sites(model: PreTrainedModel) -> list[FfnSite]:
     """Every FFN of a supported transformers model, in forward order of its modules.
 
     Raises:

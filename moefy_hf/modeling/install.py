@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .errors import MoefyError
 from .ffn_sites import FfnSite, find_sites, stacks_of
@@ -39,7 +40,7 @@ def split_sizes(site: FfnSite, num_experts: int | None, expert_size: int | None)
     return (number, neurons // number) if num_experts is not None else (neurons // number, number)
 
 
-def install_(model: nn.Module) -> None:
+def install_(model: PreTrainedModel) -> None:
     """Put a routed activation into every FFN that `config.moefication` names.
 
     Raises:
@@ -105,7 +106,7 @@ def freeze_(router: Router) -> Router:
     return router.requires_grad_(False)
 
 
-def connect_routers_(model: nn.Module, sites: list[FfnSite]) -> None:
+def connect_routers_(model: PreTrainedModel, sites: list[FfnSite]) -> None:
     """Connect routers that pass scores to those of later layers.
 
     Args:

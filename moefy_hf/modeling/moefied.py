@@ -2,15 +2,16 @@
 
 import copy
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
@@ -24,6 +25,11 @@ from .router_base import Router
 from .section import FORMAT_VERSION as FORMAT_VERSION  # home code looks for it here
 from .section import Section
 from .selection_config import changed, resolve_selection
+
+if TYPE_CHECKING:
+    _Base = PreTrainedModel  # what every class has that the mixin is mixed into
+else:
+    _Base = object
 
 # A key of every checkpoint that no model has: transformers' load report names it where the dense model is loaded
 DENSE_NOTE = "NOTE: this is the DENSE model, the MoEfied one loads with trust_remote_code=True"
@@ -42,13 +48,18 @@ def is_moefied(model: nn.Module) -> bool:
     return any(base.__name__ == "MoefiedMixin" for base in type(model).__mro__)
 
 
-class MoefiedMixin:
+def model_type_of(cls: type[PreTrainedModel]) -> str:
+    """Return the model type that a model class of transformers is for."""
+    return cast(type[PreTrainedConfig], cls.config_class).model_type  # only the base class has no config class
+
+
+class MoefiedMixin(_Base):
     """Makes `class MoefiedX(MoefiedMixin, X)` an X whose FFNs are routed as `config.moefication` says.
 
     Keys of the state dict are those of X plus `*.router.*` and `*.neuron_order`, so that checkpoints load both ways.
     """
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         stock = cls.stock_class()
         cls._keep_in_fp32_modules_strict = [*(stock._keep_in_fp32_modules_strict or ()), "router"]
@@ -60,7 +71,7 @@ class MoefiedMixin:
         # transformers denies its checkpoint renamings (ViT has some) to custom classes: claim them under our name
         mapping = get_checkpoint_conversion_mapping(stock.__name__)
         if mapping is None:
-            mapping = get_checkpoint_conversion_mapping(stock.config_class.model_type)
+            mapping = get_checkpoint_conversion_mapping(model_type_of(stock))
         if mapping is not None:
             register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
 
@@ -74,7 +85,7 @@ class MoefiedMixin:
         """Return the class that MoEfies the stock one: itself, or what a user's class extends."""
         return next(base for base in cls.__mro__ if MoefiedMixin in base.__bases__)
 
-    def post_init(self):
+    def post_init(self) -> None:
         """Install routers, then do what transformers does at the end of a model's `__init__`."""
         install_(self)  # first, so that routers are initialised, counted and loaded like every other module
         self.config.auto_map = self.auto_map()
@@ -95,13 +106,13 @@ class MoefiedMixin:
         names = {}
         for name, auto in vars(modeling_auto).items():
             if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None:
-                stock = auto._model_mapping._model_mapping.get(cls.config_class.model_type)
+                stock = auto._model_mapping._model_mapping.get(model_type_of(cls))
                 for head in stock if isinstance(stock, tuple) else (stock,):
                     if head in heads:
                         names[name] = heads[head]
         return names
 
-    def initialize_weights(self):
+    def initialize_weights(self) -> None:
         """Initialise routers, which have a way of their own, then what transformers initialises."""
         for module in self.modules():  # a nested stock model would apply its own standard deviation
             if isinstance(module, Router) and not getattr(module, "_is_hf_initialized", False):
@@ -112,7 +123,7 @@ class MoefiedMixin:
         super().initialize_weights()
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a model as transformers does; its routers are connected and frozen."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -121,7 +132,14 @@ class MoefiedMixin:
             freeze_(site.act.router)  # loading makes new parameters, trainable ones
         return loaded
 
-    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """Save a model as transformers does.
 
         A subclass that was not registered for an Auto class is saved as the MoEfied class that it extends:
@@ -131,7 +149,7 @@ class MoefiedMixin:
             save_directory: the folder.
             is_main_process: False where another process writes the files.
             state_dict: what is saved, by default the model's; empty where another process saves.
-            kwargs: further arguments of transformers' method.
+            args, kwargs: further arguments of transformers' method.
         """
         cls, saved, auto_map = type(self), self.moefied_class(), self.config.auto_map
         if not getattr(self, "_hf_peft_config_loaded", False):
@@ -143,41 +161,41 @@ class MoefiedMixin:
             stem = saved.__module__.rpartition(".")[2]
             self.config.auto_map = {k: v for k, v in auto_map.items() if not v.startswith(f"{stem}.")}
         try:
-            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         finally:
             self.__class__ = cls
 
-    def load_adapter(self, *args, **kwargs):
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter as transformers does; warn where it may be the dense model's."""
         result = super().load_adapter(*args, **kwargs)
         names = dict.fromkeys(name for name, _ in self.named_parameters())
-        warn_of_other_order(self, find_sites(self), names, "")  # type: ignore[arg-type]
+        warn_of_other_order(self, find_sites(self), names, "")
         return result
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        warn_of_other_order(self, find_sites(self), state_dict, prefix)  # type: ignore[arg-type]
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        warn_of_other_order(self, find_sites(self), state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         unexpected = args[3]
         if prefix + DENSE_NOTE in unexpected:
             unexpected.remove(prefix + DENSE_NOTE)
 
-    def _set_gradient_checkpointing(self, *args, **kwargs):
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
-        connect_checkpointing_(self)  # type: ignore[arg-type]
+        connect_checkpointing_(self)
 
-    def _get_name(self):  # Trainer's label smoother compares this with the library's causal LM names
+    def _get_name(self) -> str:  # Trainer's label smoother compares this with the library's causal LM names
         return self.stock_class().__name__
 
     def moe_sites(self) -> list[FfnSite]:
         """Return the routed FFNs, in forward order."""
-        return [site for site in find_sites(self) if is_routed(site.act)]  # type: ignore[arg-type]
+        return [site for site in find_sites(self) if is_routed(site.act)]
 
     def connect_(self) -> None:
         """Attach routers to the first Linear of their FFN again, after something replaced Linear modules."""
         for site in self.moe_sites():
             site.act.connect_(site.first)
 
-    def set_selection(self, **changes) -> None:
+    def set_selection(self, **changes: Any) -> None:
         """Change which experts run, now and in checkpoints saved from here on: the budget.
 
         `model.set_selection(k=0.3)` sets the budget, and keeps type and allocation as they are.

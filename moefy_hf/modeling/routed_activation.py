@@ -55,6 +55,9 @@ class RoutedActivation(nn.Module):
         tap, outlet: handles of the hooks on the first Linear and on `down`.
     """
 
+    compensation: torch.Tensor | None
+    neuron_order: torch.Tensor | None
+
     def __init__(self, act: nn.Module, router: Router, expert_size: int, selection: Selection, shared: int = 0):
         super().__init__()
         if next(act.parameters(), None) is not None:

@@ -8,7 +8,7 @@ and with as many tokens: whatever does not fit raises.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,9 +71,9 @@ class PreGatedRouter(Router):
     @classmethod
     def connect_stack_(cls, routed: Sequence[RoutedActivation], stack: nn.Module, first: str) -> None:
         cls.check_counts([act.router.num_experts for act in routed], first)
-        leader = routed[0].router
-        for position, act in enumerate(routed[1:], start=1):
-            act.router.follow_(leader, position)
+        leader, *others = (cast(PreGatedRouter, act.router) for act in routed)  # one kind for all of a stack
+        for position, router in enumerate(others, start=1):
+            router.follow_(leader, position)
         if not any(isinstance(hook, EndsPass) for hook in stack._forward_pre_hooks.values()):
             hook = EndsPass(routed[0])
             stack.register_forward_pre_hook(hook)

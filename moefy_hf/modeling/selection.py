@@ -31,7 +31,7 @@ class Selection(Protocol):
     @property
     def k(self) -> float | None: ...
 
-    def __call__(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def __call__(self, scores: torch.Tensor, /) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def keeps_all(self, num_experts: int) -> bool: ...
 
@@ -70,6 +70,7 @@ class Dynamic:
     dynamic: ClassVar[bool] = True
     exportable: ClassVar[bool] = False
     paper: ClassVar[str] = ""
+    kernel_name: ClassVar[str | None] = None
     name: ClassVar[str]
     lowest: ClassVar[float] = 0.0
     highest: ClassVar[float] = 1.0

@@ -51,7 +51,9 @@ def unpack(archive: Path, patterns: Iterable[str], into: Path) -> None:
         with tarfile.open(archive) as tar:
             for member in tar:
                 if member.isfile() and wanted(member.name):
-                    (into / PurePosixPath(member.name).name).write_bytes(tar.extractfile(member).read())
+                    content = tar.extractfile(member)
+                    assert content is not None, "a regular file has content"
+                    (into / PurePosixPath(member.name).name).write_bytes(content.read())
 
 
 # ---- labelled text

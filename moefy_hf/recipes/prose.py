@@ -4,11 +4,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import MoefyError
 from ..measure.metrics import Quality, predictions
@@ -156,14 +156,14 @@ def read_prose(run: ProseRun, name: str, path: Path) -> None:
 def continuations(run: ProseRun, model: PreTrainedModel) -> list[dict[str, str]]:
     """Return beginnings of blocks, as many of each text, and what a model goes on with."""
     asked, texts = run.arguments[ContinuationArguments], list(run.held_out_texts().values())
-    found = []
+    generating, found = cast(GenerationMixin, model), []  # a causal language model
     for number in range(asked.generated_rows):
         rows, position = texts[number % len(texts)], number // len(texts)
         if position < len(rows):
             ids = torch.tensor([rows[position]["input_ids"][: asked.generated_tokens]], device=model.device)
             settings = {"max_new_tokens": asked.generated_tokens, "do_sample": False}
             with run.autocast():
-                whole = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+                whole = generating.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
             begun, gone_on = (run.processor.decode(part) for part in (ids[0], whole[0, ids.shape[1] :]))
             found.append({"beginning": begun, "continuation": gone_on})
     return found

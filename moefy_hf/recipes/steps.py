@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from ..conversion.checks import check_convertible
 from ..conversion.convert import moefy_
 from ..conversion.thresholds import calibrate_thresholds_
-from ..evaluation.quality_check import predict_quality
+from ..evaluation.quality_check import check_quality
 from ..evaluation.sweep import Sweep, evaluate
+from ..loading import check_moefied
 from ..modeling.moefied import is_moefied
 from ..modeling.section import Section
 from .arguments import ControlArguments
@@ -32,7 +33,7 @@ def _convert(run: "Run", path: Path) -> None:
         check_convertible(model, run.config, run.splits["train"])
     report = moefy_(model, run.config, run.calibration())
     with run.autocast():
-        prediction = predict_quality(model, run.validation())
+        prediction = check_quality(model, run.validation())
     save(model, run.processor, path)
     describe_conversion(run, path, report, prediction)
     print(f"{report.table()}\n\npredicted: {prediction.line()}\n{prediction.message()}", flush=True)
@@ -75,6 +76,7 @@ def budgets(run: "Run", model: PreTrainedModel) -> Iterator[str]:
     if not is_moefied(model):
         yield ""
         return
+    model = check_moefied(model)
     changes: dict[str, Any] = {}
     if "k" not in Section(model.config).selection:
         yield " as learned"

@@ -11,6 +11,7 @@ from ..conversion.budgets import allocate_budgets_
 from ..conversion.checks import check_convertible
 from ..conversion.thresholds import TOKENS, calibrate_thresholds_
 from ..errors import MoefyError
+from ..loading import MoefiedModel, check_moefied
 from ..measure.metrics import Quality, predictions
 from ..measure.profile import profile
 from ..modeling.budget_allocation import MEASURED
@@ -148,13 +149,13 @@ def accuracy(run: "Run", name: str) -> float:
 def save_trained(run: "Run", model: PreTrainedModel, path: Path, name: str) -> None:
     """Save a trained model; a MoEfied one with what is known of it."""
     if is_moefied(model) and "k" not in Section(model.config).selection:
-        measure_again(run, model)
+        measure_again(run, check_moefied(model))
     save(model, run.processor, path)
     if is_moefied(model):
         describe_training(run, path, name)
 
 
-def measure_again(run: "Run", model: PreTrainedModel) -> None:
+def measure_again(run: "Run", model: MoefiedModel) -> None:
     """Measure what budgets need and training the routers has made void; a learned selection is kept."""
     section, allocation = model.config.moefication, allocation_of(run.config)
     learned = dict(section["selection"])

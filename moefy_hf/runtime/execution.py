@@ -3,18 +3,17 @@
 Models import this module by its name, see `MoefiedMixin.set_moe_implementation`.
 """
 
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import MoefyError
-from ..loading import check_code
+from ..loading import MoefiedModel, check_code
 from .backends import BACKENDS, best_for
 from .sparse_ffn import INNER_DROPOUT, SparseFfn, misfit, sparse_ffn_of
 
 logger = logging.get_logger("moefy_hf")
 
 
-def set_implementation_(model: PreTrainedModel, name: str) -> None:
+def set_implementation_(model: MoefiedModel, name: str) -> None:
     """See `MoefiedMixin.set_moe_implementation`.
 
     Raises:

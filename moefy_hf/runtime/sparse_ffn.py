@@ -74,7 +74,7 @@ class SparseFfn:
         for linear in self.transposed():
             linear.weight.data = linear.weight.data.contiguous()
 
-    def transposed(self) -> list[nn.Module]:
+    def transposed(self) -> list[Any]:
         """Return the Linears whose weight has neurons along its second dimension."""
         down = self.linears[-1]
         return [linear for linear in self.linears if isinstance(linear, Conv1D) != (linear is down)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
@@ -14,6 +14,7 @@ from ..conversion.budgets import COMPARING_PREDICTIONS
 from ..conversion.checks import check_convertible, check_predictions, with_allocation
 from ..conversion.pipeline import install_routers_
 from ..errors import MoefyError, UnsupportedModel
+from ..loading import MoefiedModel
 from ..measure.metrics import unwrapped
 from ..modeling.moefied import is_moefied
 from ..modeling.section import ALL_EXPERTS, Section
@@ -82,6 +83,11 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         """Return the number of phases that split."""
         return sum(phase.split for phase in self.phases)
 
+    @property
+    def splits_done(self) -> int:
+        """Return the number of splits so far, of a model that follows the schedule."""
+        return cast(int, Section.of_values(self.section).splits)  # None only where the model came MoEfied
+
     def state(self) -> dict:
         """Return what a checkpoint stores: enough to continue from the step it was written at."""
         settings = {key: value for key, value in self.config.section().items() if key != "format_version"}
@@ -92,7 +98,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
 
     # ---- the Trainer's events
 
-    def on_init_end(self, args, state, control, model, **kwargs):
+    def on_init_end(self, args, state, control, model=None, **kwargs):
         if args.n_gpu > 1:
             raise MoefyError("MoEfication does not work with DataParallel: use torchrun, or one GPU")
         base = unwrapped(model)
@@ -114,7 +120,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             Section(model.config).splits = 0
         self.section = Section(model.config).values
 
-    def on_train_begin(self, args, state, control, model, optimizer=None, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         model = unwrapped(model)
         if not is_moefied(model):
             raise MoefyError(
@@ -125,7 +131,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             timetable = Timetable(self.phases, state.max_steps)
             if state.global_step:
                 self.resume(model, state, timetable)
-            if self.follows and Section.of_values(self.section).splits < self.num_splits:
+            if self.follows and self.splits_done < self.num_splits:
                 with preserve_random_state(args):
                     check_optimizer(model.moe_sites(), optimizer)
                 self.check_data(args, model, self.batches(args, train_dataloader))
@@ -133,7 +139,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         self.monitor.attach(model, active=not args.torch_compile)
         track_hooks(model, state, self.monitor.handles)
 
-    def on_step_begin(self, args, state, control, model, optimizer=None, train_dataloader=None, **kwargs):
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         if self.follows:
             self.follow(args, state, unwrapped(model), optimizer, train_dataloader)
         step = state.global_step + 1
@@ -143,7 +149,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, **kwargs):
         self.monitor.watching = False
 
-    def follow(self, args, state, model: PreTrainedModel, optimizer, train_dataloader) -> None:
+    def follow(self, args, state, model: MoefiedModel, optimizer, train_dataloader) -> None:
         """Split and select as the schedule says for the step that begins.
 
         Args:
@@ -161,10 +167,9 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         if phase is not None:
             number = f"{timetable.at(state.global_step) + 1} of {len(self.phases)}"
             announce(args, state, f"phase {number} begins: {phase.name or 'no name'}")
-        splits_due = timetable.splits_until(
-            state.global_step
-        )  # also where a run goes on with fewer steps than it began
-        if splits_due > Section.of_values(self.section).splits:
+        # also where a run goes on with fewer steps than it began
+        splits_due = timetable.splits_until(state.global_step)
+        if splits_due > self.splits_done:
             with preserve_random_state(args):
                 batches, progress = self.batches(args, train_dataloader), not args.disable_tqdm
                 config = with_allocation(self.config, model, True)
@@ -181,26 +186,26 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             logs.update(figures)
             state.log_history[-1].update(figures)  # written before callbacks are asked
 
-    def on_train_end(self, args, state, control, model, **kwargs):
+    def on_train_end(self, args, state, control, model=None, **kwargs):
         model = unwrapped(model)
         self.monitor.detach()
         if not self.follows:
             return
         best = Path(state.best_model_checkpoint or "", "config.json")
         if args.load_best_model_at_end and state.best_model_checkpoint and best.exists():
-            replace_section_(model, Section.of_file(best).values)  # the best weights expect their own budget
+            section = cast(Section, Section.of_file(best))  # checkpoints of this training are MoEfied
+            replace_section_(model, section.values)  # the best weights expect their own budget
             self.section = Section(model.config).values
         elif state.global_step >= state.max_steps and Section.of_values(self.section).splits:
-            self.select(
-                model, Timetable(self.phases, state.max_steps).share(state.max_steps, self.configured_share(model))
-            )
+            timetable = Timetable(self.phases, state.max_steps)
+            self.select(model, timetable.share(state.max_steps, self.configured_share(model)))
         if self.num_splits and not Section.of_values(self.section).splits:
             logger.warning("the model that training ends with is dense: its neurons were not split yet")
         announce(args, state, f"training ends with {describe(model)}")
 
     # ---- what the events do
 
-    def resume(self, model: PreTrainedModel, state, timetable: Timetable) -> None:
+    def resume(self, model: MoefiedModel, state, timetable: Timetable) -> None:
         """Route as the checkpoint says that a run resumes from; its weights and optimizer are loaded already.
 
         Args:
@@ -265,14 +270,14 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             with preserve_random_state(args):
                 check_predictions(model, [batch for batch, _ in zip(batches, range(1), strict=False)])
 
-    def configured_share(self, model: PreTrainedModel) -> float:
+    def configured_share(self, model: MoefiedModel) -> float:
         """Return the average share of experts that the config's budget computes, in (0, 1]."""
         experts = [site.act.num_experts for site in model.moe_sites()]
         ks = per_layer("k", self.config.k, len(experts))
         counts = [count_experts(k, e, self.config.shared_experts) for k, e in zip(ks, experts, strict=True)]
         return sum(counts) / sum(experts)
 
-    def select(self, model: PreTrainedModel, share: float | str) -> None:
+    def select(self, model: MoefiedModel, share: float | str) -> None:
         """Select a share of the experts, on average.
 
         Args:
@@ -289,7 +294,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             model.set_selection(**selection)
 
 
-def describe(model: PreTrainedModel) -> str:
+def describe(model: MoefiedModel) -> str:
     """Return a line that says how many experts each FFN computes."""
     counts = [f"{site.act.k:.3g} of {site.act.num_experts}" for site in model.moe_sites()]
     return f"experts per FFN: {', '.join(dict.fromkeys(counts))}"

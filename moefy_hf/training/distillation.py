@@ -53,7 +53,7 @@ class DistillationCallback(ExtraLossCallback):
         self.teacher_outputs: list[torch.Tensor] = []
         self.autocast: Any = contextlib.nullcontext
 
-    def on_train_begin(self, args, state, control, model, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.teacher.to(args.device).eval().requires_grad_(False)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
         self.autocast = lambda: torch.autocast(args.device.type, dtype, enabled=dtype is not None)

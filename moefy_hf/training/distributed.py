@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
-from transformers import PreTrainedModel
 
 from ..config import MoEficationConfig
 from ..conversion.budgets import COMPARING_PREDICTIONS
 from ..conversion.checks import check_predictions, check_profile
 from ..conversion.permute import moments, permute_neurons_
 from ..conversion.pipeline import find_experts_
+from ..loading import MoefiedModel
 from ..measure.profile import profile
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.section import ALL_EXPERTS, Section
@@ -30,7 +30,7 @@ class Split(NamedTuple):
 
 
 def split_everywhere_(
-    model: PreTrainedModel,
+    model: MoefiedModel,
     config: MoEficationConfig,
     batches: Iterable[Mapping[str, Any]],
     optimizer: torch.optim.Optimizer,
@@ -76,7 +76,7 @@ def split_everywhere_(
 
 
 def split_here_(
-    model: PreTrainedModel,
+    model: MoefiedModel,
     config: MoEficationConfig,
     batches: Iterable[Mapping[str, Any]],
     optimizer: torch.optim.Optimizer,
@@ -143,7 +143,7 @@ def check_optimizer(sites: Iterable[FfnSite], optimizer: torch.optim.Optimizer) 
     moments(trial, copied, name)
 
 
-def replace_section_(model: PreTrainedModel, section: Mapping[str, Any]) -> None:
+def replace_section_(model: MoefiedModel, section: Mapping[str, Any]) -> None:
     """Give a model's config another section, and route as that says."""
     Section(model.config).replace(section)
     model.set_selection()

@@ -90,11 +90,11 @@ class LearnedSelectionCallback(ExtraLossCallback):
 
     # ---- the Trainer's events
 
-    def on_init_end(self, args, state, control, model, **kwargs):
+    def on_init_end(self, args, state, control, model=None, **kwargs):
         refuse_sharded(args, SHARDED)
         RoutersInTraining(checked_sites(model)).set_(soft=False, trainable=True)  # so that the optimizer holds them
 
-    def on_train_begin(self, args, state, control, model, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         timetable, routers = Timetable(self.phases, state.max_steps), RoutersInTraining(checked_sites(model))
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if any(id(parameter) not in held for parameter in routers.parameters()):
@@ -107,7 +107,7 @@ class LearnedSelectionCallback(ExtraLossCallback):
         Section(unwrapped(model).config).forget(MEASURED_WITH_ROUTERS)  # as they were
         self.enter(args, state, model)
 
-    def on_step_begin(self, args, state, control, model, **kwargs):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
         if self.enter(args, state, model):
             announce(
                 args, state, f"routers are frozen; experts of routing weight {self.tau:g} or more run from here on"

@@ -52,7 +52,7 @@ class ExtraLossCallback(TrainerCallback):
         """
         raise NotImplementedError
 
-    def on_train_begin(self, args, state, control, model, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         if args.n_gpu > 1:
             raise MoefyError(f"{self.name} does not work with DataParallel: use torchrun, or one GPU")
         self.on_train_end(args, state, control)

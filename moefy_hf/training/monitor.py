@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..loading import MoefiedModel
 from ..measure.padding import real_tokens
 from ..modeling.ffn_sites import FfnSite
 
@@ -31,7 +32,7 @@ class RoutingMonitor:
         self.total_mass: dict[int, torch.Tensor] = {}
         self.hidden: dict[int, torch.Tensor] = {}
 
-    def attach(self, model: PreTrainedModel, active: bool = True) -> None:
+    def attach(self, model: MoefiedModel, active: bool = True) -> None:
         """Watch a model from here on, instead of the one before.
 
         Args:
