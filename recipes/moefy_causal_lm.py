@@ -25,8 +25,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from moefy_hf import MoEficationConfig, export
 from moefy_hf.conversion.checks import check_convertible
-from moefy_hf.exporters.export import check_expressible, choose_target
-from moefy_hf.exporters.formats import TARGETS
+from moefy_hf.exporters.export import check_expressible, choose_format
 from moefy_hf.recipes import arguments as of
 from moefy_hf.recipes.data import CollatedBatches, load_tokenizer
 from moefy_hf.recipes.inputs import resolve
@@ -148,12 +147,12 @@ def serve(run: ProseRun) -> None:
     """Export the converted model where an architecture computes exactly what it does; say so where none does."""
     model = AutoModelForCausalLM.from_pretrained(run.folder / "moefied", trust_remote_code=True)
     try:
-        target = choose_target(model, None)
+        target = choose_format(model, None)
         check_expressible(model, target)
     except ValueError as error:
         print(f"not exported: {error}")
         return
-    if target is not TARGETS["llama4"]:
+    if not target.exact:
         print(f"not exported: {target.architecture} would come close only (moefy export writes it)")
         return
     path = run.stages.run("served", lambda path: export(model, path, "llama4", tokenizer=run.processor))

@@ -159,6 +159,10 @@ def allocate_budgets_(
     Raises:
         MoefyError: the model is not MoEfied, `share` is out of range, `data` is empty, or `allocation` is none that is
             measured (the valid ones are listed).
+
+    Example:
+        >>> allocate_budgets_(model, batches, 0.3)  # k of each layer
+        [9, 14, 6, 9]
     """
     model = check_moefied(model)
     if allocation not in MEASURES:

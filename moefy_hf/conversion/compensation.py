@@ -14,8 +14,10 @@ from ..modeling.section import Section
 
 @torch.no_grad()
 def compensate_(model: PreTrainedModel, profile: ModelProfile, *, progress: bool = True) -> None:
-    """Give every neuron that does not run its mean, at the selection the model has now, in place (G-MoEfication,
-    section 3, with one difference: their means are over all tokens, which counts what selected experts add twice).
+    """Give every neuron that does not run its mean, at the selection the model has now, in place.
+
+    It is that of G-MoEfication, section 3, with one difference: their means are over all tokens, which counts twice
+    what selected experts add.
 
     With all experts selected nothing is compensated, and a model loaded as its dense self knows no means. For another
     budget, measure again.
@@ -26,6 +28,10 @@ def compensate_(model: PreTrainedModel, profile: ModelProfile, *, progress: bool
     Raises:
         MoefyError: the model is not MoEfied, or the profile is of another number of FFNs or has no sample. The model
             is unchanged then.
+
+    Example:
+        >>> with profile(model, batches) as sample:
+        ...     compensate_(model, sample)
     """
     model = check_moefied(model)
     sites = model.moe_sites()
@@ -40,8 +46,9 @@ def compensate_(model: PreTrainedModel, profile: ModelProfile, *, progress: bool
 
 
 def means_of_dropped(site: FfnSite, sample: FfnSample, read: FfnSample | None = None) -> torch.Tensor:
-    """(f,): the mean activation of each neuron over the tokens for which its expert does not run; 0 where it always
-    runs. `read` is of the FFN whose input the router reads, if that is another."""
+    """Return the mean activation (f,) of each neuron over the tokens for which its expert does not run.
+
+    It is 0 where the expert always runs. `read` is of the FFN whose input the router reads, if that is another."""
     routed, weights = site.act, site.weights()
     sums = torch.zeros(weights.down.shape[1], dtype=torch.float64)
     counts = torch.zeros(routed.num_experts, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """`moefy_`: a dense model becomes its MoEfied self, in place."""
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,8 +23,21 @@ logger = logging.get_logger("moefy_hf")
 
 @dataclass
 class ConversionReport:
-    """What a conversion did. `fits` is empty where no router could be measured (no calibration data); `base_model` is
-    the Hub id that the dense model was loaded by, if it was."""
+    """What a conversion did.
+
+    Attributes:
+        experts, expert_sizes: E and m of each FFN.
+        k: experts that a token computes in each FFN, on average; None where nobody has measured it.
+        calibration_tokens: that the dense model was profiled on.
+        sparsity: share of each FFN's neurons that are not active, over tokens and neurons.
+        fits: how well each router finds its experts; empty without calibration data.
+        seconds: that each step took.
+        base_model: the Hub id that the dense model was loaded by, if it was.
+
+    Example:
+        >>> report = moefy_(model, MoEficationConfig(k=0.25), batches)
+        >>> print(report.table())
+    """
 
     experts: list[int]
     expert_sizes: list[int]
@@ -39,7 +52,7 @@ class ConversionReport:
         return asdict(self)
 
     def table(self) -> str:
-        """A Markdown table, a line per FFN: sizes, budget, and how well its router finds the experts that matter."""
+        """Return a Markdown table, a line per FFN: sizes, budget, and how well its router finds the best experts."""
         lines = ["| FFN | experts | k | not active | captured | oracle | random |", "|---|---|---|---|---|---|---|"]
         for position, (experts, size, k) in enumerate(zip(self.experts, self.expert_sizes, self.k, strict=True)):
             cells = [str(position), f"{experts} of {size}", "?" if k is None else f"{k:.4g}"]
@@ -69,30 +82,22 @@ def moefy_(
     Raises:
         MoefyError: unsupported, already MoEfied, wrapped, adapted or sharded model, part of a larger one, settings
             that do not fit it, or missing, too little or not finite calibration data. The model is unchanged then.
+
+    Example:
+        >>> report = moefy_(model, MoEficationConfig(expert_size=32, k=0.2), batches)
+        >>> model.save_pretrained("my-moe")
     """
     config = config or MoEficationConfig()
     sites, sizes = check_convertible(model, config, calibration)
     config, base_model = with_allocation(config, model, calibration is not None), model.name_or_path or ""
     seconds: dict[str, float] = {}
-    with ExitStack() as stack:
-        dense = calibration if isinstance(calibration, ModelProfile) else None
-        if calibration is not None and not isinstance(calibration, ModelProfile):
-            tokens, layers = config.calibration_tokens, config.layers
-            try:
-                with timed(seconds, "profile"):
-                    dense = profile(model, calibration, max_tokens=tokens, layers=layers, progress=progress)
-                stack.enter_context(dense)
-            except NotFiniteError as error:
-                if config.needs():
-                    raise
-                logger.warning(f"converted without calibration, which nothing here needs: {error}")
+    with profile_of(model, calibration, config, seconds, progress) as dense:
         if dense is not None:
             check_profile(config, sites, sizes, dense)
             if config.allocation in COMPARING_PREDICTIONS:
                 check_predictions(model, dense.batches)
         experts = find_experts_(model, config, dense, progress=progress)
-        moefied = check_moefied(model)
-        moefied.set_selection(**config.selection_section())
+        (moefied := check_moefied(model)).set_selection(**config.selection_section())
         seconds |= experts.seconds
         if config.compensation and dense is not None:
             with timed(seconds, "compensation"):
@@ -107,3 +112,31 @@ def moefy_(
         seconds=seconds,
         base_model=base_model if is_hub_id(base_model) else None,
     )
+
+
+@contextmanager
+def profile_of(
+    model: PreTrainedModel,
+    calibration: Iterable[Mapping[str, Any]] | ModelProfile | None,
+    config: MoEficationConfig,
+    seconds: dict[str, float],
+    progress: bool,
+) -> Iterator[ModelProfile | None]:
+    """Give the profile that a conversion uses, and close it afterwards unless it is the caller's.
+
+    It is None without calibration data, and where that is not finite and nothing in `config.needs()` it.
+    """
+    if calibration is None or isinstance(calibration, ModelProfile):
+        yield calibration
+        return
+    dense = None
+    try:
+        with timed(seconds, "profile"):
+            tokens, layers = config.calibration_tokens, config.layers
+            dense = profile(model, calibration, max_tokens=tokens, layers=layers, progress=progress)
+    except NotFiniteError as error:
+        if config.needs():
+            raise
+        logger.warning(f"converted without calibration, which nothing here needs: {error}")
+    with dense or nullcontext():
+        yield dense

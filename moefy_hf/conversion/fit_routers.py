@@ -63,8 +63,9 @@ def fit_routers_(
     seed: int = 0,
     progress: bool = True,
 ) -> list[RouterFit]:
-    """Train every layer's router, in place, on the profile's sample; the best epoch by held-out captured share is
-    kept. What dynamic selections spend is measured anew where it was known.
+    """Train every layer's router, in place, on the profile's sample.
+
+    The best epoch by held-out captured share is kept. What thresholds compute is measured anew where it was known.
 
     Routers that are not trainable ("analytic", "similarity", ...) are measured only.
 
@@ -75,6 +76,10 @@ def fit_routers_(
     Raises:
         MoefyError: the model is not MoEfied; or the profile belongs to another number of FFNs, has no sample, or holds
             too few tokens (says how many are needed), or other tokens of layers that one router scores for.
+
+    Example:
+        >>> with profile(model, batches) as sample:
+        ...     fits = fit_routers_(model, sample, epochs=20)
     """
     model = check_moefied(model)
     sites = model.moe_sites()

@@ -29,8 +29,9 @@ def reroute_(
     seed: int = 0,
     progress: bool = True,
 ) -> list[RouterFit]:
-    """Replace all routers of a MoEfied model, in place, by ones of another kind; the experts stay what they are, but
-    for their order where one router is to choose for all layers.
+    """Replace all routers of a MoEfied model, in place, by ones of another kind.
+
+    The experts stay what they are, but for their order where one router is to choose for all layers.
 
     What was measured with the old ones (what dynamic selections spend, sensitivity, means of dropped experts) is
     forgotten.
@@ -50,6 +51,10 @@ def reroute_(
             is fitted and no profile or one that is too small, one router for layers with different numbers of experts
             or with code that came with a checkpoint, or a selection that depends on what was measured. The model is
             unchanged then.
+
+    Example:
+        >>> with profile(model, batches) as sample:
+        ...     fits = reroute_(model, "low_rank", sample, settings={"rank": 64})
     """
     model = check_moefied(model)
     check_reroutable(model, router, profile, settings)

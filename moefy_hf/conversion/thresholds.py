@@ -41,6 +41,10 @@ def calibrate_thresholds_(
     Raises:
         MoefyError: the model is not MoEfied, an unknown selection (the valid ones are listed) or one that is not
             dynamic, no data, or a profile of other FFNs or without a sample.
+
+    Example:
+        >>> calibrate_thresholds_(model, batches, ["threshold"])
+        >>> model.set_selection(type="threshold", k=0.25)
     """
     model = check_moefied(model)
     dynamic = {name: cls for name, cls in SELECTIONS.items() if issubclass(cls, Dynamic)}

@@ -47,6 +47,10 @@ class Sweep:
         rows: one per point, the dense model first; see `evaluate`.
         facts: "quality", the name of the figure in `rows` that is compared; "positions" it was measured on; "router",
             "dtype", and "flops_per_token" of the dense model.
+
+    Example:
+        >>> sweep = Sweep.load("sweep.json")
+        >>> print(sweep.table())
     """
 
     rows: list[dict[str, Any]]

@@ -28,8 +28,6 @@ def export(
 ) -> Path:
     """Write what `model` computes at the budget it has, for engines that know nothing of MoEfication.
 
-        moefy_hf.export(model, "served", to="mixtral", tokenizer=tokenizer)
-
     Args:
         model: MoEfied, with a linear router, `top_k` and one k for all layers.
         output_dir: must not exist, or be empty.
@@ -45,6 +43,9 @@ def export(
     Raises:
         MoefyError: the model is not MoEfied, or the format cannot express it; says why, and which conversion could be.
         FileExistsError: there is something in output_dir.
+
+    Example:
+        >>> export(model, "served", to="mixtral", tokenizer=tokenizer)
     """
     output_dir = Path(output_dir)
     model = check_moefied(model)

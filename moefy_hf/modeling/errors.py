@@ -2,4 +2,11 @@
 
 
 class MoefyError(ValueError):
-    """Something about the input is wrong, and the message says what would do."""
+    """Something about the input is wrong, and the message says what would do.
+
+    Example:
+        >>> try:
+        ...     model.set_selection(k=1.5)
+        ... except MoefyError as error:
+        ...     print(error)
+    """
