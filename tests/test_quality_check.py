@@ -141,7 +141,7 @@ def test_the_command_refuses_what_is_of_no_use(tmp_path, capsys, caplog):
             rows = torch.cat([rows, model(rows).logits[:, -1].argmax(-1, keepdim=True)], 1)
     text = "\n".join(" ".join(map(str, row)) for row in rows.tolist()).replace(" 2 ", " 3 ")
     (tmp_path / "texts.txt").write_text(text)
-    place = ["convert", str(tmp_path / "dense"), str(tmp_path / "moe"), "--texts", str(tmp_path / "texts.txt")]
+    place = ["convert", str(tmp_path / "dense"), str(tmp_path / "moe"), "--data", str(tmp_path / "texts.txt")]
     settings = [
         "--splitter",
         "random",

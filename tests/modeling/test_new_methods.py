@@ -60,7 +60,9 @@ def router(request, monkeypatch) -> str:
 
 def moefied(router: str, selection: dict | None = None):
     model, batches = tiny_model("llama-without-biases", CAUSAL), text_batches(8, labels="causal")
-    config = MoEficationConfig(expert_size=8, router=router, selection=selection or TOP_2)
+    config = MoEficationConfig(
+        expert_size=8, splitter="parameter_clustering", router=router, selection=selection or TOP_2
+    )
     moefy_(model, config, batches, progress=False)
     return model.requires_grad_(False).eval()
 
