@@ -200,7 +200,6 @@ def test_turns():
         (["--output", "no/such/file.json"], "there is no folder for no/such/file.json"),
         (["--output", "."], r"\. cannot be written"),
         (["--output", "figures.xml"], "--output writes .json or .csv, got figures.xml"),
-        (["--csv", "a.csv"], "--csv is --data .of texts. or --output"),
         (["--plot", "speed.xyz"], "--plot draws .png, .pdf, .svg, got speed.xyz"),
         (["no/such/checkpoint"], "no/such/checkpoint"),
         (["nothing-here", "--preset", "minilm"], "give a preset .* or a MoEfied checkpoint"),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from moefy_hf import MoEficationConfig, Sweep
 from moefy_hf.cli import convert as convert_command
-from moefy_hf.cli.main import COMMANDS, main, parser
+from moefy_hf.cli.main import COMMANDS, main, parser, renamed
 from moefy_hf.data import read_labelled
 from moefy_hf.hub.facts import read_facts
 from moefy_hf.loading import load
@@ -181,6 +181,15 @@ def test_a_file_of_settings(dense, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             main(["convert", str(dense / "dense"), str(tmp_path / "other"), "--config", str(file), *texts])
         assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_flags_of_version_0_1_still_work_and_say_so(dense, copy, capsys):
+    old = ["--texts", str(dense / "texts.txt"), "--shares=0.5", "--controls", "--json"]
+    main(["sweep", str(copy), *old])
+    out, error = capsys.readouterr()
+    assert [row.get("k") for row in json.loads(out[out.index("{") :])["rows"]] == [None, 0.5]
+    assert "moefy: --texts is --data now\nmoefy: --shares is --k now\n" in error
+    assert renamed(["bench", "--csv", "a.csv", "--expert-size=8"]) == ["bench", "--output", "a.csv", "--expert_size=8"]
 
 
 def test_convert_without_data(dense, tmp_path, capsys):
@@ -360,8 +369,6 @@ def test_export(moe, tmp_path, capsys):
         (["profile", "{dense}", "--data", "{tmp}/none.txt"], "none.txt is no file"),
         (["sweep", "{dense}", "--data", "{texts}"], "is not MoEfied: moefy convert"),
         (["sweep", "{dense}"], "required: --data"),
-        (["sweep", "{dense}", "--texts", "{texts}"], "--texts is --data now"),
-        (["sweep", "{dense}", "--data", "{texts}", "--shares=0.5"], "--shares is --k now"),
         (["convert", "{dense}", "{tmp}/out", "--config", "{tmp}/none.yaml"], "there is no such file"),
         (["export", "{dense}", "{dense}"], "exists: choose another"),
         (["sweep", "{dense}", "--data", "{texts}", "--output", "{tmp}/no/a.json"], "there is no folder for .*a.json"),

@@ -25,9 +25,9 @@ COMMANDS = {  # in the order of work: where its arguments are, which take torch 
     ),
     "kernels": ("kernels:add_arguments", "The compiled kernel of this machine's CPU."),
 }
-RENAMED = {  # flag of version 0.1 -> what it is now
+RENAMED = {  # flag of version 0.1 -> what it is now; gone with the release after the next
     "--texts": "--data",
-    "--csv": "--data (of texts) or --output (of figures)",
+    "--csv": "--data",
     "--calibration_texts": "--calibration",
     "--shares": "--k",
     "--share": "--k",
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: the command and its arguments; by default those of the process.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = renamed(sys.argv[1:] if arguments is None else arguments)
     args = parser(arguments).parse_args(arguments)
     try:
         result = args.run(args)
@@ -74,6 +74,18 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"moefy {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     print(json.dumps(result, indent=1) if args.json else args.show(result))
+
+
+def renamed(arguments: list[str]) -> list[str]:
+    """Return the arguments with flags of version 0.1 as they are now, and say so."""
+    flags = RENAMED | ({"--csv": "--output"} if "bench" in arguments[:1] else {})
+    words = []
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        if flag in flags:
+            print(f"moefy: {flag} is {flags[flag]} now", file=sys.stderr)
+        words.append(flags.get(flag, flag) + equals + value)
+    return words
 
 
 def parser(arguments: list[str]) -> argparse.ArgumentParser:
@@ -90,9 +102,6 @@ def parser(arguments: list[str]) -> argparse.ArgumentParser:
     for command, (home, description) in COMMANDS.items():
         added = commands.add_parser(command, help=description, description=description, allow_abbrev=False)
         if command == name:
-            for flag in (word.partition("=")[0] for word in arguments):
-                if flag in RENAMED:
-                    added.error(f"{flag} is {RENAMED[flag]} now")
             module, _, add = home.partition(":")
             vars(importlib.import_module(f".{module}", __package__))[add](added)
     return top

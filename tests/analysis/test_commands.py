@@ -106,7 +106,6 @@ def test_facts_of_an_analysis(folder):
         (["prune", "{moe}", "{new}", "--count", "1", "--ranking", "{other}"], "ranks other experts"),
         (["prune", "{moe}", "{new}", "--count", "1", "--ranking", "{new}"], "is no file that moefy ablate wrote"),
         (["ablate", "{moe}", "--data", "{csv}", "--topic", "LABEL_1", "--other", "{csv}"], "leave out --other"),
-        (["ablate", "{moe}", "--csv", "{csv}"], "--csv is --data"),
         (["analyze", "{moe}", "--data", "{csv}", "--output", "{csv}"], "is a file: name a folder"),
         (["analyze", "{moe}", "--data", "{csv}x", "--output", "{new}"], "is no file"),
         (["prune", "{moe}", "{new}", "--count", "2"], "give --ranking"),
