@@ -36,7 +36,7 @@ _HOMES = {  # public name -> the module that has it, imported when the name is f
     "SPLITTERS": "splitters",
     "Sweep": "evaluation.sweep",
 }
-_OLD = {  # public name of version 0.1 -> its module and name now; gone with the release after the next
+_OLD = {  # public name of version 0.1 -> its module and name now; gone with the next release
     "add_facts": ("hub.facts", "add_facts"),
     "allocate_budgets": ("conversion.budgets", "allocate_budgets_"),
     "find_sites": ("modeling.ffn_sites", "find_sites"),

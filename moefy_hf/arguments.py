@@ -67,7 +67,7 @@ def default_of(field: Field) -> Any:
     return field.default_factory()
 
 
-def add_arguments(parser: ArgumentParser, cls: type, leave_out: tuple[str, ...] = ()) -> None:
+def add_arguments(parser: ArgumentParser, cls: type, leave_out: tuple[str, ...] = (), *, flags: bool = False) -> None:
     """Give a parser one argument for each field of a dataclass whose fields have `about` as metadata.
 
     What a command line does not say is absent from the parsed namespace: `given` finds the rest.
@@ -78,11 +78,14 @@ def add_arguments(parser: ArgumentParser, cls: type, leave_out: tuple[str, ...] 
             default = default_of(field)
             shown = "" if default is None or default == {} else f" (default: {default})"
             made = {key: value for key, value in field.metadata["argparse"].items() if value is not None}
-            if field.metadata["parse"] is switch:
-                made |= {"nargs": "?", "const": True}
-            text = (field.metadata["help"] + shown).replace("%", "%%")
-            names, parse = [f"--{field.name}"], field.metadata["parse"]
-            group.add_argument(*names, type=parse, default=argparse.SUPPRESS, help=text, **made)
+            made |= {"default": argparse.SUPPRESS, "help": (field.metadata["help"] + shown).replace("%", "%%")}
+            if field.metadata["parse"] is switch and flags:
+                made = {"default": argparse.SUPPRESS, "help": made["help"], "action": "store_true"}
+            elif field.metadata["parse"] is switch:
+                made |= {"type": switch, "nargs": "?", "const": True}
+            else:
+                made["type"] = field.metadata["parse"]
+            group.add_argument(f"--{field.name}", **made)
 
 
 def given(args: Namespace, cls: type) -> dict[str, Any]:
@@ -99,6 +102,8 @@ def as_words(settings: Mapping[str, Any]) -> list[str]:
     for name, value in settings.items():
         if isinstance(value, dict):
             value = [f"{key}={number}" for key, number in value.items()]
+        if value == []:  # which is the default, where it is allowed
+            continue
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
 
@@ -113,7 +118,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise MoefyError(f"--config {path}: there is no such file")
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MoefyError(f"--config {path} is no YAML: {error}") from None
     if not isinstance(settings, dict):
         raise MoefyError(f"--config {path} must hold NAME: VALUE lines")

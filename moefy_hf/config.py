@@ -1,7 +1,7 @@
 """`MoEficationConfig`: what a conversion is told to do; stored in the model's config.json under "moefication"."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from .splitters import SPLITTERS
 AUTO = "auto"  # an allocation that depends on the model and on whether there is data
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MoEficationConfig:
     """Settings of a conversion; the same for Python, `moefy convert` and the recipes.
 
@@ -165,6 +165,18 @@ class MoEficationConfig:
     def with_allocation(self, allocation: str) -> "MoEficationConfig":
         """Return these settings with "auto" decided."""
         return replace(self, allocation=allocation) if self.allocation == AUTO and self.threshold is None else self
+
+
+def overrule(settings: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Return settings without those that others overrule which were given later: sizes by sizes, budgets by budgets.
+
+    Args:
+        settings: of a file and, over them, of a command line.
+        given: names that the command line has.
+    """
+    pairs = (("num_experts", "expert_size"), ("threshold", "k"))
+    gone = {loser for loser, winner in pairs if winner in given and loser not in given}
+    return {name: value for name, value in settings.items() if name not in gone}
 
 
 SETTINGS = tuple(each.name for each in fields(MoEficationConfig))

@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .errors import NotMoefied, UnsupportedModel
+from .errors import MoefyError, NotMoefied, UnsupportedModel
 from .modeling.ffn_layouts import SPECS
 from .modeling.ffn_sites import FfnSite
 from .modeling.moefied import MoefiedMixin, is_moefied, model_type_of
@@ -142,7 +142,13 @@ def load(name: str | Path, revision: str = "main", *, head: str | None = None, *
         >>> model.set_selection(k=0.3)
     """
     config = read_config(name, revision)
-    return checkpoint_class(config, head).from_pretrained(name, revision=revision, **kwargs)
+    cls = checkpoint_class(config, head)
+    try:
+        return cls.from_pretrained(name, revision=revision, **kwargs)
+    except MoefyError:
+        raise
+    except ValueError as error:  # transformers', in whatever words
+        raise UnsupportedModel(f"{name} cannot be loaded: {error}") from error
 
 
 def check_moefied(model: PreTrainedModel) -> MoefiedModel:

@@ -426,6 +426,15 @@ def test_flags_mean_the_same_in_every_command(name):
     assert places[:1] in (["model"], ["word"]) and ("output" not in places or places[-1] == "output")
 
 
+def test_the_command_line_overrules_a_file(tmp_path):
+    (tmp_path / "settings.yaml").write_text("num_experts: 4\nselection: threshold\nthreshold: 0.9\nlayers: []\n")
+    words = ["convert", "--compensation", "model", "output", "--config", str(tmp_path / "settings.yaml")]
+    args = parser(words).parse_args([*words, "--expert_size", "8", "--k", "0.3"])
+    config = convert_command.config_of(args)
+    assert (config.num_experts, config.expert_size, config.compensation) == (None, 8, True)
+    assert config.section()["selection"] == {"type": "threshold", "k": 0.3}
+
+
 def test_defaults_are_those_of_the_config():
     args = parser(["convert"]).parse_args(["convert", "model", "output"])
     assert convert_command.config_of(args) == MoEficationConfig()

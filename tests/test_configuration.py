@@ -8,6 +8,7 @@ import pytest
 
 from moefy_hf import MoEficationConfig
 from moefy_hf.arguments import add_arguments, default_of, given
+from moefy_hf.config import overrule
 from moefy_hf.modeling.budget_allocation import ALLOCATIONS
 from moefy_hf.modeling.routers import ROUTERS
 from moefy_hf.modeling.section import FORMAT_VERSION
@@ -37,6 +38,29 @@ def test_section_and_instances_share_nothing():
     section["selection"]["allocation"] = "uniform"
     section["selection"]["k"][0] = 7
     assert (a.k, a.allocation) == ([1, 2], "auto")
+
+
+def test_settings_have_names():
+    with pytest.raises(TypeError):
+        MoEficationConfig(64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "left"),
+    [
+        ({"num_experts": 64, "expert_size": 16}, {"expert_size"}, {"expert_size": 16}),
+        (
+            {"num_experts": 64, "expert_size": 16},
+            {"num_experts", "expert_size"},
+            {"num_experts": 64, "expert_size": 16},
+        ),
+        ({"threshold": 0.9, "k": 0.3}, {"k"}, {"k": 0.3}),
+        ({"threshold": 0.9, "k": 0.3}, {"threshold"}, {"threshold": 0.9, "k": 0.3}),
+        ({"num_experts": 64, "k": 0.3}, {"k"}, {"num_experts": 64, "k": 0.3}),
+    ],
+)
+def test_what_is_said_later_overrules(settings, given, left):
+    assert overrule(settings, given) == left
 
 
 def test_number_of_experts_wins_over_their_size():

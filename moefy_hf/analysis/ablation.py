@@ -237,7 +237,10 @@ def read_ablation(path: str | Path, *parts: str) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise MoefyError(f"{path} is no file that moefy ablate wrote")
-    ablation = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        ablation = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # another encoding, or no JSON
+        raise MoefyError(f"{path} is no file that moefy ablate wrote: {error}") from error
     missing = [part for part in parts if not isinstance(ablation, dict) or part not in ablation]
     if missing:
         raise MoefyError(f"{path} is not what moefy ablate writes: it has no {missing[0]!r}")

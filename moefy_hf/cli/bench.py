@@ -33,7 +33,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rounds", type=int, default=40, help="timings of each method, at most (default: 40)")
     command.add_argument("--seconds", type=float, help="then no more than 5 rounds (default: 20 a size, 300 a model)")
     figures = "files that get the figures: .json, .csv"
-    command.add_argument("--output", metavar="FILE", nargs="+", default=[], help=figures)
+    command.add_argument("--output", metavar="FILE", nargs="+", action="extend", default=[], help=figures)
     command.add_argument("--plot", metavar="FILE", help="picture of the speed-up against tokens (needs matplotlib)")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=run_bench, show=show_table)

@@ -163,8 +163,16 @@ def text_batches(
 
 
 def load_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
-    """Load MODEL's tokenizer."""
-    return AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+    """Load MODEL's tokenizer.
+
+    Raises:
+        MoefyError: transformers cannot make it.
+        OSError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+    except ValueError as error:
+        raise MoefyError(f"the tokenizer of {args.model} cannot be loaded: {error}") from error
 
 
 def save_beside(args: Namespace, model: PreTrainedModel, folder: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..arguments import add_arguments as add_settings
 from ..arguments import as_words, given, positive, read_yaml
-from ..config import SETTINGS, MoEficationConfig
+from ..config import SETTINGS, MoEficationConfig, overrule
 from ..conversion.checks import check_convertible
 from ..conversion.convert import moefy_
 from ..data import TextBatches, read_texts, split_off
@@ -44,7 +44,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max_length", type=positive, default=256, help="tokens of a text (default: 256)")
     command.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below, or a recipe's")
     command.add_argument("--force", action="store_true", help="write the model even if it is of no use as it is")
-    add_settings(command, MoEficationConfig)
+    add_settings(command, MoEficationConfig, flags=True)
 
 
 def config_of(args: Namespace) -> MoEficationConfig:
@@ -62,7 +62,8 @@ def config_of(args: Namespace) -> MoEficationConfig:
     from_file = given(parser.parse_args(as_words(conversion)), MoEficationConfig)
     if unread := sorted(settings.keys() - {*SETTINGS}):
         logger.warning(f"of {args.config}, recipes alone read {', '.join(unread)}")
-    return MoEficationConfig(**from_file | given(args, MoEficationConfig))
+    said = given(args, MoEficationConfig)
+    return MoEficationConfig(**overrule(from_file | said, said.keys()))
 
 
 def names_of_recipes() -> set[str]:

@@ -25,7 +25,7 @@ COMMANDS = {  # in the order of work: where its arguments are, which take torch 
     ),
     "kernels": ("kernels:add_arguments", "The compiled kernel of this machine's CPU."),
 }
-RENAMED = {  # flag of version 0.1 -> what it is now; gone with the release after the next
+RENAMED = {  # flag of version 0.1 -> what it is now; gone with the next release
     "--texts": "--data",
     "--csv": "--data",
     "--calibration_texts": "--calibration",

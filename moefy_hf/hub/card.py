@@ -160,7 +160,10 @@ def moefied_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise MoefyError(f"{folder} holds no checkpoint: there is no config.json")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MoefyError(f"{path} cannot be read: {error}") from error
     if Section.of(config) is None:
         raise NotMoefied(f"{folder} holds a checkpoint that is not MoEfied")
     return config

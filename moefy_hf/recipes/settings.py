@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..arguments import add_arguments, as_words, given, read_yaml
-from ..config import AUTO, MoEficationConfig
+from ..config import AUTO, MoEficationConfig, overrule
 from ..errors import MoefyError
 from ..evaluation.controls import check_control
 from ..hub.push import check_repository
@@ -92,6 +92,7 @@ def parse(
         first += ["--use_cpu", "true"]  # bf16 training on a CPU must be asked for
     parts = list(parser.parse_args_into_dataclasses([*first, *from_files, *words]))
     said = given(parts.pop(), MoEficationConfig) if isinstance(parts[-1], argparse.Namespace) else {}
+    said = overrule(said, {word.partition("=")[0].removeprefix("--") for word in words})
     said["router_settings"] = dict(said.get("router_settings", {}))
     arguments = Arguments(parts)
     if trains:

@@ -105,6 +105,7 @@ def test_facts_of_an_analysis(folder):
         (["analyze", "{moe}", "--data", "{csv}", "--output", "{new}", "--removal", "{other}"], "it has no 'title'"),
         (["prune", "{moe}", "{new}", "--count", "1", "--ranking", "{other}"], "ranks other experts"),
         (["prune", "{moe}", "{new}", "--count", "1", "--ranking", "{new}"], "is no file that moefy ablate wrote"),
+        (["prune", "{moe}", "{new}", "--count", "1", "--ranking", "{csv}"], "is no file that moefy ablate wrote"),
         (["ablate", "{moe}", "--data", "{csv}", "--topic", "LABEL_1", "--other", "{csv}"], "leave out --other"),
         (["analyze", "{moe}", "--data", "{csv}", "--output", "{csv}"], "is a file: name a folder"),
         (["analyze", "{moe}", "--data", "{csv}x", "--output", "{new}"], "is no file"),
