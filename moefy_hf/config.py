@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .arguments import about, name_and_number, positive, share_or_count, switch
@@ -161,10 +161,6 @@ class MoEficationConfig:
             "compensation": self.compensation,
         }
         return [what for what, learns in uses.items() if learns]
-
-    def with_allocation(self, allocation: str) -> "MoEficationConfig":
-        """Return these settings with "auto" decided."""
-        return replace(self, allocation=allocation) if self.allocation == AUTO and self.threshold is None else self
 
 
 def overrule(settings: dict[str, Any], given: Collection[str]) -> dict[str, Any]:

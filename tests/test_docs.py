@@ -48,7 +48,8 @@ COMMANDS = [(named(page), command) for page in PAGES for command in commands(pag
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda value: value)
 def test_commands_have_the_flags_that_they_use(page, command):
     arguments = shlex.split(command)[1:]
-    parser(arguments).parse_args(arguments)
+    args = parser(arguments).parse_args(arguments)  # ends the process where a flag is unknown
+    assert args.command == arguments[0] and callable(args.run)
 
 
 def test_pages_have_commands():

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -205,11 +206,11 @@ def _headless(model: PreTrainedModel) -> bool:
 
 def with_allocation(config: MoEficationConfig, model: PreTrainedModel, data: bool) -> MoEficationConfig:
     """Return the settings with allocation "auto" decided: by sensitivity where there is data and a head."""
-    if config.allocation != AUTO:
+    if config.allocation != AUTO or config.threshold is not None:
         return config
     if not data or isinstance(config.k, list | tuple):
-        return config.with_allocation("uniform")
+        return replace(config, allocation="uniform")
     if _headless(model):
         logger.warning_once(f"{type(model).__name__} predicts nothing to measure sensitivity by: budgets are uniform")
-        return config.with_allocation("uniform")
-    return config.with_allocation("sensitivity")
+        return replace(config, allocation="uniform")
+    return replace(config, allocation="sensitivity")
