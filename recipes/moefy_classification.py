@@ -70,7 +70,7 @@ def begin(arguments: Arguments, plan: Plan | None = None) -> Run:
         ValueError: bad settings or data, or results of other settings in the output directory.
     """
     metrics = arguments[of.MetricArguments]
-    metrics.metrics = {(): ["accuracy"], ("none",): []}.get(tuple(metrics.metrics), metrics.metrics)
+    metrics.choose("accuracy")
     training = arguments[TrainingArguments]
     check(arguments)
     plan, redo = plan or training_plan(arguments), arguments[of.OutputArguments].redo

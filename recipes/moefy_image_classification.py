@@ -76,7 +76,7 @@ def begin(arguments: Arguments) -> Run:
         ValueError: bad settings or data, or results of other settings in the output directory.
     """
     metrics, training = arguments[of.MetricArguments], arguments[TrainingArguments]
-    metrics.metrics = {(): ["accuracy"], ("none",): []}.get(tuple(metrics.metrics), metrics.metrics)
+    metrics.choose("accuracy")
     check(arguments)
     plan, redo = training_plan(arguments), arguments[of.OutputArguments].redo
     stages = Stages(training.output_dir, plan, arguments, redo)

@@ -81,7 +81,7 @@ def begin(arguments: Arguments) -> Run:
         ValueError: bad settings or data, or results of other settings in the output directory.
     """
     metrics, training = arguments[of.MetricArguments], arguments[Seq2SeqTrainingArguments]
-    metrics.metrics = {(): ["exact_match"], ("none",): []}.get(tuple(metrics.metrics), metrics.metrics)
+    metrics.choose("exact_match")
     check(arguments)
     plan, redo = training_plan(arguments), arguments[of.OutputArguments].redo
     stages = Stages(training.output_dir, plan, arguments, redo)

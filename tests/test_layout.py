@@ -23,8 +23,8 @@ FLOORS = [  # from the ground up: a room uses those below it
     {"conversion"},
     {"evaluation", "training"},
     {"hub"},
-    {"recipes"},
     {"bench"},
+    {"recipes"},
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

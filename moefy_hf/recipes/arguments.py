@@ -70,45 +70,44 @@ class ImageModelArguments:
 
 
 @dataclass
-class TextDataArguments:
-    """Labelled text."""
+class DatasetArguments:
+    """A data set with splits."""
 
     dataset_name: str = needed(DATASET)
     dataset_config_name: str | None = about("configuration of a Hub dataset", None)
+    validation_split: str = about("name of the validation split", "validation")
+    test_split: str = about("name of the test split", "test")
+
+
+@dataclass
+class TextDataArguments(DatasetArguments):
+    """Labelled text."""
+
     text_column: str = about("column with the text", "text")
     label_column: str = about("column with the label", "label")
     max_seq_length: int = about("longer texts are cut to so many tokens", 128)
     max_train_samples: int | None = about("train on so many rows (seeded)", None)
     max_eval_samples: int | None = about("measure on so many rows of validation and test each (seeded)", None)
-    validation_split: str = about("name of the validation split", "validation")
-    test_split: str = about("name of the test split", "test")
 
 
 @dataclass
-class PairDataArguments:
+class PairDataArguments(DatasetArguments):
     """Pairs of texts."""
 
-    dataset_name: str = needed(DATASET)
-    dataset_config_name: str | None = about("configuration of a Hub dataset", None)
     source_column: str = about("column with the input", "text")
     target_column: str = about("column with the output, text", "label")
     source_prefix: str = about("put before every input", "")
     max_source_length: int = about("longer inputs are cut to so many tokens", 64)
     max_target_length: int = about("longer outputs are cut to so many tokens", 16)
-    validation_split: str = about("name of the validation split", "validation")
-    test_split: str = about("name of the test split", "test")
 
 
 @dataclass
-class ImageDataArguments:
+class ImageDataArguments(DatasetArguments):
     """Labelled images."""
 
-    dataset_name: str = needed(DATASET)
-    dataset_config_name: str | None = about("configuration of a Hub dataset", None)
     image_column: str = about("column with the image", "image")
     label_column: str = about("column with the label, a ClassLabel", "label")
     validation_split: str = about("name of the validation split; a tenth of train where there is none", "validation")
-    test_split: str = about("name of the test split", "test")
     max_train_samples: int | None = about("train on so many rows (seeded)", None)
 
 
@@ -165,6 +164,10 @@ class MetricArguments:
         "and exact_match come with this package and need no network; by default what suits the task; or none",
         [],
     )
+
+    def choose(self, default: str) -> None:
+        """Put the metric that suits the task where none was named, and nothing for "none"."""
+        self.metrics = {(): [default], ("none",): []}.get(tuple(self.metrics), self.metrics)
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """How long one batch takes: dense, MoEfied with masks, and MoEfied as fast as it runs here."""
 
-import os
-import platform
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -13,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..bench.timing import hardware
 from .arguments import TimingArguments
 from .stages import write_json
 from .steps import budgets
@@ -63,7 +62,7 @@ def milliseconds(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> floa
 def conditions(batches: list[dict[str, torch.Tensor]], model: PreTrainedModel) -> dict[str, Any]:
     """Return what times were measured on."""
     rows = median(next(iter(batch.values())).shape[0] for batch in batches)
-    device = f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    device = f"{hardware()}, {torch.get_num_threads()} threads"
     if model.device.type == "cuda":
         device = torch.cuda.get_device_name(model.device)
-    return {"batches": len(batches), "rows": rows, "device": device, "cores": os.cpu_count()}
+    return {"batches": len(batches), "rows": rows, "device": device}
