@@ -1,0 +1,226 @@
+"""Make up a small random batch on which a transformers model can be run, whatever its modality.
+
+The signature of the model's `forward` says which inputs there are, and its configuration says how large they have to
+be. Both leave questions open, such as which axis of a spectrogram is time. So a model is given one batch after the
+other, simple ones first, and the first on which it runs is returned.
+"""
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModel
+
+Batch = dict[str, torch.Tensor]
+MOST_TRIES = 24  # of one choice of inputs, which differ in their shapes
+SPECIAL = ("_token_id", "_token_ids", "_token_index", "_token_indices", "_id", "_ids")  # ends of names of special ids
+
+
+def made_up_batch(model: PreTrainedModel, *, tokens: int = 16, batch: int = 2, seed: int = 0) -> Batch:
+    """Make a random batch and return it, after `model` has run on it without an error.
+
+    Text is random ids without special tokens, and a model that takes text alone gets nothing else. Otherwise it gets
+    the input that its `main_input_name` says, then that with text, then all that can be made. The model's weights,
+    buffers, mode and the global random state stay as they are.
+
+    Args:
+        model: The model; the batch is on its device, and floating-point inputs have its dtype.
+        tokens: Length of texts, and of what becomes a sequence of about this length.
+        batch: Number of examples.
+        seed: Of the random inputs; the same seed makes the same batch.
+
+    Returns:
+        Inputs by their names in `forward`, such as `input_ids` (batch, tokens).
+
+    Raises:
+        UnsupportedModel: The model ran on none of the batches; the message says which, and why.
+
+    Example:
+        >>> batch = made_up_batch(AutoModel.from_pretrained("google-bert/bert-base-uncased"))
+        >>> batch["input_ids"].shape
+        torch.Size([2, 16])
+    """
+    failures: dict[str, str] = {}
+    for names in _choices(model):
+        for candidate in _batches(model, names, tokens, batch, seed):
+            error = _error_of(model, candidate)
+            if error is None:
+                return candidate
+            failures.setdefault(" + ".join(candidate), error)
+    tried = "; ".join(f"{inputs} ({error})" for inputs, error in failures.items()) or "nothing, for want of a rule"
+    raise UnsupportedModel(
+        f"no inputs could be made up for {type(model).__name__}, so give calibration batches; tried: {tried}"
+    )
+
+
+def _choices(model: PreTrainedModel) -> Iterator[list[str]]:
+    """Yield which inputs to try together, few first; every choice has the inputs without a default."""
+    parameters = inspect.signature(type(model).forward).parameters
+    required = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name != "self"
+    ]
+    main = model.main_input_name
+    mains = [main] if isinstance(main, str) else list(main)
+    text = [name for name in TEXT if name in parameters]
+    companions = [name for name in COMPANIONS if name in parameters]
+    everything = [name for name in INPUTS if name in parameters]
+    seen = []
+    for wanted in (text, mains, [*mains, *companions], [*mains, *text, *companions], everything):
+        names = list(dict.fromkeys([*required, *(name for name in wanted if name in INPUTS)]))
+        if "input_ids" in names and "attention_mask" in parameters:
+            names.append("attention_mask")
+        names = [name for name in INPUTS if name in names] if set(names) <= set(INPUTS) else []
+        if names and names not in seen:
+            seen.append(names)
+            yield names
+
+
+def _batches(model: PreTrainedModel, names: list[str], tokens: int, batch: int, seed: int) -> Iterator[Batch]:
+    """Yield batches of the named inputs, in all combinations of their possible shapes."""
+    sizes = _Sizes(model, tokens, batch, seed)
+    options = [INPUTS[name](sizes) for name in names]
+    for values in itertools.islice(itertools.product(*options), MOST_TRIES):
+        yield {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in zip(names, values, strict=True)
+        }
+
+
+@torch.no_grad()
+def _error_of(model: PreTrainedModel, batch: Batch) -> str | None:
+    """Return what goes wrong when the model is run in evaluation mode, in one line, or None."""
+    training = {module for module in model.modules() if module.training}
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            model.eval()(**batch)
+    except Exception as error:  # a model's code may raise anything about inputs that it was not made for
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+    finally:
+        for module in training:
+            module.training = True
+    return None
+
+
+class _Sizes:
+    """What the configuration and the weights say about the sizes of inputs, and random tensors of such sizes."""
+
+    def __init__(self, model: PreTrainedModel, tokens: int, batch: int, seed: int):
+        self.tokens, self.batch = tokens, batch
+        self.generator = torch.Generator().manual_seed(seed)
+        self.settings = list(_settings(model.config.to_dict()))
+        self.parameters = inspect.signature(type(model).forward).parameters
+        self.model_type = model.config.model_type
+        try:
+            embeddings = model.get_input_embeddings()
+        except (NotImplementedError, AttributeError):  # transformers has no other way to say that there are none
+            embeddings = None
+        self.vocabulary = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
+
+    def find(self, *names: str, part: str = "", default: Any = None) -> Any:
+        """Return a setting by the first of its names; it is sought in `part`, then anywhere."""
+        for within in (part, ""):
+            for name in names:
+                for path, key, value in self.settings:
+                    if key == name and within in path and value is not None:
+                        return value
+        return default
+
+    def noise(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def whole(self, high: int, *shape: int) -> torch.Tensor:
+        """Return whole numbers from 0 to below `high`."""
+        return torch.randint(high, shape, generator=self.generator)
+
+    def ids(self, vocabulary: int) -> torch.Tensor:
+        """Return (batch, tokens), ids of tokens that are not special."""
+        allowed = torch.ones(vocabulary, dtype=torch.bool)
+        for _, key, value in self.settings:
+            if key.endswith(SPECIAL):
+                for one in value if isinstance(value, list | tuple) else [value]:
+                    if type(one) is int and 0 <= one < vocabulary:
+                        allowed[one] = False
+        usable = allowed.nonzero().flatten()
+        return usable[self.whole(len(usable), self.batch, self.tokens)]
+
+    def texts(self) -> list[torch.Tensor]:
+        """Return ids, the same with an end at the end, and two choices for each example."""
+        vocabulary = self.vocabulary or self.find("vocab_size", part="text", default=100)
+        plain, end = self.ids(vocabulary), self.find("eos_token_id")
+        ended = plain.clone()
+        ended[:, -1] = end if type(end) is int else 0
+        return [plain, ended, torch.stack([plain, plain.flip(1)], 1)]
+
+    def image_sides(self) -> tuple[int, int]:
+        """Return height and width of an image; where the configuration has none, 64 pixels."""
+        size = self.find("image_size", "img_size", part="vision", default=64)
+        if isinstance(size, dict):
+            return size["height"], size["width"]
+        return (size, size) if isinstance(size, int) else (size[0], size[-1])
+
+    def images(self) -> list[torch.Tensor]:
+        """Return images in the forms that models take: flat patches, (B, C, H, W), or several images an example."""
+        channels = self.find("num_channels", "in_channels", "in_chans", part="vision", default=3)
+        channels = channels if isinstance(channels, int) else 3
+        if self.parameters.keys() & {"grid_thw", "image_grid_thw", "image_grid_hw", "spatial_shapes"}:
+            patch = self.find("patch_size", part="vision", default=16)
+            values = channels * patch**2
+            frames = self.find("temporal_patch_size", part="vision", default=1)
+            if "spatial_shapes" in self.parameters:
+                return [self.noise(self.batch, GRID**2, values)]
+            return [self.noise(self.batch * GRID**2, values * frames)]
+        image = self.noise(self.batch, channels, *self.image_sides())
+        frames = self.find("num_frames", "frames_per_clip", default=2)
+        return [image, image[:, None].repeat_interleave(frames, 1)]
+
+    def waves(self) -> list[torch.Tensor]:
+        """Return sound as waves (B, samples) or (B, 1, samples), or as spectra (B, frames, bins)."""
+        strides = self.find("conv_stride", "upsampling_ratios", "downsampling_ratios", default=[256])
+        wave = self.noise(self.batch, max(4096, math.prod(strides) * self.tokens))
+        bins = self.find("num_mel_bins", default=80)
+        return [wave, wave[:, None], self.noise(self.batch, self.find("max_length", default=self.tokens), bins)]
+
+    def spectra(self) -> list[torch.Tensor]:
+        """Return spectrograms, with time last or first."""
+        names = ("num_mel_bins", "input_feat_size", "feature_projection_input_dim", "input_dim", "feature_size")
+        bins = self.find(*names, part="audio", default=80)
+        positions = self.find("max_source_positions", part="audio", default=4 * self.tokens)
+        frames = min(2 * positions, 3000)
+        last, first = self.noise(self.batch, bins, frames), self.noise(self.batch, 8 * self.tokens, bins)
+        return [last, first]
+
+
+GRID = 4  # patches of an image in each direction, where a model takes any number
+
+
+def _settings(config: dict[str, Any], path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield (path of the part, name, value) of every setting, a part's own before those of its parts."""
+    parts = {key: value for key, value in config.items() if isinstance(value, dict)}
+    yield from ((path, key, value) for key, value in config.items() if key not in parts or "size" in key)
+    for key, value in parts.items():
+        if "label" not in key:
+            yield from _settings(value, f"{path}{key}.")
+
+
+Options = Callable[[_Sizes], list[torch.Tensor]]
+INPUTS: dict[str, Options] = {
+    "input_ids": _Sizes.texts,
+    "decoder_input_ids": lambda sizes: [sizes.ids(sizes.find("vocab_size", part="decoder", default=100))],
+    "pixel_values": _Sizes.images,
+    "input_values": _Sizes.waves,
+    "input_features": _Sizes.spectra,
+    "attention_mask": lambda sizes: [torch.ones(sizes.batch, sizes.tokens, dtype=torch.long)],
+}
+TEXT = ("input_ids", "decoder_input_ids")
+COMPANIONS = ("decoder_input_ids",)
