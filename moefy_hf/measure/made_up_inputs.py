@@ -69,18 +69,14 @@ def _choices(model: PreTrainedModel) -> Iterator[list[str]]:
         and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         and name != "self"
     ]
-    main = model.main_input_name
-    mains = [main] if isinstance(main, str) else list(main)
-    text = [name for name in TEXT if name in parameters]
-    companions = [name for name in COMPANIONS if name in parameters]
-    everything = [name for name in INPUTS if name in parameters]
-    seen = []
-    for wanted in (text, mains, [*mains, *companions], [*mains, *text, *companions], everything):
-        names = list(dict.fromkeys([*required, *(name for name in wanted if name in INPUTS)]))
-        if "input_ids" in names and "attention_mask" in parameters:
-            names.append("attention_mask")
-        names = [name for name in INPUTS if name in names] if set(names) <= set(INPUTS) else []
-        if names and names not in seen:
+    main = [model.main_input_name] if isinstance(model.main_input_name, str) else list(model.main_input_name)
+    seen: list[list[str]] = []
+    for wanted in (TEXT, main, [*main, "decoder_input_ids"], [*main, *TEXT], [*main, *TEXT, "bbox"], INPUTS):
+        names = [*required, *wanted]
+        for name in names:  # grows on the way: companions may have companions
+            names += [one for one in COMPANIONS.get(name, ()) if one not in names]
+        names = [name for name in parameters if name in names and (name in INPUTS or name in required)]
+        if names and names not in seen and set(names) <= INPUTS.keys():
             seen.append(names)
             yield names
 
@@ -173,35 +169,75 @@ class _Sizes:
         """Return images in the forms that models take: flat patches, (B, C, H, W), or several images an example."""
         channels = self.find("num_channels", "in_channels", "in_chans", part="vision", default=3)
         channels = channels if isinstance(channels, int) else 3
-        if self.parameters.keys() & {"grid_thw", "image_grid_thw", "image_grid_hw", "spatial_shapes"}:
-            patch = self.find("patch_size", part="vision", default=16)
-            values = channels * patch**2
-            frames = self.find("temporal_patch_size", part="vision", default=1)
-            if "spatial_shapes" in self.parameters:
-                return [self.noise(self.batch, GRID**2, values)]
-            return [self.noise(self.batch * GRID**2, values * frames)]
+        patch = self.find("patch_size", part="vision", default=16)
+        patch = patch if isinstance(patch, int) else patch[-1]
+        values = channels * patch**2 * self.find("temporal_patch_size", part="vision", default=1)
+        grids = self.parameters.keys() & {"grid_thw", "image_grid_thw", "image_grid_hw"}
+        flat = [self.noise(self.batch * GRID**2, values)] if grids else []
+        if self.parameters.keys() & {"spatial_shapes", "pixel_position_ids", "image_position_ids"}:
+            flat = [self.noise(self.batch, GRID**2, values)]
         image = self.noise(self.batch, channels, *self.image_sides())
-        frames = self.find("num_frames", "frames_per_clip", default=2)
-        return [image, image[:, None].repeat_interleave(frames, 1)]
+        frames = self.find("num_frames", "frames_per_clip", part="vision", default=2)
+        frames_first = image[:, None].repeat_interleave(frames, 1)
+        packed = [self.noise(self.batch * GRID**2, channels, patch, patch)] if grids else []
+        return [*flat, *packed, image, frames_first]
+
+    def videos(self) -> list[torch.Tensor]:
+        """Return (B, F, C, H, W)."""
+        return self.images()[-1:]
+
+    def grids(self, *grid: int) -> list[torch.Tensor]:
+        """Return one grid of patches for each example."""
+        return [torch.tensor([grid] * self.batch)]
 
     def waves(self) -> list[torch.Tensor]:
         """Return sound as waves (B, samples) or (B, 1, samples), or as spectra (B, frames, bins)."""
         strides = self.find("conv_stride", "upsampling_ratios", "downsampling_ratios", default=[256])
-        wave = self.noise(self.batch, max(4096, math.prod(strides) * self.tokens))
+        wave = self.noise(self.batch, max(7680, math.prod(strides) * self.tokens))
         bins = self.find("num_mel_bins", default=80)
         return [wave, wave[:, None], self.noise(self.batch, self.find("max_length", default=self.tokens), bins)]
 
+    def frames(self) -> int:
+        """Return how many frames a spectrogram has: all that positions of the encoder allow, at most 3000."""
+        return min(2 * self.find("max_source_positions", part="audio", default=4 * self.tokens), 3000)
+
     def spectra(self) -> list[torch.Tensor]:
         """Return spectrograms, with time last or first."""
-        names = ("num_mel_bins", "input_feat_size", "feature_projection_input_dim", "input_dim", "feature_size")
-        bins = self.find(*names, part="audio", default=80)
-        positions = self.find("max_source_positions", part="audio", default=4 * self.tokens)
-        frames = min(2 * positions, 3000)
-        last, first = self.noise(self.batch, bins, frames), self.noise(self.batch, 8 * self.tokens, bins)
-        return [last, first]
+        bins = self.find(*BINS, part="audio", default=80)
+        last = self.noise(self.batch, bins, self.frames())
+        return [last, last.transpose(1, 2).contiguous(), last[:, None].transpose(2, 3).contiguous()]
+
+    def vectors(self) -> list[torch.Tensor]:
+        """Return (B, tokens, hidden size)."""
+        size = self.find("hidden_size", "d_model", default=64)
+        return [self.noise(self.batch, self.tokens, size)]
+
+    def hidden_states(self) -> list[torch.Tensor]:
+        """Return what `forward` calls hidden states: patches in vision towers, else vectors."""
+        return self.images() if "grid_thw" in self.parameters else self.vectors()
+
+    def history(self) -> int:
+        """Return how many points of time a model of time series looks at."""
+        lags = self.find("lags_sequence", default=[0])
+        return self.find("context_length", default=self.tokens) + max(lags)
+
+    def series(self) -> list[torch.Tensor]:
+        """Return (B, history), (B, history, channels)."""
+        series = self.noise(self.batch, self.history(), self.find("num_input_channels", "input_size", default=1))
+        return [series[..., 0], series]
+
+    def per_step(self, *names: str, steps: int = 0) -> list[torch.Tensor]:
+        """Return (B, steps, size), by the first name of a size that the configuration has."""
+        return [self.noise(self.batch, steps or self.tokens, self.find(*names, default=1))]
+
+    def boxes(self) -> list[torch.Tensor]:
+        """Return (B, tokens, 4), boxes of tokens on a page: whole numbers for embeddings, or eight fractions."""
+        whole = self.whole(32, self.batch, self.tokens, 4).sort(-1).values
+        return [whole, whole.repeat(1, 1, 2) / 64]
 
 
 GRID = 4  # patches of an image in each direction, where a model takes any number
+BINS = ("num_mel_bins", "n_mel_bins", "input_feat_size", "feature_projection_input_dim", "input_dim", "feature_size")
 
 
 def _settings(config: dict[str, Any], path: str = "") -> Iterator[tuple[str, str, Any]]:
@@ -213,14 +249,61 @@ def _settings(config: dict[str, Any], path: str = "") -> Iterator[tuple[str, str
             yield from _settings(value, f"{path}{key}.")
 
 
-Options = Callable[[_Sizes], list[torch.Tensor]]
-INPUTS: dict[str, Options] = {
+def _ones(*names: str) -> Callable[[_Sizes], list[torch.Tensor]]:
+    """Return a maker of masks (B, size) without padding; the size is found by its method's name."""
+    return lambda sizes: [torch.ones(sizes.batch, getattr(sizes, name)(), dtype=torch.long) for name in names]
+
+
+INPUTS: dict[str, Callable[[_Sizes], list[torch.Tensor]]] = {
     "input_ids": _Sizes.texts,
     "decoder_input_ids": lambda sizes: [sizes.ids(sizes.find("vocab_size", part="decoder", default=100))],
+    "qformer_input_ids": lambda sizes: [sizes.ids(sizes.find("vocab_size", part="qformer", default=100))],
+    "attention_mask": lambda sizes: [torch.ones(sizes.batch, sizes.tokens, dtype=torch.long)],
+    "bbox": _Sizes.boxes,
     "pixel_values": _Sizes.images,
+    "pixel_values_videos": _Sizes.videos,
+    "hidden_states": _Sizes.hidden_states,
+    "grid_thw": lambda sizes: sizes.grids(1, GRID, GRID),
+    "image_grid_thw": lambda sizes: sizes.grids(1, GRID, GRID),
+    "image_grid_hw": lambda sizes: sizes.grids(GRID, GRID),
+    "spatial_shapes": lambda sizes: sizes.grids(GRID, GRID),
+    "target_sizes": lambda sizes: sizes.grids(GRID, GRID),
+    "image_sizes": lambda sizes: sizes.grids(*sizes.image_sides()),
+    "merge_sizes": lambda sizes: [torch.ones(sizes.batch, dtype=torch.long)],
+    "pixel_attention_mask": lambda sizes: [torch.ones(sizes.batch, GRID**2, dtype=torch.long)],
+    "pixel_position_ids": lambda sizes: [
+        torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID)).repeat(sizes.batch, 1, 1)
+    ],
     "input_values": _Sizes.waves,
     "input_features": _Sizes.spectra,
-    "attention_mask": lambda sizes: [torch.ones(sizes.batch, sizes.tokens, dtype=torch.long)],
+    "audio_mel": lambda sizes: sizes.spectra()[1:2],
+    "input_features_mask": lambda sizes: [torch.ones(sizes.batch, sizes.frames(), dtype=torch.bool)],
+    "audio_mel_mask": lambda sizes: [torch.zeros(sizes.batch, sizes.frames(), dtype=torch.bool)],
+    "query_embeds": _Sizes.vectors,
+    "inputs_embeds": _Sizes.vectors,
+    "inputs": _Sizes.vectors,
+    "context_hidden_states": _Sizes.vectors,
+    "noise_embeds": _Sizes.vectors,
+    "latents": lambda sizes: [sizes.vectors()[0].transpose(1, 2).contiguous(), sizes.vectors()[0]],
+    "past_values": _Sizes.series,
+    "past_observed_mask": lambda sizes: [torch.ones_like(series) for series in sizes.series()],
+    "past_time_features": lambda sizes: sizes.per_step("num_time_features", steps=sizes.history()),
+    "past_values_padding": lambda sizes: [torch.zeros(sizes.batch, sizes.history(), dtype=torch.long)],
+    "freq": lambda sizes: [torch.zeros(sizes.batch, 1, dtype=torch.long)],
+    "states": lambda sizes: sizes.per_step("state_dim"),
+    "actions": lambda sizes: sizes.per_step("act_dim"),
+    "rewards": lambda sizes: sizes.per_step("reward_dim"),
+    "returns_to_go": lambda sizes: sizes.per_step("return_dim"),
+    "timesteps": lambda sizes: [torch.arange(sizes.tokens).repeat(sizes.batch, 1)],
+    "visual_feats": lambda sizes: sizes.per_step("visual_feat_dim"),
+    "visual_pos": lambda sizes: sizes.per_step("visual_pos_dim"),
 }
 TEXT = ("input_ids", "decoder_input_ids")
-COMPANIONS = ("decoder_input_ids",)
+COMPANIONS = {  # what a model needs to make sense of another input, where its forward has it
+    "input_ids": ("attention_mask",),
+    "pixel_values": (
+        "grid_thw", "image_grid_thw", "image_grid_hw", "spatial_shapes", "target_sizes", "merge_sizes", "image_sizes",
+    ),
+    "spatial_shapes": ("pixel_attention_mask",),
+    "input_features": ("input_features_mask",),
+}  # fmt: skip

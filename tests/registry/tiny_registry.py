@@ -25,17 +25,19 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r"index_topk", 16),
     (r"(n|num)_filters$", 8),
     (r"num_latents", 16),
+    (r"num_pos_feats|coordinate_size|shape_size", HIDDEN // 2),
+    (r"projection_size|output_channels|groups$", HIDDEN),
     (r"d_latents", HIDDEN),
     (r"(period|interval|frequency|sliding_window_pattern)$", 2),
     (r"(layer|attn_layer|expert_layer)_offset$", 1),
     (r"vocab(_size)?(_per_layer_input)?$", VOCAB),
     (r"(max_position_embeddings|_positions|n_ctx|max_seq_len|max_len|context_length|position_embeddings?)$", POSITIONS),
     (r"(layers?|n_layers?|num_blocks|_depth|^depth)$", 2),
+    (r"(head_dim|head_size|d_kv|kv_channels|d_head|dim_head)$", HEAD_DIM),
     (r"(key_value|kv|key|group)_heads$", KV_HEADS),
     (r"(heads?|n_heads?)$", HEADS),
     (r"qk_head_dim$", 2 * HEAD_DIM),
     (r"rotary_dim$", HEAD_DIM // 2),
-    (r"(head_dim|head_size|d_kv|kv_channels|d_head|dim_head)$", HEAD_DIM),
     (r"rank$", HIDDEN // 2),
     (r"experts_per_tok|top_?k$|moe_k$|experts_per_token", 2),
     (r"topk_group$", 1),
@@ -62,8 +64,7 @@ DEPTH_NAMES = (
     "num_blocks", "num_decoder_layers", "encoder_num_layers",
 )  # fmt: skip
 ROPE = ("rope_parameters", "rope_scaling")
-MROPE = {2: [2, 2], 3: [2, 1, 1], 4: [1, 1, 1, 1]}  # they sum to half of HEAD_DIM
-STAGED = ("depths", "hidden_sizes", "embed_dims", "stem_channels", "stage_out_channels")  # widths per stage stay
+STAGED = re.compile(r"(depths|hidden_sizes|embed_dims?|_per_stage|channels|block_repeats)$")  # widths per stage stay
 
 # what the rule cannot know, by model type; a dot goes into a part of a configuration
 EXCEPTIONS: dict[str, dict[str, Any]] = {}
@@ -108,7 +109,7 @@ def _defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
 
 
 def _is_part(key: str, value: Any) -> bool:
-    return isinstance(value, dict) and (key.endswith("config") or "model_type" in value)
+    return isinstance(value, dict) and key != "per_layer_config" and (key.endswith("config") or "model_type" in value)
 
 
 def _large_ids(values: dict[str, Any]) -> Iterator[int]:
@@ -130,7 +131,7 @@ class _Part:
         self.values, self.ids = values, ids
         depths = [values[key] for key in DEPTH_NAMES if type(values.get(key)) is int]
         self.depth = depths[0] if depths else 0
-        self.staged = any(isinstance(values.get(key), (list, tuple)) for key in STAGED)
+        self.staged = any(STAGED.search(key) and isinstance(one, (list, tuple)) for key, one in values.items())
         self.kept = self._kept_layers()
 
     def _per_layer(self, value: Any) -> bool:
@@ -173,7 +174,7 @@ class _Part:
             layers = {int(layer): _Part(one, self.ids).shrunk() for layer, one in value.items()}
             return {place: layers[layer] for place, layer in enumerate(self.kept) if layer in layers}
         if key in ROPE:
-            return _shrunk_rope(value)
+            return _shrunk_rope(value, self.values.get("model_type"))
         if type(value) is int:
             return self._number(key, value)
         if not isinstance(value, (list, tuple)) or not value:
@@ -198,30 +199,32 @@ class _Part:
         if key in DEPTH_NAMES and value == self.depth:
             return len(self.kept)
         limit = next((limit for name, limit in SIZES if re.search(name, key)), None)
+        if key == "window_size" and self.staged:
+            return min(value, 2)
         if limit is None or (self.staged and limit in (HIDDEN, HEADS, HEAD_DIM, FFN, PATCH, IMAGE)):
             return min(value, 64) if key == "image_size" else value
-        if limit == KV_HEADS and value == self.values.get("num_attention_heads"):
+        queries = (key.replace("key_value", "attention"), "num_attention_heads")
+        if limit == KV_HEADS and value in [self.values.get(name) for name in queries]:
             limit = HEADS  # as many as queries, which some models take for granted
         return min(value, limit)
 
 
-def _shrunk_rope(value: Any) -> Any:
-    """Return rotary settings whose sections fit small heads."""
-    if isinstance(value, dict):
-        return {key: _shrunk_rope_setting(key, one) for key, one in value.items()}
-    return value
-
-
-def _shrunk_rope_setting(key: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        return _shrunk_rope(value)
-    if key == "mrope_section":
-        return MROPE[len(value)]
-    if key in ("short_factor", "long_factor"):
-        return value[: HEAD_DIM // 2]
-    if key == "original_max_position_embeddings":
-        return min(value, POSITIONS // 2)
-    return value
+def _shrunk_rope(value: Any, model_type: str | None = None) -> Any:
+    """Return rotary settings whose sections fit small heads; some models have sections that defaults do not name."""
+    if not isinstance(value, dict):
+        return value
+    if any(isinstance(one, dict) for one in value.values()):  # one for each kind of layer
+        return {kind: _shrunk_rope(one, model_type) for kind, one in value.items()}
+    rope = dict(value)
+    sectioned = CONFIG_MAPPING[model_type].ignore_keys_at_rope_validation if model_type in CONFIG_MAPPING else ()
+    if "mrope_section" in rope or "mrope_section" in sectioned:
+        count = len(rope.get("mrope_section") or "thw")
+        frequencies = max(int(HEAD_DIM * rope.get("partial_rotary_factor", 1)) // 2, 1)
+        rope["mrope_section"] = [frequencies // count + (axis < frequencies % count) for axis in range(count)]
+    for key in ("short_factor", "long_factor"):
+        if rope.get(key):
+            rope[key] = rope[key][: HEAD_DIM // 2]
+    return rope
 
 
 def tiny_model(model_type: str, seed: int = 0, head: str = "AutoModel") -> PreTrainedModel:
