@@ -71,7 +71,7 @@ def _choices(model: PreTrainedModel) -> Iterator[list[str]]:
     ]
     main = [model.main_input_name] if isinstance(model.main_input_name, str) else list(model.main_input_name)
     seen: list[list[str]] = []
-    for wanted in (TEXT, main, [*main, "decoder_input_ids"], [*main, *TEXT], [*main, *TEXT, "bbox"], INPUTS):
+    for wanted in (TEXT, main, [*main, "decoder_input_ids"], [*main, *TEXT], [*main, *TEXT, "bbox"], EVERYTHING):
         names = [*required, *wanted]
         for name in names:  # grows on the way: companions may have companions
             names += [one for one in COMPANIONS.get(name, ()) if one not in names]
@@ -116,7 +116,7 @@ class _Sizes:
         self.generator = torch.Generator().manual_seed(seed)
         self.settings = list(_settings(model.config.to_dict()))
         self.parameters = inspect.signature(type(model).forward).parameters
-        self.model_type = model.config.model_type
+        self.choices = type(model).__name__.endswith("ForMultipleChoice")
         try:
             embeddings = model.get_input_embeddings()
         except (NotImplementedError, AttributeError):  # transformers has no other way to say that there are none
@@ -143,7 +143,7 @@ class _Sizes:
         """Return (batch, tokens), ids of tokens that are not special."""
         allowed = torch.ones(vocabulary, dtype=torch.bool)
         for _, key, value in self.settings:
-            if key.endswith(SPECIAL):
+            if str(key).endswith(SPECIAL):  # some dictionaries of settings have numbers as keys
                 for one in value if isinstance(value, list | tuple) else [value]:
                     if type(one) is int and 0 <= one < vocabulary:
                         allowed[one] = False
@@ -151,12 +151,12 @@ class _Sizes:
         return usable[self.whole(len(usable), self.batch, self.tokens)]
 
     def texts(self) -> list[torch.Tensor]:
-        """Return ids, the same with an end at the end, and two choices for each example."""
+        """Return ids, and the same with an end at the end; two choices for each example of multiple choice."""
         vocabulary = self.vocabulary or self.find("vocab_size", part="text", default=100)
         plain, end = self.ids(vocabulary), self.find("eos_token_id")
         ended = plain.clone()
         ended[:, -1] = end if type(end) is int else 0
-        return [plain, ended, torch.stack([plain, plain.flip(1)], 1)]
+        return [torch.stack([plain, ended], 1)] if self.choices else [plain, ended]
 
     def image_sides(self) -> tuple[int, int]:
         """Return height and width of an image; where the configuration has none, 64 pixels."""
@@ -203,7 +203,7 @@ class _Sizes:
 
     def spectra(self) -> list[torch.Tensor]:
         """Return spectrograms, with time last or first."""
-        bins = self.find(*BINS, part="audio", default=80)
+        bins = self.find(*BINS, part="audio", default=80) * self.find("num_stacked_frames", part="audio", default=1)
         last = self.noise(self.batch, bins, self.frames())
         return [last, last.transpose(1, 2).contiguous(), last[:, None].transpose(2, 3).contiguous()]
 
@@ -263,6 +263,7 @@ INPUTS: dict[str, Callable[[_Sizes], list[torch.Tensor]]] = {
     "pixel_values": _Sizes.images,
     "pixel_values_videos": _Sizes.videos,
     "hidden_states": _Sizes.hidden_states,
+    "image_attention_mask": lambda sizes: [torch.ones(sizes.batch, sizes.tokens, 2, dtype=torch.long)],
     "grid_thw": lambda sizes: sizes.grids(1, GRID, GRID),
     "image_grid_thw": lambda sizes: sizes.grids(1, GRID, GRID),
     "image_grid_hw": lambda sizes: sizes.grids(GRID, GRID),
@@ -298,6 +299,8 @@ INPUTS: dict[str, Callable[[_Sizes], list[torch.Tensor]]] = {
     "visual_feats": lambda sizes: sizes.per_step("visual_feat_dim"),
     "visual_pos": lambda sizes: sizes.per_step("visual_pos_dim"),
 }
+EMBEDDED = ("hidden_states", "inputs_embeds", "query_embeds", "inputs", "qformer_input_ids")  # given if they have to be
+EVERYTHING = tuple(name for name in INPUTS if name not in EMBEDDED)
 TEXT = ("input_ids", "decoder_input_ids")
 COMPANIONS = {  # what a model needs to make sense of another input, where its forward has it
     "input_ids": ("attention_mask",),

@@ -22,9 +22,11 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r"num_feat_extract_layers|num_residual_layers|lstm_layers|chunk_size_feed_forward|max_window_layers", None),
     (r"num_kv_shared_layers", 0),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
-    (r"index_topk", 16),
+    (r"index_topk|context_size", 16),
     (r"(n|num)_filters$", 8),
     (r"num_latents", 16),
+    (r"codebook_dim|condition_dim|vector_quantization_hidden_dimension", HIDDEN),
+    (r"mamba_d_head|mamba_headdim", 2 * HIDDEN // HEADS),
     (r"num_pos_feats|coordinate_size|shape_size", HIDDEN // 2),
     (r"projection_size|output_channels|groups$", HIDDEN),
     (r"d_latents", HIDDEN),
@@ -67,7 +69,44 @@ ROPE = ("rope_parameters", "rope_scaling")
 STAGED = re.compile(r"(depths|hidden_sizes|embed_dims?|_per_stage|channels|block_repeats)$")  # widths per stage stay
 
 # what the rule cannot know, by model type; a dot goes into a part of a configuration
-EXCEPTIONS: dict[str, dict[str, Any]] = {}
+VOCABULARY_MAP = {"<image>": VOCAB - 1, **{f"IMGIMG{letter}Z": 120 + place for place, letter in enumerate("ABCD")}}
+MAMBA_HEAD = 2 * HIDDEN // HEADS
+SERIES = {"prediction_length": 4, "context_length": 8}
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "autoformer": SERIES,
+    "informer": SERIES,
+    "time_series_transformer": SERIES,
+    "mamba2": {"head_dim": MAMBA_HEAD, "n_groups": 2},
+    "falcon_h1": {"mamba_d_ssm": HIDDEN},
+    "bamba": {"attn_layer_indices": [1]},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [1, 1, 2]},
+    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
+    "layoutlmv3": {"hidden_size": 96, "intermediate_size": EXPERT_FFN},
+    "lilt": {"hidden_size": 48},
+    "mistral4": {"head_dim": 2 * HEAD_DIM},
+    "mobilebert": {"true_hidden_size": HIDDEN, "intra_bottleneck_size": HIDDEN},
+    "ministral": {"head_dim": HEAD_DIM},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "diffusion_gemma": {"text_config.num_experts": 4, "text_config.top_k_experts": 2},
+    "blip-2": {"image_token_index": VOCAB - 1},
+    "instructblip": {"image_token_index": VOCAB - 1},
+    "instructblipvideo": {"video_token_index": VOCAB - 1},
+    "blt": {"use_cache": False},
+    "bridgetower": {"vision_config.hidden_size": 64, "text_config.hidden_size": 64, "hidden_size": 64},
+    "bros": {"dim_bbox_projection": 8, "dim_bbox_sinusoid_emb_2d": 8, "dim_bbox_sinusoid_emb_1d": 1},
+    "chameleon": {"vocabulary_map": VOCABULARY_MAP},
+    "emu3": {"vocabulary_map": VOCABULARY_MAP},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 2},
+    "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
+    "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
+    "nemotron": {"num_key_value_heads": KV_HEADS},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "xmod": {"default_language": "en_XX"},
+}
 
 HEADS_OF: dict[str, str] = {  # wholes that have no AutoModel
     "encoder-decoder": "AutoModelForSeq2SeqLM",
@@ -211,7 +250,7 @@ class _Part:
 
 def _shrunk_rope(value: Any, model_type: str | None = None) -> Any:
     """Return rotary settings whose sections fit small heads; some models have sections that defaults do not name."""
-    if not isinstance(value, dict):
+    if not value:
         return value
     if any(isinstance(one, dict) for one in value.values()):  # one for each kind of layer
         return {kind: _shrunk_rope(one, model_type) for kind, one in value.items()}
