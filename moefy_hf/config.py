@@ -40,7 +40,9 @@ class MoEficationConfig:
         shared_experts: how many experts run for every token; `k` counts them. They are made of the neurons that most
             tokens need (CMoE); the splitter groups the others.
         compensation: let an expert that does not run contribute what it does on average when it does not.
-        layers: positions of the FFNs to convert, in forward order; all by default.
+        towers: which parts of a composite model are converted: "text", "vision", "audio" or another that it has, a list
+            of them, or "all"; by default its text model, or all where it has none.
+        layers: positions of the FFNs to convert, in the order of these towers' modules; all by default.
         calibration_tokens: at most so many tokens of the calibration data are used.
         seed: of splits and router fitting.
 
@@ -89,6 +91,10 @@ class MoEficationConfig:
     compensation: bool = field(
         default=False,
         metadata=about("let experts that do not run contribute what they do on average when they do not", switch),
+    )
+    towers: str | list[str] | None = field(
+        default=None,
+        metadata=about("parts of a composite model to convert: text (the default), vision, audio, all", str, nargs="+"),
     )
     layers: list[int] | None = field(
         default=None, metadata=about("positions of the FFNs to convert; all by default", int, nargs="+")

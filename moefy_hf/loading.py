@@ -1,6 +1,5 @@
 """Loading: which class a model or a checkpoint has, dense or MoEfied."""
 
-import importlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -9,10 +8,10 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from .discovery.code import module_of
 from .errors import MoefyError, NotMoefied, UnsupportedModel
-from .modeling.ffn_layouts import SPECS
 from .modeling.ffn_sites import FfnSite
-from .modeling.moefied import MoefiedMixin, is_moefied, model_type_of
+from .modeling.moefied import MoefiedMixin, is_moefied
 from .modeling.routed_activation import RoutedActivation, is_routed
 from .modeling.section import FORMAT_VERSION, Section
 
@@ -50,15 +49,11 @@ def moefied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
         >>> moefied_class(transformers.BertForMaskedLM)
         <class 'moefy_hf.modeling.modeling_moefied_bert.MoefiedBertForMaskedLM'>
     """
-    model_type = model_type_of(cls)
-    if model_type not in SPECS:
-        raise UnsupportedModel(f"model type {model_type!r} is not supported; supported: {', '.join(sorted(SPECS))}")
-    module = importlib.import_module(f".modeling.modeling_moefied_{model_type.replace('-', '_')}", __package__)
-    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, MoefiedMixin)]
+    classes = [c for c in vars(module_of(cls)).values() if isinstance(c, type) and issubclass(c, MoefiedMixin)]
     heads = {c.stock_class(): c for c in classes if "_auto_class" in vars(c)}
     if cls not in heads:
         known = ", ".join(stock.__name__ for stock in heads)
-        raise UnsupportedModel(f"{cls.__name__} has no MoEfied version; supported for {model_type!r}: {known}")
+        raise UnsupportedModel(f"{cls.__name__} has no MoEfied version; supported for its type: {known}")
     return heads[cls]
 
 

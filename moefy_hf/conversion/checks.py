@@ -44,7 +44,7 @@ def check_convertible(
         raise MoefyError(
             f"{type(model).__name__} is MoEfied already; use set_selection, fit_routers_ or allocate_budgets_ on it"
         )
-    sites = selected_sites(find_sites(model), config.layers)
+    sites = selected_sites(find_sites(model, config.towers), config.layers)
     moefied_class(type(model))
     sizes = [split_sizes(site, config.num_experts, config.expert_size) for site in sites]
     check_shared(config.shared_experts, sites, sizes)

@@ -132,8 +132,9 @@ def profile_of(
     dense = None
     try:
         with timed(seconds, "profile"):
-            tokens, layers = config.calibration_tokens, config.layers
-            dense = profile(model, calibration, max_tokens=tokens, layers=layers, progress=progress)
+            which = {"towers": config.towers, "layers": config.layers}
+            tokens = config.calibration_tokens
+            dense = profile(model, calibration, max_tokens=tokens, progress=progress, **which)
     except NotFiniteError as error:
         if config.needs():
             raise

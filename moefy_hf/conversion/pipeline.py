@@ -13,18 +13,20 @@ from transformers import PreTrainedModel
 
 from ..config import MoEficationConfig
 from ..conversion.permute import check_permutation, permute_neurons_
+from ..discovery.sites import remembered
 from ..loading import MoefiedModel, check_moefied, moefied_class
 from ..measure.profile import ModelProfile, SiteProfile
 from ..modeling.adapters import IN_MEMORY
 from ..modeling.ffn_sites import FfnSite, find_sites
 from ..modeling.ffn_weights import FfnWeights
-from ..modeling.install import install_, selected_sites, split_sizes
+from ..modeling.install import install_, selected_sites, split_sizes, uninstall_
 from ..modeling.moefied import is_moefied
 from ..modeling.section import ALL_EXPERTS, Section
 from ..modeling.selection_config import setting_name
 from ..splitters import SPLITTERS
 from ..splitters.shared_experts import activation_rates, apart
 from .budgets import MEASURES
+from .equality import DenseReference
 from .expert_matching import matched_orders
 from .fit_routers import RouterFit, fit_routers_
 from .thresholds import calibrate_thresholds_
@@ -71,12 +73,13 @@ def find_experts_(
     result = Experts()
     with timed(result.seconds, "split"):
         moefied = check_moefied(model) if is_moefied(model) else None
-        sites = moefied.moe_sites() if moefied is not None else selected_sites(find_sites(model), config.layers)
+        sites = moefied.moe_sites() if moefied else selected_sites(find_sites(model, config.towers), config.layers)
         result.orders = neuron_orders(sites, config, profile, warm=warm, progress=progress)
         if moefied is None:
-            moefied = install_routers_(model, config.section())
-        for site, order in zip(moefied.moe_sites(), result.orders, strict=True):
-            permute_neurons_(site, order, optimizer)
+            moefied = split_dense_(model, config, sites, result.orders, profile)
+        else:
+            for site, order in zip(sites, result.orders, strict=True):
+                permute_neurons_(site, order, optimizer)
     with timed(result.seconds, "routers"):
         result.fits = start_routers_(moefied, profile, config.seed, progress=progress)
         kind = config.selection_section()["type"]
@@ -87,6 +90,41 @@ def find_experts_(
             measured = MEASURES[config.allocation](moefied, profile.batches, progress=progress)
             Section(moefied.config).set_measured(config.allocation, measured)
     return result
+
+
+def split_dense_(
+    model: PreTrainedModel,
+    config: MoEficationConfig,
+    sites: list[FfnSite],
+    orders: list[torch.Tensor],
+    profile: ModelProfile | None,
+) -> MoefiedModel:
+    """Put routers into a dense model and permute its neurons; return the same object.
+
+    Raises:
+        UnsupportedModel: all experts together are not the dense model; the model is as it was then.
+    """
+    reference = DenseReference(model, sites, profile)
+    cls, name, no_split, settings = type(model), model.name_or_path, model._no_split_modules, dict(vars(model.config))
+    permuted = 0
+    try:
+        moefied = install_routers_(model, config.section())
+        reference.compare("routers were put into its FFNs")
+        for site, order in zip(moefied.moe_sites(), orders, strict=True):
+            permute_neurons_(site, order)
+            permuted += 1
+        reference.compare("its neurons were permuted")
+    except Exception:
+        for site, order in zip(sites[:permuted], orders, strict=False):
+            permute_neurons_(site, order.argsort())
+        for site in sites:
+            uninstall_(site)
+        model.__class__, model._no_split_modules = cls, no_split
+        vars(model.config).clear()
+        vars(model.config).update(settings)
+        model.name_or_path = name
+        raise
+    return moefied
 
 
 def start_routers_(
@@ -148,6 +186,7 @@ def install_routers_(model: PreTrainedModel, section: dict[str, Any]) -> Moefied
     """
     view = Section.put(model.config, section)
     view.selection, view.compensation, view.neuron_order = dict(ALL_EXPERTS), False, True
+    view.ffns = remembered(model, find_sites(model, view.towers))
     model.__class__ = moefied_class(type(model))
     with torch.device("meta"):  # transformers learns which outputs a class can record when one is made
         type(model)(copy.deepcopy(model.config))
@@ -157,7 +196,7 @@ def install_routers_(model: PreTrainedModel, section: dict[str, Any]) -> Moefied
     moefied = check_moefied(model)
     for site in moefied.moe_sites():
         site.act.neuron_order.copy_(torch.arange(site.sizes[1]))
-    moefied.config.auto_map = moefied.auto_map()
+    moefied.set_auto_map_()
     init_routers_(moefied, view.seed)
     return moefied
 

@@ -160,6 +160,7 @@ def profile(
     *,
     max_tokens: int = 50_000,
     sample: bool = True,
+    towers: str | Sequence[str] | None = None,
     layers: list[int] | None = None,
     progress: bool = True,
 ) -> ModelProfile:
@@ -170,6 +171,7 @@ def profile(
             first: reading stops once `max_tokens` tokens were seen.
         sample: keep the FFN inputs of these tokens in a temporary directory on disk (TMPDIR; d numbers per token and
             layer), for splitters and routers that learn from data. Memory does not grow with the number of tokens.
+        towers: parts of a composite model, see `MoEficationConfig`.
         layers: positions of the FFNs to profile; all by default.
         progress: show a progress bar.
 
@@ -181,7 +183,7 @@ def profile(
         with profile(model, batches, max_tokens=10_000) as calibration:
             print([site.sparsity for site in calibration.sites])
     """
-    sites = selected_sites(find_sites(model), layers)
+    sites = selected_sites(find_sites(model, towers), layers)
     result = ModelProfile([SiteProfile(site.sizes[1]) for site in sites])
     files: list[TensorFile] = []
     if sample:

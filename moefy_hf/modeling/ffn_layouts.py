@@ -1,14 +1,30 @@
-"""Where each architecture keeps its FFNs: the names of their parts. An architecture is one line of `SPECS`."""
+"""How an FFN is laid out below the module that holds it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class FfnSpec:
-    """Names below the module that holds an FFN; any module that has them all is a site.
+    """Names the parts of an FFN below its owner, the module that holds them all.
 
-    `gate` names the gate projection of a gated FFN (SwiGLU, GEGLU). `parts=2` says that `up` is one fused matrix: gate
-    rows first, then up rows.
+    `moefy_hf.discovery` finds these in a dense model; a MoEfied checkpoint remembers them in its config.
+
+    Attributes:
+        up: the Linear d -> f; or d -> 2f, which is gate and up projection in one (`parts=2`).
+        down: the Linear f -> d.
+        act: the activation module. Where the owner has none of that name, it calls a function in its `forward`.
+        gate: the gate projection d -> f of a gated FFN (SwiGLU, GEGLU).
+        parts: number of matrices in `up`.
+        up_first: whether a fused `up` has the up rows first, then the gate rows; otherwise the gate rows are first.
+        before: the owner's method that changes what the activation sees: Gemma 3n's, which keeps the largest.
+        norm: a norm of the neurons, between activation and `down`.
+        dropout: the owner's attribute that holds the dropout of its neurons: a module, or a probability.
+        function: transformers' name of the activation, where that is a function and no module.
+
+    Example:
+        >>> FfnSpec("up_proj", "down_proj", "act_fn", gate="gate_proj")
     """
 
     up: str
@@ -16,28 +32,28 @@ class FfnSpec:
     act: str
     gate: str | None = None
     parts: int = 1
+    up_first: bool = False
+    before: str | None = None
+    norm: str | None = None
+    dropout: str | None = None
+    function: str | None = None
 
+    @property
+    def linears(self) -> list[str]:
+        """The names of the Linears, in the order in which they run."""
+        return [path for path in (self.gate, self.up, self.down) if path is not None]
 
-FC = FfnSpec("fc1", "fc2", "activation_fn")
-BERT = FfnSpec("intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
-C_FC = FfnSpec("c_fc", "c_proj", "act")
-H_TO_4H = FfnSpec("dense_h_to_4h", "dense_4h_to_h", "act")
-GATED = FfnSpec("up_proj", "down_proj", "act_fn", gate="gate_proj")
-T5 = (FfnSpec("wi", "wo", "act"), FfnSpec("wi_1", "wo", "act", gate="wi_0"))
+    @property
+    def separable(self) -> bool:
+        """Whether what a neuron gives does not depend on other neurons."""
+        return self.before is None and self.norm is None
 
-# model_type -> the layouts its FFNs may have
-SPECS: dict[str, tuple[FfnSpec, ...]] = {
-    **dict.fromkeys(["t5", "mt5", "umt5"], T5),
-    **dict.fromkeys(["opt", "bart", "mbart", "pegasus", "marian", "whisper", "vit", "clip"], (FC,)),
-    "phi": (FC,),
-    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2"], (BERT,)),
-    "distilbert": (FfnSpec("lin1", "lin2", "activation"),),
-    **dict.fromkeys(["gpt2", "gpt_neo", "starcoder2"], (C_FC,)),
-    **dict.fromkeys(["gpt_neox", "falcon"], (H_TO_4H,)),
-    "gptj": (FfnSpec("fc_in", "fc_out", "act"),),
-    **dict.fromkeys(
-        ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "granite"], (GATED,)
-    ),
-    "phi3": (FfnSpec("gate_up_proj", "down_proj", "activation_fn", parts=2),),
-    "modernbert": (FfnSpec("Wi", "Wo", "act", parts=2),),
-}
+    def to_dict(self) -> dict[str, Any]:
+        """Return what differs from the defaults, for a config."""
+        defaults = FfnSpec("", "", "")
+        return {key: value for key, value in asdict(self).items() if value != getattr(defaults, key)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "FfnSpec":
+        """Read what `to_dict` returned; keys of others are ignored."""
+        return cls(**{key: values[key] for key in cls.__dataclass_fields__ if key in values})

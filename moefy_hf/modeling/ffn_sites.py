@@ -3,18 +3,21 @@
 Symbols: T tokens, d model width, f FFN width (neurons), E experts, m = f / E neurons per expert.
 """
 
-from collections.abc import Iterable, Iterator
+import importlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from .errors import MoefyError
-from .ffn_layouts import SPECS, FfnSpec
-from .ffn_weights import FfnWeights
+from .ffn_layouts import FfnSpec
+from .ffn_weights import ChangedActivation, FfnWeights
 from .routed_activation import is_routed
+from .section import Section
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,23 @@ class FfnSite:
 
     @property
     def act(self) -> Any:
-        return self.owner.get_submodule(self.spec.act)
+        """The activation; of an owner that calls a function, a module that computes the same."""
+        held = self.held_act
+        return held if isinstance(held, nn.Module) else ACT2FN[self.spec.function]
+
+    @property
+    def held_act(self) -> Any:
+        parent, _, child = self.spec.act.rpartition(".")
+        return getattr(self.owner.get_submodule(parent), child, None)
+
+    @property
+    def has_act(self) -> bool:
+        """Whether the owner keeps its activation, so that a routed one can take its place."""
+        return self.held_act is not None
+
+    @property
+    def norm(self) -> Any:
+        return self.owner.get_submodule(self.spec.norm) if self.spec.norm else None
 
     def replace_act(self, module: nn.Module) -> None:
         parent, _, child = self.spec.act.rpartition(".")
@@ -69,6 +88,9 @@ class FfnSite:
                 transposed = param.dim() == 2 and isinstance(self.owner.get_submodule(path), Conv1D)
                 yield f"{path}.{name}", param, int(transposed), blocks
         yield f"{self.spec.down}.weight", self.down.weight, int(not isinstance(self.down, Conv1D)), 1
+        if self.norm is not None:
+            for name, param in self.norm.named_parameters():
+                yield f"{self.spec.norm}.{name}", param, 0, 1
 
     def weights(self) -> FfnWeights:
         """The FFN as plain tensors, neurons first; parameters keep their gradients and storage."""
@@ -77,40 +99,72 @@ class FfnSite:
             return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
 
         act = self.act.inner if is_routed(self.act) else self.act
-        up, gate = self.up, self.gate
-        if self.spec.parts == 2:  # fused: gate rows, then up rows
-            gate_rows, up_rows = rows(up).chunk(2)
-            gate_bias, up_bias = (None, None) if up.bias is None else up.bias.chunk(2)
-            return FfnWeights(up_rows, rows(self.down), act, up_bias, gate_rows, gate_bias)
+        if self.spec.before is not None:
+            act = ChangedActivation(getattr(self.owner, self.spec.before), act)
+        up, gate, norm = self.up, self.gate, self.norm
+        if self.spec.parts == 2:
+            matrices, biases = rows(up).chunk(2), (None, None) if up.bias is None else up.bias.chunk(2)
+            g, u = (1, 0) if self.spec.up_first else (0, 1)
+            return FfnWeights(matrices[u], rows(self.down), act, biases[u], matrices[g], biases[g], norm)
         if gate is None:
-            return FfnWeights(rows(up), rows(self.down), act, up.bias)
-        return FfnWeights(rows(up), rows(self.down), act, up.bias, rows(gate), gate.bias)
+            return FfnWeights(rows(up), rows(self.down), act, up.bias, norm=norm)
+        return FfnWeights(rows(up), rows(self.down), act, up.bias, rows(gate), gate.bias, norm)
 
 
-def find_sites(model: PreTrainedModel) -> list[FfnSite]:
-    """Every FFN of a supported transformers model, in forward order of its modules.
+def find_sites(model: PreTrainedModel, towers: str | Sequence[str] | None = None) -> list[FfnSite]:
+    """Find the FFNs of a model that can be split, in the order of its modules.
+
+    A MoEfied checkpoint remembers where its FFNs are; in other models they are searched for (`moefy_hf.discovery`).
+
+    Args:
+        model: the model.
+        towers: which parts of a composite model: "text", "vision", ... or "all"; None: its text towers, or all where
+            it has none. A MoEfied model's are those that were converted.
 
     Raises:
-        MoefyError: the model type is not supported, or is a Mixture of Experts already; or none of its modules has the
-            expected parts.
+        MoefyError: the model has none; what looks like one is named, with the reason. Or it has no such tower.
     """
-    model_type = str(model.config.model_type)
-    if model_type not in SPECS:
-        experts = getattr(model.config, "num_local_experts", None) or getattr(model.config, "num_experts", None)
-        what = "already is a Mixture of Experts" if experts else "has no FFN layout that can be split into experts"
-        raise MoefyError(f"model type {model_type!r} {what}; supported model types: {', '.join(sorted(SPECS))}")
-    specs = SPECS[model_type]
-    sites = []
+    section = Section.of(model.config)
+    if section is not None and section.ffns:
+        return remembered_sites(model, section.ffns)
+    # a string: no file of that package travels with a checkpoint, whose config remembers
+    return importlib.import_module("moefy_hf.discovery.sites").discovered_sites(model, towers)
+
+
+def remembered_sites(model: PreTrainedModel, ffns: Iterable[Mapping[str, Any]]) -> list[FfnSite]:
+    """Return the FFNs that a config names, in the order of the model's modules.
+
+    Args:
+        model: the model.
+        ffns: layouts (`FfnSpec.to_dict`), with the names of the modules that hold them in "modules".
+
+    Raises:
+        MoefyError: none of the model's modules has them.
+    """
     modules = dict(model.named_modules())
-    for name, owner in modules.items():
-        prefix = f"{name}." if name else ""
-        for spec in specs:
-            if all(prefix + path in modules for path in (spec.up, spec.gate, spec.down, spec.act) if path):
-                sites.append(FfnSite(name, owner, spec))
-                break
-    if not sites:
-        raise MoefyError(f"no FFN of a {model_type!r} model found; its modules are not laid out as {specs}")
-    return sites
+    for exact in (True, False):  # a head may hold its base model under another name than its class says
+        sites = []
+        for name, owner in modules.items():
+            names = place_of(model, name), place_of(model, name, numbered=True)
+            for values in ffns:
+                place, spec = values["modules"], FfnSpec.from_dict(values)
+                fits = place in names if exact else any(each.endswith(f".{place}") for each in names)
+                if fits and all(f"{name}.{path}".lstrip(".") in modules for path in spec.linears):
+                    sites.append(FfnSite(name, owner, spec))
+        if sites:
+            return sites
+    places = ", ".join(dict.fromkeys(values["modules"] for values in ffns))
+    raise MoefyError(f"{type(model).__name__} has none of the FFNs that its config names: {places}")
+
+
+def place_of(model: PreTrainedModel, name: str, *, numbered: bool = False) -> str:
+    """Return the name of a module below the base model, with * for the numbers of layers unless it is `numbered`.
+
+    Heads of one architecture hold their base model under names of their own, which are left out.
+    """
+    if model.base_model_prefix and model.base_model is not model:
+        name = name.removeprefix(f"{model.base_model_prefix}.")
+    return name if numbered else ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def stacks_of(sites: Iterable[FfnSite]) -> dict[str, list[FfnSite]]:

@@ -1,5 +1,6 @@
 """Put routed activations and routers into a model, as `config.moefication` says."""
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,7 +60,10 @@ def install_(model: PreTrainedModel) -> None:
         )
     kind, settings = section.router, section.router_settings
     router_class(kind, settings)  # finds what is wrong with them first
-    sites = selected_sites(find_sites(model), section.layers)
+    sites = find_sites(model, section.towers)
+    if not section.ffns:  # of a checkpoint that is older than this key; what was found travels on with it
+        section.ffns = importlib.import_module("moefy_hf.discovery.sites").remembered(model, sites)
+    sites = selected_sites(sites, section.layers)
     sizes = [split_sizes(site, section.num_experts, section.expert_size) for site in sites]
     shared = section.shared_experts
     check_shared(shared, sites, sizes)
@@ -68,16 +72,32 @@ def install_(model: PreTrainedModel) -> None:
         if is_routed(site.act):  # a subclass called post_init again, as transformers' classes may
             continue
         router = new_router(kind, site, num_experts, shared, settings)
-        routed = RoutedActivation(site.act, router, expert_size, selection, shared)
+        routed = RoutedActivation(site.act, router, expert_size, selection, shared, inline=not site.has_act)
         site.replace_act(routed)
         routed.connect_(site.first)
         if section.compensation:
             routed.compensate_(torch.zeros(site.sizes[1]))
         if section.neuron_order:
             routed.register_buffer("neuron_order", torch.full((site.sizes[1],), -1, dtype=torch.int32))
-        site.owner.register_forward_pre_hook(FollowReplacements(routed, site))
-        site.owner.register_forward_hook(BypassGuard(routed, site.name))
+        follow = FollowReplacements(routed, site)
+        follow(site.owner, ())
+        routed.handles += [site.owner.register_forward_pre_hook(follow)]
+        routed.handles += [site.owner.register_forward_hook(BypassGuard(routed, site.name))]
     connect_routers_(model, sites)
+
+
+def uninstall_(site: FfnSite) -> None:
+    """Put an FFN's own activation back, and remove what was attached to it."""
+    if not is_routed(routed := site.act):
+        return
+    for handle in (*routed.handles, routed.tap, routed.outlet):
+        if handle is not None:
+            handle.remove()
+    if routed.inline:
+        parent, _, child = site.spec.act.rpartition(".")
+        delattr(site.owner.get_submodule(parent), child)
+    else:
+        site.replace_act(routed.inner)
 
 
 def new_router(

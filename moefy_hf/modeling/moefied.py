@@ -88,7 +88,7 @@ class MoefiedMixin(_Base):
     def post_init(self) -> None:
         """Install routers, then do what transformers does at the end of a model's `__init__`."""
         install_(self)  # first, so that routers are initialised, counted and loaded like every other module
-        self.config.auto_map = self.auto_map()
+        self.set_auto_map_()
         super().post_init()
 
     @classmethod
@@ -99,11 +99,13 @@ class MoefiedMixin(_Base):
         """
         module = cls.moefied_class().__module__
         classes = [
-            c for c in vars(sys.modules[module]).values() if isinstance(c, type) and issubclass(c, MoefiedMixin)
+            c
+            for c in vars(sys.modules[module]).values()
+            if isinstance(c, type) and issubclass(c, MoefiedMixin) and vars(c).get("_auto_class") is not None
         ]
         stem = module.rpartition(".")[2]
-        heads = {c.stock_class().__name__: f"{stem}.{c.__name__}" for c in classes if "_auto_class" in vars(c)}
-        names = {}
+        heads = {c.stock_class().__name__: f"{stem}.{c.__name__}" for c in classes}
+        names = {str(c._auto_class): f"{stem}.{c.__name__}" for c in classes}
         for name, auto in vars(modeling_auto).items():
             if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None:
                 stock = auto._model_mapping._model_mapping.get(model_type_of(cls))
@@ -111,6 +113,12 @@ class MoefiedMixin(_Base):
                     if head in heads:
                         names[name] = heads[head]
         return names
+
+    def set_auto_map_(self) -> None:
+        """Name every MoEfied head in the config, beside the classes of its own that it names: its config's."""
+        own = getattr(self.config, "auto_map", None) or {}
+        kept = {name: value for name, value in own.items() if not name.startswith("AutoModel")}
+        self.config.auto_map = {**kept, **self.auto_map()}
 
     def initialize_weights(self) -> None:
         """Initialise routers, which have a way of their own, then what transformers initialises."""

@@ -52,26 +52,36 @@ class RoutedActivation(nn.Module):
         compensation: a buffer (f,) or None, see `compensate_`.
         neuron_order: a buffer (f,) or None: the position that each neuron had in the dense model, which is what
             adapters of the dense model go by; -1 where nobody knows.
-        tap, outlet: handles of the hooks on the first Linear and on `down`.
+        inline: whether the owner calls a function instead of this module, so that it acts on what goes into `down`.
+        tap, outlet, handles: of the hooks on the first Linear, on `down` and on the FFN's owner.
     """
 
     compensation: torch.Tensor | None
     neuron_order: torch.Tensor | None
 
-    def __init__(self, act: nn.Module, router: Router, expert_size: int, selection: Selection, shared: int = 0):
+    def __init__(
+        self,
+        act: nn.Module,
+        router: Router,
+        expert_size: int,
+        selection: Selection,
+        shared: int = 0,
+        inline: bool = False,
+    ):
         super().__init__()
         if next(act.parameters(), None) is not None:
             raise MoefyError(f"{type(act).__name__} has parameters: its checkpoint names would change")
         self.inner, self.router = act, router
         self.num_experts, self.expert_size, self.shared = shared + router.num_experts, expert_size, shared
         self.selection = selection
-        self.soft = False
+        self.soft, self.inline = False, inline
         self.register_buffer("compensation", None)
         self.register_buffer("neuron_order", None)
         with torch.device("cpu"):  # the model may be under construction on the meta device
             self.zero_at_zero = bool(act(torch.zeros(1)) == 0)
         self.observed = Observed()
         self.tap: Any = None
+        self.handles: list[Any] = []
         self.outlet: Any = None
         self.reads: tuple[nn.Module, ...] = ()  # in tuples: no children of this module
         self.compensated: tuple[nn.Module, ...] = ()
@@ -131,17 +141,7 @@ class RoutedActivation(nn.Module):
         Raises:
             RuntimeError: the FFN's input was not seen in this call, or the FFN is sharded.
         """
-        x, self.observed.x = self.observed.x, None  # released here: nothing outlives the call
-        if x is None or x.shape[:-1] != h.shape[:-1]:
-            raise RuntimeError(
-                "a routed activation did not see its FFN's input in this call; after replacing Linear modules "
-                "call model.connect_(), and do not call the activation by itself"
-            )
-        if h.shape[-1] != self.num_experts * self.expert_size:
-            raise RuntimeError(
-                f"expected {self.num_experts * self.expert_size} neurons ({self.num_experts} experts of "
-                f"{self.expert_size}), got {h.shape[-1]}: tensor-parallel shards of a MoEfied FFN cannot be routed"
-            )
+        x = self.take_input(h)
         if self.weighs:
             return self.weighted(self.inner(h), x)
         mask = self.keep(x)
@@ -153,6 +153,21 @@ class RoutedActivation(nn.Module):
         # that is enough where act(0) = 0
         neurons = self.inner(self.zero_dropped(h, mask))
         return neurons if self.zero_at_zero else self.zero_dropped(neurons, mask)
+
+    def take_input(self, h: torch.Tensor) -> torch.Tensor:
+        """(..., f) -> (..., d): the input of the FFN that has these neurons; see `forward` for what is raised."""
+        x, self.observed.x = self.observed.x, None  # released here: nothing outlives the call
+        if x is None or x.shape[:-1] != h.shape[:-1]:
+            raise RuntimeError(
+                "a routed activation did not see its FFN's input in this call; after replacing Linear modules "
+                "call model.connect_(), and do not call the activation by itself"
+            )
+        if h.shape[-1] != self.num_experts * self.expert_size:
+            raise RuntimeError(
+                f"expected {self.num_experts * self.expert_size} neurons ({self.num_experts} experts of "
+                f"{self.expert_size}), got {h.shape[-1]}: tensor-parallel shards of a MoEfied FFN cannot be routed"
+            )
+        return x
 
     def zero_dropped(self, neurons: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(..., f), (..., E) -> (..., f): zero where an expert does not run."""
@@ -173,12 +188,26 @@ class RoutedActivation(nn.Module):
     def fill_means(self, down: nn.Module, args: tuple) -> tuple[torch.Tensor] | None:
         """Forward-pre-hook of `down`: its input (..., f), with the means of the neurons that did not run."""
         passed, self.observed.kept = self.observed.kept, None
-        if passed is None:
-            return None
-        mask, means = passed
-        means = means.to(args[0].dtype).unflatten(0, (self.num_experts, self.expert_size))
-        neurons = args[0].unflatten(-1, (self.num_experts, self.expert_size))
-        return (torch.where(mask.unsqueeze(-1), neurons, means).flatten(-2),)
+        if self.inline:
+            return (self.routed_neurons(args[0]),)
+        return None if passed is None else (self.with_means(args[0], *passed),)
+
+    def routed_neurons(self, neurons: torch.Tensor) -> torch.Tensor:
+        """(..., f) -> (..., f): what `forward` does, after the activation."""
+        x = self.take_input(neurons)
+        if self.weighs:
+            return self.weighted(neurons, x)
+        if (mask := self.keep(x)) is None:
+            return neurons
+        if self.compensation is not None:
+            return self.with_means(neurons, mask, self.compensation)
+        return self.zero_dropped(neurons, mask)
+
+    def with_means(self, neurons: torch.Tensor, mask: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+        """(..., f), (..., E), (f,) -> (..., f): the means where an expert does not run."""
+        means = means.to(neurons.dtype).unflatten(0, (self.num_experts, self.expert_size))
+        experts = neurons.unflatten(-1, (self.num_experts, self.expert_size))
+        return torch.where(mask.unsqueeze(-1), experts, means).flatten(-2)
 
 
 class FollowReplacements:
@@ -196,7 +225,7 @@ class FollowReplacements:
         attached = torch.compiler.is_compiling() or routed.reads and routed.reads[0] is self.site.first
         if not attached:
             routed.connect_(self.site.first)
-        if routed.compensation is not None and routed.compensated != (down := self.site.down,):
+        if (routed.inline or routed.compensation is not None) and routed.compensated != (down := self.site.down,):
             if routed.outlet is not None:
                 routed.outlet.remove()
             routed.outlet, routed.compensated = down.register_forward_pre_hook(routed.fill_means), (down,)

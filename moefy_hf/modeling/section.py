@@ -1,7 +1,8 @@
 """`Section`: the typed view of `config.moefication`, and the only code that knows its keys.
 
 Format 1 had sizes, splits, routers and top-k selections; 2 added shared experts, mean compensation and dynamic
-selections; 3 added the settings of routers. What a format lacks has the default that it meant.
+selections; 3 added the settings of routers, and later the
+layouts of FFNs. What a format lacks has the default that it meant.
 """
 
 import copy
@@ -70,7 +71,9 @@ class Section:
     selection = Key[dict[str, Any]]("selection")
     shared_experts = Key("shared_experts", int, 0)
     compensation = Key("compensation", bool, False)
+    towers = Key[str | list[str] | None]("towers", None, None)
     layers = Key[list[int] | None]("layers")
+    ffns = Key[list[dict[str, Any]]]("ffns", None, [])  # where the FFNs are, and their parts (FfnSpec)
     calibration_tokens = Key("calibration_tokens", int)
     seed = Key("seed", int, 0)
     neuron_order = Key("neuron_order", bool, False)  # whether each FFN has the buffer of that name

@@ -240,7 +240,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             MoefyError: a setting differs.
         """
         present = Section.of_values(section)
-        for name in ("num_experts", "expert_size", "router", "router_settings", "layers", "shared_experts"):
+        for name in ("num_experts", "expert_size", "router", "router_settings", "towers", "layers", "shared_experts"):
             configured, made = getattr(self.config, name), getattr(present, name)
             if configured != made:
                 raise MoefyError(

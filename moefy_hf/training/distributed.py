@@ -91,8 +91,8 @@ def split_here_(
     with ExitStack() as stack:
         stats = None
         if config.needs():
-            tokens, layers = config.calibration_tokens, config.layers
-            stats = profile(model, batches, max_tokens=tokens, layers=layers, progress=progress)
+            which = {"towers": config.towers, "layers": config.layers}
+            stats = profile(model, batches, max_tokens=config.calibration_tokens, progress=progress, **which)
             stack.enter_context(stats)
             check_profile(config, sites, sizes, stats)
             if config.allocation in COMPARING_PREDICTIONS:

@@ -1,0 +1,127 @@
+"""All experts together are the dense model: that is checked by running it, so that no wrong match gets through."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..errors import UnsupportedModel
+from ..measure.contexts import evaluating, hooked
+from ..measure.made_up_inputs import made_up_batch
+from ..measure.profile import ModelProfile
+from ..modeling.ffn_sites import FfnSite
+
+logger = logging.get_logger("moefy_hf")
+
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest
+ROWS = 64  # tokens for which one FFN is computed again
+
+
+class DenseReference:
+    """What a model computes on one batch before it is changed.
+
+    Args:
+        model: the model, dense or with all experts selected.
+        sites: the FFNs that are to be converted; each is compared with its formula, too.
+        profile: whose first batch is taken; without one, a batch is made up.
+
+    Raises:
+        UnsupportedModel: an FFN does not compute what it was taken for.
+    """
+
+    def __init__(self, model: PreTrainedModel, sites: list[FfnSite], profile: ModelProfile | None):
+        self.model = model
+        self.batch = _first_rows(profile.batches[0]) if profile and profile.batches else _made_up(model)
+        self.outputs = self._run(sites)
+
+    def compare(self, when: str) -> None:
+        """Check that the model computes what it did.
+
+        Args:
+            when: what was done since, for the message.
+
+        Raises:
+            UnsupportedModel: it does not.
+        """
+        for position, (now, before) in enumerate(zip(self._run([]), self.outputs, strict=True)):
+            finite = before.isfinite()
+            if not finite.any():
+                continue
+            scale = before[finite].abs().max().clamp_min(1e-12)
+            difference = float((now[finite].float() - before[finite].float()).abs().nan_to_num(torch.inf).max() / scale)
+            if difference > 10 * ROUNDING[before.dtype]:
+                raise UnsupportedModel(
+                    f"after {when} all experts together are not the dense {type(self.model).__name__}: its output "
+                    f"{position} differs by {difference:.1e} of its scale; the model is as it was"
+                )
+
+    @torch.no_grad()
+    def _run(self, sites: list[FfnSite]) -> list[torch.Tensor]:
+        if self.batch is None:
+            return []
+        seen: dict[int, torch.Tensor] = {}
+        hooks = []
+        for position, site in enumerate(sites):
+            hooks.append(site.first.register_forward_pre_hook(lambda _, a, i=position: seen.__setitem__(i, a[0])))
+            hooks.append(
+                site.down.register_forward_pre_hook(
+                    lambda _, a, i=position: check_formula(sites[i], seen.pop(i), a[0]) if i in seen else None
+                )
+            )
+        device = next(self.model.parameters()).device
+        batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in self.batch.items()}
+        devices = [device] if device.type == "cuda" else []
+        with evaluating(self.model), hooked(hooks), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            return [tensor.clone() for tensor in _tensors(self.model(**batch)) if tensor.is_floating_point()]
+
+
+def check_formula(site: FfnSite, x: torch.Tensor, neurons: torch.Tensor) -> None:
+    """Check that an FFN makes of its input (..., d) what its layout says: neurons (..., f).
+
+    Raises:
+        UnsupportedModel: it computes something else.
+    """
+    x, neurons = x.reshape(-1, x.shape[-1])[:ROWS], neurons.reshape(-1, neurons.shape[-1])[:ROWS]
+    expected = site.weights().neurons(x) if len(x) == len(neurons) else None
+    scale = neurons.abs().max().clamp_min(1e-12)
+    if expected is None or not _close(expected, neurons, scale):
+        raise UnsupportedModel(
+            f"{site.name}: this {type(site.owner).__name__} does not compute {site.spec.down}({site.spec.act}("
+            f"{site.spec.gate or site.spec.up}(x)){' * ' + site.spec.up + '(x)' if site.spec.gate else ''}); "
+            "convert other FFNs (layers=...)"
+        )
+
+
+def _close(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> bool:
+    rounding = ROUNDING.get(b.dtype, 1e-4)
+    a, b = a.float(), b.float()
+    finite = a.isfinite() & b.isfinite()
+    return bool(((a - b)[finite].abs() <= rounding * scale.float()).all())
+
+
+def _first_rows(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the first rows of a batch of texts, and others as they are."""
+    rows = {len(value) for value in batch.values() if torch.is_tensor(value) and value.dim()}
+    if "input_ids" in batch and len(rows) == 1 and all(torch.is_tensor(value) for value in batch.values()):
+        return {key: value[:2] if value.dim() else value for key, value in batch.items()}
+    return batch
+
+
+def _made_up(model: PreTrainedModel) -> Mapping[str, Any] | None:
+    try:
+        return made_up_batch(model)
+    except UnsupportedModel as error:
+        logger.warning_once(f"whether all experts together are the dense model was not checked: {error}")
+        return None
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    """Return the tensors of a model's output, nested in whatever it consists of."""
+    if torch.is_tensor(output):
+        return [output]
+    if isinstance(output, Mapping):
+        output = [*output.values()]
+    return [tensor for each in output for tensor in _tensors(each)] if isinstance(output, list | tuple) else []

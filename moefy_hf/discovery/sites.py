@@ -1,0 +1,55 @@
+"""The FFNs of a model that are converted, and what a checkpoint's config remembers of them."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModel
+from ..modeling.ffn_sites import FfnSite, place_of
+from .search import search
+from .towers import in_towers
+
+
+def discovered_sites(model: PreTrainedModel, towers: str | Sequence[str] | None = None) -> list[FfnSite]:
+    """Search a model for its FFNs, in the order of its modules.
+
+    Args:
+        model: the model.
+        towers: see `in_towers`.
+
+    Raises:
+        UnsupportedModel: it has none; what looks like one is named, with the reason.
+        MoefyError: it has no such tower.
+    """
+    found = search(model)
+    if found.sites:
+        return in_towers(model, found.sites, towers)
+    reasons = {each.reason: each.name for each in reversed(found.left)}
+    known = "; ".join(f"{name}: {reason}" for reason, name in reasons.items())
+    raise UnsupportedModel(
+        f"no FFN of this {type(model).__name__} ({model.config.model_type}) can be split into experts"
+        + (f": {known}" if known else "")
+    )
+
+
+def remembered(model: PreTrainedModel, sites: Iterable[FfnSite]) -> list[dict[str, Any]]:
+    """Return where FFNs are and what their parts are called, as `remembered_sites` reads it.
+
+    Layers that are alike are one entry, with * for their numbers.
+    """
+    modules = dict(model.named_modules())
+    holders: dict[tuple[str, Any], set[str]] = {}
+    for site in sites:
+        holders.setdefault((place_of(model, site.name), site.spec), set()).add(site.name)
+    entries = []
+    for (place, spec), names in holders.items():
+        paths = spec.linears
+        alike = {
+            name
+            for name in modules
+            if place_of(model, name) == place and all(f"{name}.{path}".lstrip(".") in modules for path in paths)
+        }
+        for where in [place] if alike == names else [place_of(model, name, numbered=True) for name in sorted(names)]:
+            entries.append({"modules": where, **spec.to_dict()})
+    return entries

@@ -1,0 +1,95 @@
+"""The towers of a composite model: its text model, its vision encoder, and so on."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import MoefyError
+from ..modeling.ffn_sites import FfnSite
+
+ALL = "all"
+KINDS = {  # main input of a tower -> what it reads
+    "pixel_values": "vision",
+    "pixel_values_videos": "vision",
+    "input_features": "audio",
+    "input_values": "audio",
+}
+
+
+def tower_names(config: PreTrainedConfig) -> dict[int, str]:
+    """Return the names of the configs that are nested in one, by identity: {id(config.vision_config): "vision"}."""
+    found: dict[int, str] = {}
+    for key in config.sub_configs:
+        nested = getattr(config, key, None)
+        if isinstance(nested, PreTrainedConfig):
+            found[id(nested)] = key.removesuffix("_config")
+            found |= tower_names(nested)
+    text = _text_config(config)
+    if id(text) in found:
+        found[id(text)] = "text"
+    return found
+
+
+def _text_config(config: PreTrainedConfig) -> Any:
+    try:
+        return config.get_text_config()
+    except ValueError:  # there are several
+        return None
+
+
+def tower_of(model: PreTrainedModel, name: str) -> str | None:
+    """Return the tower that a module lies in, None where the model has none there.
+
+    Args:
+        model: the whole.
+        name: of the module.
+
+    Example:
+        >>> tower_of(clip, "vision_model.encoder.layers.0.mlp")
+        'vision'
+    """
+    names, found, module = tower_names(model.config), None, model
+    types = {type(nested): names[id(nested)] for nested in _nested(model.config)}
+    for part in name.split(".") if name else ():
+        module = getattr(module, part)
+        config = getattr(module, "config", None)
+        tower = names.get(id(config)) or (types.get(type(config)) if config is not model.config else None)
+        if tower is not None:
+            found = tower if tower == "text" else KINDS.get(getattr(module, "main_input_name", ""), tower)
+    return found
+
+
+def _nested(config: PreTrainedConfig) -> Iterable[PreTrainedConfig]:
+    for key in config.sub_configs:
+        nested = getattr(config, key, None)
+        if isinstance(nested, PreTrainedConfig):
+            yield nested
+            yield from _nested(nested)
+
+
+def in_towers(model: PreTrainedModel, sites: list[FfnSite], towers: str | Sequence[str] | None) -> list[FfnSite]:
+    """Return the FFNs of some towers of a model.
+
+    Args:
+        model: the model.
+        sites: its FFNs.
+        towers: names ("text", "vision", "audio", ...), or "all"; None: the text towers, or all where there is none.
+
+    Raises:
+        MoefyError: the model has no tower of that name; those it has are named.
+
+    Example:
+        >>> in_towers(clip, find_sites(clip), "vision")
+    """
+    of = [tower_of(model, site.name) for site in sites]
+    known = list(dict.fromkeys(name for name in of if name is not None))
+    if towers is None:
+        towers = "text" if "text" in known else ALL
+    asked = [towers] if isinstance(towers, str) else list(towers)
+    if ALL in asked:
+        return sites
+    if unknown := [name for name in asked if name not in known]:
+        valid = ", ".join(map(repr, [*known, ALL]))
+        raise MoefyError(f"{type(model).__name__} has no tower {unknown[0]!r} with FFNs; choose from {valid}")
+    return [site for site, name in zip(sites, of, strict=True) if name in asked]
