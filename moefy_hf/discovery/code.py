@@ -49,12 +49,13 @@ class Moefied{name}(MoefiedMixin, {name}):
 '''
 
 
-def auto_names(model_type: str) -> dict[str, list[str]]:
-    """Return the heads of an architecture of transformers: class -> its Auto classes, the most telling one first.
+def heads_of(model_type: str) -> dict[str, str]:
+    """Return the heads of an architecture of transformers: class -> its Auto class, the most telling where there are
+    several.
 
     Example:
-        >>> auto_names("gpt2")["GPT2LMHeadModel"]
-        ['AutoModelForCausalLM', 'AutoModelForPreTraining']
+        >>> heads_of("gpt2")["GPT2LMHeadModel"]
+        'AutoModelForCausalLM'
     """
     found: dict[str, list[str]] = {}
     for name, auto in vars(modeling_auto).items():
@@ -62,7 +63,9 @@ def auto_names(model_type: str) -> dict[str, list[str]]:
             classes = auto._model_mapping._model_mapping.get(model_type, ())
             for each in (classes,) if isinstance(classes, str) else classes:
                 found.setdefault(each, []).append(name)
-    return {each: sorted(names, key=_rank) for each, names in found.items()}
+    config = CONFIG_MAPPING[model_type]
+    own = (each for each in found if _class(each, model_type).config_class is config)  # others wrap any model
+    return {each: min(found[each], key=_rank) for each in own}
 
 
 def _rank(auto: str) -> tuple[bool, bool, str]:
@@ -79,7 +82,7 @@ def module_of(cls: type[PreTrainedModel]) -> types.ModuleType:
     model_type = model_type_of(cls)
     if not cls.__module__.startswith(REMOTE):
         name = PREFIX + _stem(model_type)
-        heads = auto_names(model_type)
+        heads = heads_of(model_type)
         if cls.__name__ not in heads:
             known = ", ".join(heads) or "none"
             raise UnsupportedModel(f"{cls.__name__} has no Auto class; those of {model_type!r}: {known}")
@@ -123,7 +126,7 @@ class GeneratedModule(types.ModuleType):
         return TEMPLATE.format(
             model_type=self._model_type,
             siblings="\n".join(f"from .{stem} import *" for stem in siblings),
-            imports=f"from {base} import ({', '.join(names)})" if base else _imports(names, self._model_type),
+            imports=f"from {base} import {', '.join(names)}" if base else _imports(names, self._model_type),
             classes="".join(CLASS.format(name=name, auto=auto) for name, auto in self._heads.items()),
         )
 
@@ -146,17 +149,20 @@ class GeneratedModule(types.ModuleType):
 
 def _imports(names: list[str], model_type: str) -> str:
     listed = [name for name in names if hasattr(transformers, name)]
-    lines = [f"from transformers import ({', '.join(listed)})"] if listed else []
-    package = CONFIG_MAPPING[model_type].__module__.rpartition(".")[0]
-    for name in (name for name in names if name not in listed):
-        module = next(m for m in _modeling_modules(package) if hasattr(m, name))
-        lines.append(f"from {module.__name__} import {name}")
+    lines = ["from transformers import (", *(f"    {name}," for name in listed), ")"] if listed else []
+    others = [name for name in names if name not in listed]
+    lines += [f"from {_class(name, model_type).__module__} import {name}" for name in others]
     return "\n".join(lines)
 
 
-def _modeling_modules(package: str) -> list[types.ModuleType]:
-    folder = Path(str(importlib.import_module(package).__file__)).parent
-    return [importlib.import_module(f"{package}.{path.stem}") for path in sorted(folder.glob("modeling_*.py"))]
+def _class(name: str, model_type: str) -> type[PreTrainedModel]:
+    """Return a model class, also one that transformers does not export."""
+    if (found := getattr(transformers, name, None)) is None:
+        package = importlib.import_module(CONFIG_MAPPING[model_type].__module__.rpartition(".")[0])
+        files = sorted(Path(str(package.__file__)).parent.glob("modeling_*.py"))
+        modules = (importlib.import_module(f"{package.__name__}.{path.stem}") for path in files)
+        found = next(vars(module)[name] for module in modules if name in vars(module))
+    return found
 
 
 def _exec(module: GeneratedModule) -> types.ModuleType:
@@ -173,8 +179,7 @@ class Loader(importlib.machinery.SourceFileLoader):
         self.model_type = model_type
 
     def create_module(self, spec: Any) -> types.ModuleType:
-        heads = {name: autos[0] for name, autos in auto_names(self.model_type).items()}
-        return GeneratedModule(spec.name, self.model_type, heads)
+        return GeneratedModule(spec.name, self.model_type, heads_of(self.model_type))
 
     def exec_module(self, module: Any) -> None:
         exec(compile(module._text(None), module.__name__, "exec"), vars(module))
