@@ -109,9 +109,12 @@ class MoefiedMixin(_Base):
         for name, auto in vars(modeling_auto).items():
             if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None:
                 stock = auto._model_mapping._model_mapping.get(model_type_of(cls))
-                for head in stock if isinstance(stock, tuple) else (stock,):
+                for head in reversed(stock) if isinstance(stock, tuple) else (stock,):
                     if head in heads:
                         names[name] = heads[head]
+        own = cls.moefied_class()
+        if own in classes:  # of several heads with one Auto class (DeiT's), the one that is saved
+            names[str(own._auto_class)] = heads[cls.stock_class().__name__]
         return names
 
     def set_auto_map_(self) -> None:
