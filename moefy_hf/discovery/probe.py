@@ -95,7 +95,8 @@ def called_after(layer: nn.Module, up: str) -> str | None:
     try:
         with torch.no_grad():
             result = twin(torch.randn(2, 3, TINY[0], generator=torch.Generator("cpu").manual_seed(1), device="cpu"))
-            return next((each for each in FUNCTIONS if torch.allclose(ACT2FN[each](outputs[0]), result)), None)
+            fits = (torch.allclose(ACT2FN[each](outputs[0]), result, rtol=1e-4, atol=1e-5) for each in FUNCTIONS)
+            return next((name for name, fit in zip(FUNCTIONS, fits, strict=True) if fit), None)
     except Exception:  # it wants other arguments
         return None
 
