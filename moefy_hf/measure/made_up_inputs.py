@@ -159,8 +159,8 @@ class _Sizes:
         return [torch.stack([plain, ended], 1)] if self.choices else [plain, ended]
 
     def image_sides(self) -> tuple[int, int]:
-        """Return height and width of an image; where the configuration has none, 64 pixels."""
-        size = self.find("image_size", "img_size", part="vision", default=64)
+        """Return height and width of an image; where the configuration has none, 128 pixels."""
+        size = self.find("image_size", "img_size", part="vision", default=128)
         if isinstance(size, dict):
             return size["height"], size["width"]
         return (size, size) if isinstance(size, int) else (size[0], size[-1])
@@ -171,7 +171,7 @@ class _Sizes:
         channels = channels if isinstance(channels, int) else 3
         patch = self.find("patch_size", part="vision", default=16)
         patch = patch if isinstance(patch, int) else patch[-1]
-        values = channels * patch**2 * self.find("temporal_patch_size", part="vision", default=1)
+        values = channels * patch**2 * self.find("temporal_patch_size", "patch_temporal", part="vision", default=1)
         grids = self.parameters.keys() & {"grid_thw", "image_grid_thw", "image_grid_hw"}
         flat = [self.noise(self.batch * GRID**2, values)] if grids else []
         if self.parameters.keys() & {"spatial_shapes", "pixel_position_ids", "image_position_ids"}:
@@ -195,11 +195,11 @@ class _Sizes:
         strides = self.find("conv_stride", "upsampling_ratios", "downsampling_ratios", default=[256])
         wave = self.noise(self.batch, max(7680, math.prod(strides) * self.tokens))
         bins = self.find("num_mel_bins", default=80)
-        return [wave, wave[:, None], self.noise(self.batch, self.find("max_length", default=self.tokens), bins)]
+        return [wave, wave[:, None], self.noise(self.batch, self.find("max_length", default=self.tokens), bins), *self.vectors()]
 
     def frames(self) -> int:
         """Return how many frames a spectrogram has: all that positions of the encoder allow, at most 3000."""
-        return min(2 * self.find("max_source_positions", part="audio", default=4 * self.tokens), 3000)
+        return min(2 * self.find("max_source_positions", part="audio", default=self.tokens * 3 // 2), 3000)
 
     def spectra(self) -> list[torch.Tensor]:
         """Return spectrograms, with time last or first."""
@@ -276,6 +276,9 @@ INPUTS: dict[str, Callable[[_Sizes], list[torch.Tensor]]] = {
         torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID)).repeat(sizes.batch, 1, 1)
     ],
     "input_values": _Sizes.waves,
+    "decoder_input_values": _Sizes.vectors,
+    "prompt_pixel_values": _Sizes.images,
+    "prompt_masks": _Sizes.images,
     "input_features": _Sizes.spectra,
     "audio_mel": lambda sizes: sizes.spectra()[1:2],
     "input_features_mask": lambda sizes: [torch.ones(sizes.batch, sizes.frames(), dtype=torch.bool)],
@@ -283,7 +286,9 @@ INPUTS: dict[str, Callable[[_Sizes], list[torch.Tensor]]] = {
     "query_embeds": _Sizes.vectors,
     "inputs_embeds": _Sizes.vectors,
     "inputs": _Sizes.vectors,
-    "context_hidden_states": _Sizes.vectors,
+    "context_hidden_states": lambda sizes: [
+        sizes.vectors()[0].repeat(1, 1, len(sizes.find("target_layer_ids", default=[0])))
+    ],
     "noise_embeds": _Sizes.vectors,
     "latents": lambda sizes: [sizes.vectors()[0].transpose(1, 2).contiguous(), sizes.vectors()[0]],
     "past_values": _Sizes.series,
@@ -299,7 +304,7 @@ INPUTS: dict[str, Callable[[_Sizes], list[torch.Tensor]]] = {
     "visual_feats": lambda sizes: sizes.per_step("visual_feat_dim"),
     "visual_pos": lambda sizes: sizes.per_step("visual_pos_dim"),
 }
-EMBEDDED = ("hidden_states", "inputs_embeds", "query_embeds", "inputs", "qformer_input_ids")  # given if they have to be
+EMBEDDED = ("hidden_states", "inputs_embeds", "query_embeds", "inputs", "qformer_input_ids", "attention_mask")  # given if they have to be
 EVERYTHING = tuple(name for name in INPUTS if name not in EMBEDDED)
 TEXT = ("input_ids", "decoder_input_ids")
 COMPANIONS = {  # what a model needs to make sense of another input, where its forward has it

@@ -43,7 +43,7 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r"rank$", HIDDEN // 2),
     (r"experts_per_tok|top_?k$|moe_k$|experts_per_token", 2),
     (r"topk_group$", 1),
-    (r"(n_group|num_expert_group)$", 2),
+    (r"(n_group|num_expert_group|n_?groups)$", 2),
     (r"shared_experts$|experts_num$", 1),
     (r"(^|_)(num_|n_)?(routed_|local_)?experts$", 4),
     (r"(moe|expert).*(intermediate|ffn|hidden_size|hidden_dim)", EXPERT_FFN),
@@ -76,7 +76,24 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "autoformer": SERIES,
     "informer": SERIES,
     "time_series_transformer": SERIES,
-    "mamba2": {"head_dim": MAMBA_HEAD, "n_groups": 2},
+    "mamba2": {"head_dim": MAMBA_HEAD},
+    "paddleocr_vl": {"text_config.rope_parameters.mrope_section": [2, 1, 1]},
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "moonshine_streaming": {"num_key_value_heads": HEADS},
+    "muse_spark": {"audio_config.out_hidden_size": HIDDEN},
+    "neomme": {
+        "rope_parameters.full_attention.partial_rotary_factor": 0.5,
+        "rope_parameters.sliding_attention.partial_rotary_factor": 0.5,
+    },
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 100, "vision_end_token_id": 101},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 100, "vision_end_token_id": 101},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [4, 4]},
+    "sam": {"prompt_encoder_config.image_embedding_size": 4},
+    "sam_hq": {"prompt_encoder_config.image_embedding_size": 4, "mask_decoder_config.vit_dim": HIDDEN},
+    "sam3_tracker": {"vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    "seggpt": {"merge_index": 0},
+    "mobilevitv2": {"image_size": 128},
+    "swin2sr": {"embed_dim": 36, "num_heads": [2] * 6},
     "falcon_h1": {"mamba_d_ssm": HIDDEN},
     "bamba": {"attn_layer_indices": [1]},
     "recurrent_gemma": {"num_hidden_layers": 3},
@@ -87,14 +104,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mistral4": {"head_dim": 2 * HEAD_DIM},
     "mobilebert": {"true_hidden_size": HIDDEN, "intra_bottleneck_size": HIDDEN},
     "ministral": {"head_dim": HEAD_DIM},
-    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
-    "diffusion_gemma": {"text_config.num_experts": 4, "text_config.top_k_experts": 2},
+    "deepseek_ocr2": {"text_config.num_experts_per_tok": 2, "text_config.mlp_layer_types": ["dense", "sparse"]},
+    "diffusion_gemma": {"text_config.num_experts": 4, "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": EXPERT_FFN},
     "blip-2": {"image_token_index": VOCAB - 1},
     "instructblip": {"image_token_index": VOCAB - 1},
     "instructblipvideo": {"video_token_index": VOCAB - 1},
     "blt": {"use_cache": False},
     "bridgetower": {"vision_config.hidden_size": 64, "text_config.hidden_size": 64, "hidden_size": 64},
-    "bros": {"dim_bbox_projection": 8, "dim_bbox_sinusoid_emb_2d": 8, "dim_bbox_sinusoid_emb_1d": 1},
+    "bros": {"hidden_size": 64, "dim_bbox_projection": 16, "dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 2},
     "chameleon": {"vocabulary_map": VOCABULARY_MAP},
     "emu3": {"vocabulary_map": VOCABULARY_MAP},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
@@ -108,6 +125,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
 }
 
+CLASSES = {  # whose AutoModel takes the configuration of a part
+    "musicgen": "MusicgenForConditionalGeneration",
+    "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+}
 HEADS_OF: dict[str, str] = {  # wholes that have no AutoModel
     "encoder-decoder": "AutoModelForSeq2SeqLM",
     "vision-encoder-decoder": "AutoModelForImageTextToText",
@@ -291,7 +312,7 @@ def tiny_model(model_type: str, seed: int = 0, head: str = "AutoModel") -> PreTr
 def _model_class(model_type: str, head: str) -> type[PreTrainedModel]:
     """Return the class itself: AutoModel knows some types' configurations by other names."""
     if head == "AutoModel" and model_type in MODEL_MAPPING_NAMES:
-        name = MODEL_MAPPING_NAMES[model_type]
+        name = CLASSES.get(model_type, MODEL_MAPPING_NAMES[model_type])
         return getattr(transformers, name if isinstance(name, str) else name[0])
     auto = getattr(transformers, HEADS_OF.get(model_type, head))
     return auto._model_mapping[CONFIG_MAPPING[model_type]]
