@@ -158,9 +158,14 @@ class _Sizes:
         ended[:, -1] = end if type(end) is int else 0
         return [torch.stack([plain, ended], 1)] if self.choices else [plain, ended]
 
+    def decoder_texts(self) -> list[torch.Tensor]:
+        """Return ids of what a decoder has written: text, or several streams of codes for sound."""
+        ids = self.ids(self.find("vocab_size", part="decoder", default=100))
+        return [ids, ids.repeat_interleave(self.find("num_codebooks", part="decoder", default=1), 0)]
+
     def image_sides(self) -> tuple[int, int]:
         """Return height and width of an image; where the configuration has none, 128 pixels."""
-        size = self.find("image_size", "img_size", part="vision", default=128)
+        size = self.find("image_size", "img_size", "max_img_size", part="vision", default=128)
         if isinstance(size, dict):
             return size["height"], size["width"]
         return (size, size) if isinstance(size, int) else (size[0], size[-1])
@@ -199,7 +204,8 @@ class _Sizes:
 
     def frames(self) -> int:
         """Return how many frames a spectrogram has: all that positions of the encoder allow, at most 3000."""
-        return min(2 * self.find("max_source_positions", part="audio", default=self.tokens * 3 // 2), 3000)
+        windows = 2 * self.find("n_window", part="audio", default=0)
+        return windows or min(2 * self.find("max_source_positions", part="audio", default=self.tokens * 3 // 2), 3000)
 
     def spectra(self) -> list[torch.Tensor]:
         """Return spectrograms, with time last or first."""
@@ -214,7 +220,10 @@ class _Sizes:
 
     def hidden_states(self) -> list[torch.Tensor]:
         """Return what `forward` calls hidden states: patches in vision towers, else vectors."""
-        return self.images() if "grid_thw" in self.parameters else self.vectors()
+        if "grid_thw" in self.parameters:
+            return self.images()
+        vectors = self.vectors()
+        return [*vectors, vectors[0].transpose(1, 2).contiguous(), self.waves()[1]]
 
     def history(self) -> int:
         """Return how many points of time a model of time series looks at."""
@@ -256,7 +265,7 @@ def _ones(*names: str) -> Callable[[_Sizes], list[torch.Tensor]]:
 
 INPUTS: dict[str, Callable[[_Sizes], list[torch.Tensor]]] = {
     "input_ids": _Sizes.texts,
-    "decoder_input_ids": lambda sizes: [sizes.ids(sizes.find("vocab_size", part="decoder", default=100))],
+    "decoder_input_ids": _Sizes.decoder_texts,
     "qformer_input_ids": lambda sizes: [sizes.ids(sizes.find("vocab_size", part="qformer", default=100))],
     "attention_mask": lambda sizes: [torch.ones(sizes.batch, sizes.tokens, dtype=torch.long)],
     "bbox": _Sizes.boxes,
@@ -285,7 +294,8 @@ INPUTS: dict[str, Callable[[_Sizes], list[torch.Tensor]]] = {
     "audio_mel_mask": lambda sizes: [torch.zeros(sizes.batch, sizes.frames(), dtype=torch.bool)],
     "query_embeds": _Sizes.vectors,
     "inputs_embeds": _Sizes.vectors,
-    "inputs": _Sizes.vectors,
+    "inputs": lambda sizes: [*sizes.vectors(), *sizes.waves()],
+    "encoder_hidden_states": lambda sizes: sizes.per_step("encoder_hidden_size", "hidden_size"),
     "context_hidden_states": lambda sizes: [
         sizes.vectors()[0].repeat(1, 1, len(sizes.find("target_layer_ids", default=[0])))
     ],
@@ -304,7 +314,7 @@ INPUTS: dict[str, Callable[[_Sizes], list[torch.Tensor]]] = {
     "visual_feats": lambda sizes: sizes.per_step("visual_feat_dim"),
     "visual_pos": lambda sizes: sizes.per_step("visual_pos_dim"),
 }
-EMBEDDED = ("hidden_states", "inputs_embeds", "query_embeds", "inputs", "qformer_input_ids", "attention_mask")  # given if they have to be
+EMBEDDED = ("hidden_states", "inputs_embeds", "query_embeds", "inputs", "qformer_input_ids", "attention_mask", "encoder_hidden_states")  # given if they have to be
 EVERYTHING = tuple(name for name in INPUTS if name not in EMBEDDED)
 TEXT = ("input_ids", "decoder_input_ids")
 COMPANIONS = {  # what a model needs to make sense of another input, where its forward has it
@@ -312,6 +322,7 @@ COMPANIONS = {  # what a model needs to make sense of another input, where its f
     "pixel_values": (
         "grid_thw", "image_grid_thw", "image_grid_hw", "spatial_shapes", "target_sizes", "merge_sizes", "image_sizes",
     ),
+    "query_embeds": ("encoder_hidden_states",),
     "spatial_shapes": ("pixel_attention_mask",),
     "input_features": ("input_features_mask",),
 }  # fmt: skip

@@ -28,7 +28,7 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r"codebook_dim|condition_dim|vector_quantization_hidden_dimension", HIDDEN),
     (r"mamba_d_head|mamba_headdim", 2 * HIDDEN // HEADS),
     (r"num_pos_feats|coordinate_size|shape_size", HIDDEN // 2),
-    (r"projection_size|output_channels|groups$", HIDDEN),
+    (r"projection_size|output_channels|upsample_groups$", HIDDEN),
     (r"d_latents", HIDDEN),
     (r"(period|interval|frequency|sliding_window_pattern)$", 2),
     (r"(layer|attn_layer|expert_layer)_offset$", 1),
@@ -71,6 +71,12 @@ STAGED = re.compile(r"(depths|hidden_sizes|embed_dims?|_per_stage|channels|block
 # what the rule cannot know, by model type; a dot goes into a part of a configuration
 VOCABULARY_MAP = {"<image>": VOCAB - 1, **{f"IMGIMG{letter}Z": 120 + place for place, letter in enumerate("ABCD")}}
 MAMBA_HEAD = 2 * HIDDEN // HEADS
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+SAM2 = {
+    "vision_config.backbone_config.global_attention_blocks": [4, 6],
+    "vision_config.backbone_config.image_size": [64, 64],
+    "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+}
 SERIES = {"prediction_length": 4, "context_length": 8}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "autoformer": SERIES,
@@ -93,6 +99,34 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "sam3_tracker": {"vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     "seggpt": {"merge_index": 0},
     "mobilevitv2": {"image_size": 128},
+    "align": {"projection_dim": 640},  # as wide as the pictures' features
+    "clvp": {f"{part}_config.hidden_size": 256 for part in ("text", "speech", "decoder")} | {"projection_dim": 256},
+    "cohere_compass": {"text_config.rope_parameters": {"full_attention": ROTARY}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROTARY}},
+    "dory": {
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"], "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, "num_hidden_layers": 4},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": HIDDEN // 4},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hunyuan_vl": {"text_config.head_dim": HEAD_DIM},
+    "hunyuan_vl_text": {"head_dim": HEAD_DIM},
+    "lw_detr": {"backbone_config.image_size": 64, "backbone_config.pretrain_image_size": 64},
+    "mistral_large4": {"text_config.kv_source_layers": None},
+    "mistral_large4_text": {"kv_source_layers": None},
+    "sam2": {**SAM2, "prompt_encoder_config.image_size": 64, "prompt_encoder_config.patch_size": 16},
+    "sam2_vision_model": {key.removeprefix("vision_config."): value for key, value in SAM2.items()},
+    "sam2_hiera_det_model": {"global_attention_blocks": [4, 6], "image_size": [64, 64]},
+    "step3p7": {"text_config.sliding_window": 8},
+    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
+    "tvp": {"visual_prompt_size": 8, "max_img_size": 64},
+    "xlstm": {"hidden_size": 256, "embedding_dim": 256},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2", "spatial_target_layers": [1], "qformer_config.num_attention_heads": HEADS},
     "swin2sr": {"embed_dim": 36, "num_heads": [2] * 6},
     "falcon_h1": {"mamba_d_ssm": HIDDEN},
     "bamba": {"attn_layer_indices": [1]},
