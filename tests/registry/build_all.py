@@ -1,6 +1,6 @@
 """Build a tiny model of every model type of transformers, run it on made-up inputs, and write what happened as JSON.
 
-    python tests/registry/build_all.py --output registry.json [--types bert vit ...]
+python tests/registry/build_all.py --output registry.json [--types bert vit ...]
 """
 
 import argparse
