@@ -19,7 +19,11 @@ LONGEST = 3000  # frames of a spectrogram
 SPECIAL = ("_token_id", "_token_ids", "_token_index", "_token_indices", "_id", "_ids")  # ends of names of special ids
 BINS = ("num_mel_bins", "n_mel_bins", "input_feat_size", "feature_projection_input_dim", "input_dim", "feature_size")
 # settings that are in the code of a model type, and not in its configuration
-ASSUMED = {"granite_speech5_ctc": {"num_stacked_frames": 4}, "granite_speech5_encoder": {"num_stacked_frames": 4}}
+ASSUMED = {
+    "gemma4_audio": {"num_mel_bins": 128},
+    "granite_speech5_ctc": {"num_stacked_frames": 4},
+    "granite_speech5_encoder": {"num_stacked_frames": 4},
+}
 
 
 class Sizes:
@@ -93,7 +97,7 @@ class Sizes:
 
     def image_sides(self) -> tuple[int, int]:
         """Return height and width of an image in pixels."""
-        size = self.find("image_size", "img_size", "max_img_size", part="vision", default=IMAGE)
+        size = self.find("image_size", "img_size", "max_img_size", "crop_size", part="vision", default=IMAGE)
         if isinstance(size, dict):
             return size["height"], size["width"]
         return (size, size) if isinstance(size, int) else (size[0], size[-1])

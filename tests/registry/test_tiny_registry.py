@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_registry import VOCAB, first_output, model_types, tiny_config, tiny_model
+from shrinking import VOCAB
+from tiny_registry import first_output, model_types, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForMultipleChoice, PreTrainedModel
 

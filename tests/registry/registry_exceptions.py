@@ -1,0 +1,116 @@
+"""What the rule that shrinks configurations cannot know, by model type.
+
+A dot goes into a part of a configuration. Most rows are settings without a default, or sizes that have to fit others.
+"""
+
+from typing import Any
+
+from shrinking import EXPERT_FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB
+
+VOCABULARY_MAP = {"<image>": VOCAB - 1, **{f"IMGIMG{letter}Z": 120 + place for place, letter in enumerate("ABCD")}}
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+SAM2 = {
+    "vision_config.backbone_config.global_attention_blocks": [4, 6],
+    "vision_config.backbone_config.image_size": [64, 64],
+    "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+}
+SERIES = {"prediction_length": 4, "context_length": 8}
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "autoformer": SERIES,
+    "informer": SERIES,
+    "time_series_transformer": SERIES,
+    "mamba2": {"head_dim": 2 * HIDDEN // HEADS},
+    "paddleocr_vl": {"text_config.rope_parameters.mrope_section": [2, 1, 1]},
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "moonshine_streaming": {"num_key_value_heads": HEADS},
+    "muse_spark": {"audio_config.out_hidden_size": HIDDEN},
+    "neomme": {
+        "rope_parameters.full_attention.partial_rotary_factor": 0.5,
+        "rope_parameters.sliding_attention.partial_rotary_factor": 0.5,
+    },
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 100, "vision_end_token_id": 101},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 100, "vision_end_token_id": 101},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [4, 4]},
+    "sam": {"prompt_encoder_config.image_embedding_size": 4},
+    "sam_hq": {"prompt_encoder_config.image_embedding_size": 4, "mask_decoder_config.vit_dim": HIDDEN},
+    "sam3_tracker": {"vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    "seggpt": {"merge_index": 0},
+    "mobilevitv2": {"image_size": 128},
+    "align": {"projection_dim": 640},  # as wide as the pictures' features
+    "clvp": {f"{part}_config.hidden_size": 256 for part in ("text", "speech", "decoder")} | {"projection_dim": 256},
+    "cohere_compass": {"text_config.rope_parameters": {"full_attention": ROTARY}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROTARY}},
+    "dory": {
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"],
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+        "num_hidden_layers": 4,
+    },
+    "fun_asr_nano": {"adaptor_config.intermediate_size": HIDDEN // 4},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hunyuan_vl": {"text_config.head_dim": HEAD_DIM},
+    "hunyuan_vl_text": {"head_dim": HEAD_DIM},
+    "lw_detr": {"backbone_config.image_size": 64, "backbone_config.pretrain_image_size": 64},
+    "mistral_large4": {"text_config.kv_source_layers": None},
+    "mistral_large4_text": {"kv_source_layers": None},
+    "sam2": {**SAM2, "prompt_encoder_config.image_size": 64, "prompt_encoder_config.patch_size": 16},
+    "sam2_vision_model": {key.removeprefix("vision_config."): value for key, value in SAM2.items()},
+    "sam2_hiera_det_model": {"global_attention_blocks": [4, 6], "image_size": [64, 64]},
+    "step3p7": {"text_config.sliding_window": 8},
+    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
+    "tvp": {"visual_prompt_size": 8, "max_img_size": 64},
+    "xlstm": {"hidden_size": 256, "embedding_dim": 256},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0]],
+        "downsample_rate": "1/2",
+        "spatial_target_layers": [1],
+        "qformer_config.num_attention_heads": HEADS,
+    },
+    "swin2sr": {"embed_dim": 36, "num_heads": [2] * 6},
+    "falcon_h1": {"mamba_d_ssm": HIDDEN},
+    "bamba": {"attn_layer_indices": [1]},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [1, 1, 2]},
+    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
+    "layoutlmv3": {"hidden_size": 96, "intermediate_size": EXPERT_FFN},
+    "lilt": {"hidden_size": 48},
+    "mistral4": {"head_dim": 2 * HEAD_DIM},
+    "mobilebert": {"true_hidden_size": HIDDEN, "intra_bottleneck_size": HIDDEN},
+    "ministral": {"head_dim": HEAD_DIM},
+    "deepseek_ocr2": {"text_config.num_experts_per_tok": 2, "text_config.mlp_layer_types": ["dense", "sparse"]},
+    "diffusion_gemma": {
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": EXPERT_FFN,
+    },
+    "blip-2": {"image_token_index": VOCAB - 1},
+    "instructblip": {"image_token_index": VOCAB - 1},
+    "instructblipvideo": {"video_token_index": VOCAB - 1},
+    "blt": {"use_cache": False},
+    "bridgetower": {"vision_config.hidden_size": 64, "text_config.hidden_size": 64, "hidden_size": 64},
+    "bros": {
+        "hidden_size": 64,
+        "dim_bbox_projection": 16,
+        "dim_bbox_sinusoid_emb_2d": 16,
+        "dim_bbox_sinusoid_emb_1d": 2,
+    },
+    "chameleon": {"vocabulary_map": VOCABULARY_MAP},
+    "emu3": {"vocabulary_map": VOCABULARY_MAP},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 2},
+    "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
+    "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
+    "nemotron": {"num_key_value_heads": KV_HEADS},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "xmod": {"default_language": "en_XX"},
+}
