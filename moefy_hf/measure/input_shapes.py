@@ -134,7 +134,7 @@ class Sizes:
     def frames(self) -> int:
         """Return how many frames a spectrogram has: as many as an encoder with a fixed number of positions takes."""
         windows = 2 * self.find("n_window", part="audio", default=0)
-        positions = self.find("max_source_positions", part="audio", default=self.tokens * 3 // 2)
+        positions = self.find("max_source_positions", part="audio", default=4 * self.tokens)
         return windows or min(2 * positions, LONGEST)
 
     def spectra(self) -> list[torch.Tensor]:
@@ -200,6 +200,7 @@ SHAPES: dict[str, Callable[[Sizes], list[torch.Tensor]]] = {
     "input_ids": Sizes.texts,
     "decoder_input_ids": Sizes.decoder_texts,
     "qformer_input_ids": lambda sizes: [sizes.ids(sizes.find("vocab_size", part="qformer", default=100))],
+    "task_inputs": lambda sizes: [sizes.ones(sizes.find("task_seq_len", default=sizes.tokens))],
     "attention_mask": lambda sizes: [sizes.ones(sizes.tokens)],
     "bbox": Sizes.boxes,
     "pixel_values": Sizes.images,

@@ -14,6 +14,13 @@ SAM2 = {
     "vision_config.backbone_config.image_size": [64, 64],
     "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
 }
+INDEXER = {
+    "indexer_n_heads": HEADS,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": HEAD_DIM,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
 SERIES = {"prediction_length": 4, "context_length": 8}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "autoformer": SERIES,
@@ -40,18 +47,28 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "clvp": {f"{part}_config.hidden_size": 256 for part in ("text", "speech", "decoder")} | {"projection_dim": 256},
     "cohere_compass": {"text_config.rope_parameters": {"full_attention": ROTARY}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROTARY}},
-    "dory": {
-        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"],
-        "n_input_layers": 1,
-        "n_recurrent_layers": 2,
-        "n_output_layers": 1,
-        "num_hidden_layers": 4,
+    "dory": {  # twice as many, because it counts attentions and FFNs
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"] * 2,
+        "n_input_layers": 2,
+        "n_recurrent_layers": 4,
+        "n_output_layers": 2,
+        "num_hidden_layers": 8,
     },
+    "dots3_note": {"text_config.head_dim": 2 * HEAD_DIM},
+    "dots3_note_text": {"head_dim": 2 * HEAD_DIM},
+    "qwen4_exp": {f"text_config.{key}": value for key, value in INDEXER.items()},
+    "qwen4_exp_text": INDEXER,
+    "xcodec": {"codebook_dim": 2 * HIDDEN},
+    "fun_asr_nano_encoder": {"max_position_embeddings": 256},
     "fun_asr_nano": {"adaptor_config.intermediate_size": HIDDEN // 4},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_vl": {"text_config.head_dim": HEAD_DIM},
     "hunyuan_vl_text": {"head_dim": HEAD_DIM},
-    "lw_detr": {"backbone_config.image_size": 64, "backbone_config.pretrain_image_size": 64},
+    "lw_detr": {
+        "projector_scale_factors": [1.0],
+        "backbone_config.image_size": 64,
+        "backbone_config.pretrain_image_size": 64,
+    },
     "mistral_large4": {"text_config.kv_source_layers": None},
     "mistral_large4_text": {"kv_source_layers": None},
     "sam2": {**SAM2, "prompt_encoder_config.image_size": 64, "prompt_encoder_config.patch_size": 16},
@@ -59,7 +76,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "sam2_hiera_det_model": {"global_attention_blocks": [4, 6], "image_size": [64, 64]},
     "step3p7": {"text_config.sliding_window": 8},
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
-    "tvp": {"visual_prompt_size": 8, "max_img_size": 64},
+    "tvp": {"visual_prompt_size": 8, "max_img_size": 256},
     "xlstm": {"hidden_size": 256, "embedding_dim": 256},
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
     "zamba": {
@@ -72,7 +89,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[0, 0]],
         "downsample_rate": "1/2",
         "spatial_target_layers": [1],
-        "qformer_config.num_attention_heads": HEADS,
+        "vision_config.hidden_size": 2 * HIDDEN,
     },
     "swin2sr": {"embed_dim": 36, "num_heads": [2] * 6},
     "falcon_h1": {"mamba_d_ssm": HIDDEN},

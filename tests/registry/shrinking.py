@@ -21,7 +21,7 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r"index_topk|context_size", 16),
     (r"(n|num)_filters$", 8),
     (r"base_channels$", 32),
-    (r"num_latents", 16),
+    (r"num_latents|pos_emb_(height|width)", 16),
     (r"(period|interval|frequency|sliding_window_pattern)$", 2),
     (r"(layer|attn_layer|expert_layer)_offset$", 1),
     (r"vocab(_size)?(_per_layer_input)?$", VOCAB),
