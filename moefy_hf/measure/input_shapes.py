@@ -20,6 +20,7 @@ SPECIAL = ("_token_id", "_token_ids", "_token_index", "_token_indices", "_id", "
 BINS = ("num_mel_bins", "n_mel_bins", "input_feat_size", "feature_projection_input_dim", "input_dim", "feature_size")
 # settings that are in the code of a model type, and not in its configuration
 ASSUMED = {
+    "depth_pro": {"image_size": 1536},
     "gemma4_audio": {"num_mel_bins": 128},
     "granite_speech5_ctc": {"num_stacked_frames": 4},
     "granite_speech5_encoder": {"num_stacked_frames": 4},

@@ -41,12 +41,22 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "sam": {"prompt_encoder_config.image_embedding_size": 4},
     "sam_hq": {"prompt_encoder_config.image_embedding_size": 4, "mask_decoder_config.vit_dim": HIDDEN},
     "sam3_tracker": {"vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
-    "seggpt": {"merge_index": 0},
     "mobilevitv2": {"image_size": 128},
     "align": {"projection_dim": 640},  # as wide as the pictures' features
     "clvp": {f"{part}_config.hidden_size": 256 for part in ("text", "speech", "decoder")} | {"projection_dim": 256},
     "cohere_compass": {"text_config.rope_parameters": {"full_attention": ROTARY}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROTARY}},
+    "vits": {"speaking_rate": 50.0},  # short sounds
+    "oneformer": {"conv_dim": 256, "mask_dim": 256, "hidden_dim": 256},
+    "depth_pro": {"patch_size": 384, "intermediate_hook_ids": [1, 0]}
+    | {f"{part}_model_config.image_size": 384 for part in ("image", "patch", "fov")}
+    | {f"{part}_model_config.patch_size": 16 for part in ("image", "patch", "fov")},
+    "apertus1p5": {
+        "image_token_offset": 100,
+        "audio_token_offset": 116,
+        "vision_config.codebook_size": 16,
+        "audio_config.codebook_size": 16,
+    },
     "dory": {  # twice as many, because it counts attentions and FFNs
         "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"] * 2,
         "n_input_layers": 2,
@@ -64,11 +74,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_vl": {"text_config.head_dim": HEAD_DIM},
     "hunyuan_vl_text": {"head_dim": HEAD_DIM},
-    "lw_detr": {
-        "projector_scale_factors": [1.0],
-        "backbone_config.image_size": 64,
-        "backbone_config.pretrain_image_size": 64,
-    },
+    "neucodec": {"quantization_dim": 2 * HIDDEN},
+    "seggpt": {"merge_index": 0},
     "mistral_large4": {"text_config.kv_source_layers": None},
     "mistral_large4_text": {"kv_source_layers": None},
     "sam2": {**SAM2, "prompt_encoder_config.image_size": 64, "prompt_encoder_config.patch_size": 16},
@@ -76,7 +83,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "sam2_hiera_det_model": {"global_attention_blocks": [4, 6], "image_size": [64, 64]},
     "step3p7": {"text_config.sliding_window": 8},
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
-    "tvp": {"visual_prompt_size": 8, "max_img_size": 256},
     "xlstm": {"hidden_size": 256, "embedding_dim": 256},
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
     "zamba": {
@@ -130,4 +136,29 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": KV_HEADS},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "xmod": {"default_language": "en_XX"},
+}
+
+# why a type does not run, one sentence each; those that need another package say so themselves
+CANNOT_RUN = {
+    "bark": "It has no forward: its three parts are called by generate.",
+    "edgetam_video": "It runs on an inference session, which is no tensor.",
+    "glm_image_vqmodel": "It has no forward: it encodes and decodes.",
+    "inkling2_vision": "It takes patches in blocks of an order of its own.",
+    "kyutai_speech_to_text": "Its ids have a row for text and one for each codebook of sound.",
+    "llama4": "Its forward reads `image_outputs`, which its text model's outputs have not; `llama4_text` runs.",
+    "lw_detr": "Its default configuration has no levels of features to attend to.",
+    "muse_glimmer_assistant": "It takes the hidden states of another model's layers.",
+    "neucodec": "Its quantizer has a fixed width, 2048, that a tiny encoder has not.",
+    "pi0": "It takes actions, a state and a time beside images and text.",
+    "pp_ocrv6_medium_det": "Its default configuration has no backbone.",
+    "pp_ocrv6_small_det": "Its default backbone does not fit its neck.",
+    "sam2_video": "It runs on an inference session, which is no tensor.",
+    "sam3_tracker_video": "It runs on an inference session, which is no tensor.",
+    "sam3_video": "It runs on an inference session, which is no tensor.",
+    "seggpt": "Its prompt and its image are two halves of one image.",
+    "tvp": "It has a fault: its position embeddings take one example at a time.",
+    "uvdoc": "Its default backbone does not fit its head.",
+    "voxtral_realtime_text": "transformers names a class that it does not have.",
+    "wavtokenizer_encoder": "Its output is whole numbers alone.",
+    "xcodec2": "Its waves and its spectra have to have the same number of frames.",
 }

@@ -60,8 +60,8 @@ WIDTHS: tuple[tuple[str, int], ...] = (
     (r"(hidden_dim|output_dim|proj_dim|out_hidden_size|hidden_size_\w+|pooler_output_size|_width)$", HIDDEN),
     (r"(embedding_dim|encoder_dim|decoder_dim|latent_dim|conv_dim|word_embed_proj_dim|proj_size)$", HIDDEN),
 )
-STAGED = re.compile(r"(depths|hidden_sizes|embed_dims?|_per_stage|channels|block_repeats)$")  # lists for stages
-DEPTHS = re.compile(r"depths$|num_block_repeats|blocks_per_stage|stage_num_blocks")
+STAGED = re.compile(r"(depths|hidden_sizes|embed_dims?|_per_stage|channels|num_block_repeats)$")  # lists for stages
+DEPTHS = re.compile(r"depths$|block_sizes$|num_block_repeats|blocks_per_stage|stage_num_blocks")
 SPECIAL = re.compile(r"(_token_id|_token_index|_token_ids|_id|_ids|_index|_id_\w+)$")
 INDICES = re.compile(r"(indices|indexes|layer_ids|_layers|_idxs?|feature_layer)$")  # numbers of layers
 DEPTH_NAMES = (
@@ -156,7 +156,7 @@ class Part:
             return [self.kept.index(layer) for layer in value if layer in self.kept]
         if SPECIAL.search(key):
             return [self.ids.get(one, one) for one in value]
-        if key in ("conv_dim", "image_size", "patch_size") and not self.staged:
+        if key == "image_size" or (key in ("conv_dim", "patch_size") and not self.staged):
             return [self._number(key, one) for one in value]
         return value
 
