@@ -202,7 +202,7 @@ SHAPES: dict[str, Callable[[Sizes], list[torch.Tensor]]] = {
     "decoder_input_ids": Sizes.decoder_texts,
     "qformer_input_ids": lambda sizes: [sizes.ids(sizes.find("vocab_size", part="qformer", default=100))],
     "task_inputs": lambda sizes: [sizes.ones(sizes.find("task_seq_len", default=sizes.tokens))],
-    "attention_mask": lambda sizes: [sizes.ones(sizes.tokens)],
+    "attention_mask": lambda sizes: [torch.ones_like(sizes.texts()[0])],
     "bbox": Sizes.boxes,
     "pixel_values": Sizes.images,
     "pixel_values_videos": lambda sizes: sizes.images()[-1:],

@@ -141,6 +141,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 # why a type does not run, one sentence each; those that need another package say so themselves
 CANNOT_RUN = {
     "bark": "It has no forward: its three parts are called by generate.",
+    "depth_pro": "It runs, but for a minute, because its images have 1536 pixels in each direction.",
     "edgetam_video": "It runs on an inference session, which is no tensor.",
     "glm_image_vqmodel": "It has no forward: it encodes and decodes.",
     "inkling2_vision": "It takes patches in blocks of an order of its own.",
@@ -148,7 +149,6 @@ CANNOT_RUN = {
     "llama4": "Its forward reads `image_outputs`, which its text model's outputs have not; `llama4_text` runs.",
     "lw_detr": "Its default configuration has no levels of features to attend to.",
     "muse_glimmer_assistant": "It takes the hidden states of another model's layers.",
-    "neucodec": "Its quantizer has a fixed width, 2048, that a tiny encoder has not.",
     "pi0": "It takes actions, a state and a time beside images and text.",
     "pp_ocrv6_medium_det": "Its default configuration has no backbone.",
     "pp_ocrv6_small_det": "Its default backbone does not fit its neck.",

@@ -45,7 +45,7 @@ WIDTHS: tuple[tuple[str, int], ...] = (
     (r"d_latents|codebook_dim|condition_dim|vector_quantization_hidden_dimension", HIDDEN),
     (r"mamba_d_head|mamba_headdim", 2 * HIDDEN // HEADS),
     (r"num_pos_feats|coordinate_size|shape_size", HIDDEN // 2),
-    (r"projection_size|output_channels|upsample_groups$", HIDDEN),
+    (r"projection_size|output_channels|upsample_groups$|adapter_(in|out)_dim", HIDDEN),
     (r"qk_head_dim$", 2 * HEAD_DIM),
     (r"(head_dim|head_size|d_kv|kv_channels|d_head|dim_head)$", HEAD_DIM),
     (r"(key_value|kv|key|group)_heads$", KV_HEADS),

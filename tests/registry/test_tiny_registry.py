@@ -73,7 +73,8 @@ def test_text_has_no_special_tokens():
 
 def test_multiple_choice_has_choices():
     model = AutoModelForMultipleChoice.from_config(tiny_config("bert"))
-    assert made_up_batch(model)["input_ids"].shape == (2, 2, 16)
+    batch = made_up_batch(model)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 2, 16)
 
 
 class Strange(PreTrainedModel):
