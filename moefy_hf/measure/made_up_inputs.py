@@ -71,7 +71,7 @@ def _choices(model: PreTrainedModel) -> Iterator[list[str]]:
     ]
     main = [model.main_input_name] if isinstance(model.main_input_name, str) else list(model.main_input_name)
     seen: list[list[str]] = []
-    for wanted in (TEXT, main, [*main, "decoder_input_ids"], [*main, *TEXT], [*main, *TEXT, "bbox"], EVERYTHING):
+    for wanted in (TEXT, main, [*main, "decoder_input_ids"], [*main, *TEXT], [*main, *TEXT, "bbox"], WAVES, EVERYTHING):
         names = [*required, *wanted]
         for name in names:  # grows on the way: companions may have companions
             names += [one for one in COMPANIONS.get(name, ()) if one not in names]
@@ -302,6 +302,7 @@ INPUTS: dict[str, Callable[[_Sizes], list[torch.Tensor]]] = {
 EMBEDDED = ("hidden_states", "inputs_embeds", "query_embeds", "inputs", "qformer_input_ids")  # given if they have to be
 EVERYTHING = tuple(name for name in INPUTS if name not in EMBEDDED)
 TEXT = ("input_ids", "decoder_input_ids")
+WAVES = ("input_values", "decoder_input_ids")  # of models that take waves or spectra
 COMPANIONS = {  # what a model needs to make sense of another input, where its forward has it
     "input_ids": ("attention_mask",),
     "pixel_values": (
