@@ -15,6 +15,7 @@ PACKAGE = Path(moefy_hf.__file__).parent
 FLOORS = [  # from the ground up: a room uses those below it
     {"modeling"},  # which travels with checkpoints
     {"errors"},
+    {"discovery"},
     {"data", "io", "loading"},
     {"measure", "runtime"},
     {"analysis", "exporters", "splitters"},
