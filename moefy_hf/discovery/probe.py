@@ -75,6 +75,31 @@ def function_of(function: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
     return None
 
 
+def called_after(layer: nn.Module, up: str) -> str | None:
+    """Return transformers' name of the function that is applied to what a Linear of a layer gives.
+
+    The module around the Linear is run, which has to have nothing else (ESM's `intermediate`).
+
+    Args:
+        layer: the module that holds the FFN.
+        up: the Linear, below it.
+    """
+    around, _, name = up.rpartition(".")
+    module = layer.get_submodule(around)
+    size = linear_sizes(layer.get_submodule(up))
+    if not around or size is None or len(list(module.parameters())) > len(list(module.get_submodule(name).parameters())):
+        return None
+    twin = copy_with_linears(module, [name], size, TINY)
+    outputs: list[torch.Tensor] = []
+    twin.get_submodule(name).register_forward_hook(lambda _, args, y: outputs.append(y))
+    try:
+        with torch.no_grad():
+            result = twin(torch.randn(2, 3, TINY[0], generator=torch.Generator("cpu").manual_seed(1), device="cpu"))
+            return next((each for each in FUNCTIONS if torch.allclose(ACT2FN[each](outputs[0]), result)), None)
+    except Exception:  # it wants other arguments
+        return None
+
+
 def _methods(module: nn.Module) -> list[str]:
     """Return the methods of a module's class that may take part in its `forward`."""
     return [name for name, value in vars(type(module)).items() if inspect.isfunction(value) and name[:2] != "__"]

@@ -17,7 +17,7 @@ from torch import nn
 from ..modeling.ffn_layouts import FfnSpec
 from ..modeling.ffn_sites import FfnSite
 from .parts import functions_of, is_activation, is_norm, linear_sizes, words
-from .probe import CannotRun, confirmed, function_of
+from .probe import CannotRun, called_after, confirmed, function_of
 
 NOT_AN_FFN = {  # word in the name of a module, or of its class -> what it is
     **dict.fromkeys(["expert", "experts", "router", "shared_expert", "moe"], "part of a native Mixture of Experts"),
@@ -155,7 +155,12 @@ def _not_an_ffn(path: str, kind: str) -> str | None:
 
 def _named_like_an_ffn(module: nn.Module) -> bool:
     name = type(module).__name__
-    return bool(FFN_WORDS & words(name)) or name.lower().endswith(("feedforward", "mlp", "ffn"))
+    return bool(FFN_WORDS & words(name)) or name.lower().endswith(("feedforward", "mlp", "ffn")) or _has_experts(module)
+
+
+def _has_experts(module: nn.Module) -> bool:
+    """Whether a module has the matrices of several experts in one parameter."""
+    return any(parameter.dim() == 3 and min(parameter.shape) > 1 for parameter in module.parameters(recurse=False))
 
 
 def _specs_of(scope: Scope) -> tuple[list[FfnSpec], str | None]:
@@ -195,7 +200,7 @@ def _why_none(module: nn.Module) -> str:
             return f"its activation {kind} has parameters, which no split can follow"
         if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             return f"it has a convolution ({kind}) in it, for which neurons are not alike"
-        if any(parameter.dim() == 3 for parameter in part.parameters(recurse=False)):
+        if _has_experts(part):
             return "it is part of a native Mixture of Experts"
     return "it computes something else than down(act(up(x))) or down(act(gate(x)) * up(x))"
 
@@ -226,6 +231,8 @@ def _layer(scope: Scope) -> list[FfnSpec]:
     acts: list[tuple[str, str | None]] = [(path, None) for path in scope.acts]
     acts = acts or [(path, name) for path, name in scope.functions.items() if name is not None]
     acts = [act for act in acts if _beside(act[0], ups)]
+    if not acts and len(ups) == 1 and (name := called_after(scope.owner, ups[0])):
+        acts = [(INLINE, name)]
     order = list(scope.sizes)
     if not len(ups) == len(downs) == len(acts):
         return []

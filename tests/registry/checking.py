@@ -1,0 +1,113 @@
+"""Convert one tiny model of a type, and compare what it computes with the dense model in every way a user would."""
+
+import copy
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_registry import first_output, tiny_model
+from transformers import PreTrainedModel
+
+from moefy_hf import MoEficationConfig, moefy_
+from moefy_hf.discovery.search import search
+from moefy_hf.discovery.towers import tower_of
+from moefy_hf.measure.made_up_inputs import made_up_batch
+
+TOLERANCE = 1e-5  # of the largest output
+CHECKS = {  # key -> what passes
+    "dense": "all experts together are the dense model",
+    "sparse": "half the experts change the output",
+    "keys": "keys of the state dict are the dense ones and the routers'",
+    "stock": "loads as its stock class, equal to dense",
+    "trains": "a training step changes FFNs and leaves routers alone",
+    "own_code": "loads with its own code in a clean process, equal to the MoEfied model",
+}
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest number of `b`; what is not finite has to be so in both."""
+    finite = b.isfinite()
+    if not torch.equal(finite, a.isfinite()):
+        return math.inf
+    a, b = a[finite].double(), b[finite].double()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
+
+
+def check_type(model_type: str, folder: Path, head: str = "AutoModel") -> dict[str, Any]:
+    """Check a type, and save its MoEfied model, a batch and its output in a folder, for `own_code`.
+
+    Returns:
+        found FFNs by tower, modules left alone with the reason, and for each check True or what is wrong.
+
+    Raises:
+        Exception: the type cannot be built or run, has no FFN, or cannot be converted.
+    """
+    model = tiny_model(model_type, head=head)
+    found = search(model)
+    counted = Counter(tower_of(model, site.name) or "model" for site in found.sites)
+    result: dict[str, Any] = {"ffns": dict(counted), "left": _reasons(found.left)}
+    batch = made_up_batch(model)
+    dense, keys, stock = first_output(model, batch), list(model.state_dict()), type(model)
+    if not found.sites:
+        return result | {"reason": _why_none(result["left"])}
+    config = MoEficationConfig(
+        num_experts=math.gcd(8, *(site.sizes[1] for site in found.sites)),
+        splitter="random",
+        router="similarity",
+        k=0.5,
+        allocation="uniform",
+        towers="all",
+    )
+    moefy_(model, config, progress=False)
+    model.set_selection(k=1.0)
+    result["dense"] = _same(first_output(model, batch), dense)
+    model.set_selection(k=0.5)
+    sparse = first_output(model, batch)
+    result["sparse"] = difference(sparse, dense) > TOLERANCE or "half the experts change nothing"
+    result["keys"] = _keys(model, keys)
+    model.save_pretrained(folder)
+    torch.save({"batch": batch, "output": sparse, "auto": type(model)._auto_class}, folder / "expected.pt")
+    reloaded = stock.from_pretrained(folder).eval()
+    result["stock"] = _same(first_output(reloaded, batch), dense)
+    result["trains"] = _training_step(model, batch)
+    return result
+
+
+def _same(now: torch.Tensor, before: torch.Tensor) -> bool | str:
+    apart = difference(now, before)
+    return apart <= TOLERANCE or f"differs by {apart:.1e} of the scale"
+
+
+def _keys(model: PreTrainedModel, dense: list[str]) -> bool | str:
+    now = [key for key in model.state_dict() if ".router." not in f".{key}" and not key.endswith("neuron_order")]
+    return now == dense or f"keys differ: {sorted({*now} ^ {*dense})[:3]}"
+
+
+def _training_step(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> bool | str:
+    model = copy.deepcopy(model).train()
+    routers = {name: value.clone() for name, value in model.named_parameters() if ".router." in name}
+    downs = [site.down.weight.detach().clone() for site in model.moe_sites()]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        output = model(**batch)
+    tensors = [each for each in output.values() if torch.is_tensor(each) and each.requires_grad]
+    if not tensors:
+        return "no output has a gradient"
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=1.0)
+    sum(each.float().nan_to_num(0, 0, 0).square().sum() for each in tensors).backward()
+    optimizer.step()
+    if any(not torch.equal(value, model.get_parameter(name)) for name, value in routers.items()):
+        return "routers moved"
+    moved = [not torch.equal(old, site.down.weight) for old, site in zip(downs, model.moe_sites(), strict=True)]
+    return any(moved) or "no FFN moved"
+
+
+def _reasons(left: list[Any]) -> dict[str, str]:
+    """Reason by place, with * for the numbers of layers."""
+    return {".".join("*" if part.isdigit() else part for part in each.name.split(".")): each.reason for each in left}
+
+
+def _why_none(left: dict[str, str]) -> str:
+    return "; ".join(dict.fromkeys(left.values())) or "it has no pair of Linears with an activation between them"
