@@ -340,7 +340,7 @@ def segformer():
 
 REFUSED = {  # what: (model, settings, calibration, what the message says)
     "no FFN": (mamba, {}, data, r"no FFN of this MambaForCausalLM \(mamba\) can be split into experts"),
-    "a convolution in the FFN": (segformer, {}, data, r"block.0.0.mlp: it has a convolution \(Conv2d\) in it"),
+    "a convolution in the FFN": (segformer, {}, data, r"blocks.0.mlp: it has a convolution \(Conv2d\) in it"),
     "a Mixture of Experts": (mixtral, {}, data, "layers.0.mlp.*: it is part of a native Mixture of Experts"),
     "activation with parameters in an MLP": (xielu, {}, data, "mlp: its activation XIELUActivation has parameters"),
     "no such tower": (build, {"towers": "vision"}, data, "has no tower 'vision'.*choose from 'all'"),
