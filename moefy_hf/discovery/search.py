@@ -26,6 +26,7 @@ NOT_AN_FFN = {  # word in the name of a module, or of its class -> what it is
     **dict.fromkeys(["head", "heads", "pooler", "classifier"], "a head"),
 }
 FFN_WORDS = {"mlp", "ffn", "feedforward", "ffw"}  # of classes that one would expect here: their absence is explained
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 INLINE = "moefied_activation"  # name of the activation that an owner gets which calls a function
 
 
@@ -209,7 +210,7 @@ def _why_none(module: nn.Module) -> str:
     for part in module.modules():
         if (learned := _learned(part)) is not None:
             return learned
-        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if isinstance(part, CONVOLUTIONS):
             return f"it has a convolution ({type(part).__name__}) in it, for which neurons are not alike"
         if _has_experts(part):
             return "it is part of a native Mixture of Experts"
@@ -266,7 +267,8 @@ def _between(owner: nn.Module, up: str, down: str) -> bool:
     children = names[names.index(up.split(".")[0]) : names.index(down.split(".")[0]) + 1]
     parts = [f"{child}.{name}" for child in children for name, _ in owner.get_submodule(child).named_parameters()]
     others = [part for part in parts if not part.startswith((f"{up}.", f"{down}."))]
-    return any(f in owner.get_parameter(part).shape for part in others)
+    convolutions = [part for _, part in _nearby(owner) if isinstance(part, CONVOLUTIONS)]  # wherever it is declared
+    return any(f in tensor.shape for tensor in (*map(owner.get_parameter, others), *(c.weight for c in convolutions)))
 
 
 def _beside(act: str, ups: list[str]) -> bool:
