@@ -1,7 +1,7 @@
 """One tiny model per architecture, made from nothing: no network, a few thousand parameters each.
 
-`TINY` has one row per model type that is tested in depth; `VARIANTS` are further layouts of the same architectures. Biases and norms
-are random, because a permutation that forgets a bias of zeros, or a norm of ones, would go unnoticed.
+`TINY` has one row per model type that is tested in depth; `VARIANTS` are further layouts of the same architectures.
+Biases and norms are random, because a permutation that forgets a bias of zeros, or a norm of ones, would go unnoticed.
 """
 
 from dataclasses import dataclass, field

@@ -50,7 +50,9 @@ class DenseReference:
             if not finite.any():
                 continue
             scale = before[finite].abs().max().clamp_min(1e-12)
-            difference = float((now[finite].float() - before[finite].float()).abs().nan_to_num(torch.inf).max() / scale)
+            difference = float(
+                (now[finite].float() - before[finite].float()).abs().nan_to_num(torch.inf).max() / scale
+            )
             if difference > 10 * ROUNDING[before.dtype]:
                 raise UnsupportedModel(
                     f"after {when} all experts together are not the dense {type(self.model).__name__}: its output "

@@ -155,7 +155,9 @@ def _not_an_ffn(path: str, kind: str) -> str | None:
 
 def _named_like_an_ffn(module: nn.Module) -> bool:
     name = type(module).__name__
-    return bool(FFN_WORDS & words(name)) or name.lower().endswith(("feedforward", "mlp", "ffn")) or _has_experts(module)
+    return (
+        bool(FFN_WORDS & words(name)) or name.lower().endswith(("feedforward", "mlp", "ffn")) or _has_experts(module)
+    )
 
 
 def _has_experts(module: nn.Module) -> bool:

@@ -43,7 +43,8 @@ class Gated(nn.Module):
 class Fused(nn.Module):
     def __init__(self, up_first: bool):
         super().__init__()
-        self.both, self.out, self.act, self.up_first = nn.Linear(D, 2 * WIDTH), nn.Linear(WIDTH, D), nn.ReLU(), up_first
+        self.both, self.out, self.act = nn.Linear(D, 2 * WIDTH), nn.Linear(WIDTH, D), nn.ReLU()
+        self.up_first = up_first
 
     def forward(self, x):
         a, b = self.both(x).chunk(2, -1)

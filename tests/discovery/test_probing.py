@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from handmade import BertLike, D, Fused, FunctionAttribute, Gated, Inline, Layer, NormInside, Plain, Stack, WithDropout
+from handmade import BertLike, D, FunctionAttribute, Fused, Gated, Inline, Layer, NormInside, Plain, Stack, WithDropout
 from torch import nn
 from transformers.activations import ACT2FN
 
