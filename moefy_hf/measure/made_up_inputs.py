@@ -89,7 +89,8 @@ def _choices(model: PreTrainedModel) -> Iterator[list[str]]:
     main = [model.main_input_name] if isinstance(model.main_input_name, str) else list(model.main_input_name)
     everything = [name for name in SHAPES if name not in ONLY_IF_REQUIRED]
     seen: list[list[str]] = []
-    for wanted in (TEXT, main, [*main, "decoder_input_ids"], [*main, *TEXT], [*main, *TEXT, "bbox"], everything):
+    decoded = [[*main, "decoder_input_ids"], ["input_values", "decoder_input_ids"]]
+    for wanted in (TEXT, main, *decoded, [*main, *TEXT], [*main, *TEXT, "bbox"], everything):
         names = [name for name in (*required, *wanted) if name in parameters]
         for name in names:  # the list grows on the way, because companions may have companions
             names += [one for one in COMPANIONS.get(name, ()) if one in parameters and one not in names]
