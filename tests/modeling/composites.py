@@ -106,8 +106,9 @@ COMPOSITES = {
     "speech-encoder-decoder": Composite(
         "AutoModelForSpeechSeq2Seq",
         {"text": ["decoder.bert.encoder.layer.*"], "audio": ["encoder.encoder.layers.*.feed_forward"]},
-        lambda model: {"input_values": torch.randn(2, 4000, generator=torch.Generator().manual_seed(2))}
-        | decoder_texts(),
+        lambda model: (
+            {"input_values": torch.randn(2, 4000, generator=torch.Generator().manual_seed(2))} | decoder_texts()
+        ),
     ),
 }
 
