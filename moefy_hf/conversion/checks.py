@@ -45,7 +45,7 @@ def check_convertible(
             f"{type(model).__name__} is MoEfied already; use set_selection, fit_routers_ or allocate_budgets_ on it"
         )
     sites = selected_sites(find_sites(model, config.towers), config.layers)
-    moefied_class(type(model))
+    moefied_class(type(model), model.config)
     sizes = [split_sizes(site, config.num_experts, config.expert_size) for site in sites]
     check_shared(config.shared_experts, sites, sizes)
     check_matchable(config.router, sites, [experts for experts, _ in sizes])
@@ -200,7 +200,9 @@ def check_predictions(model: PreTrainedModel, batches: list[Mapping[str, Any]]) 
 
 
 def _headless(model: PreTrainedModel) -> bool:
-    cls = type(model) if is_moefied(model) else moefied_class(type(model))
+    cls = type(model) if is_moefied(model) else moefied_class(type(model), model.config)
+    if cls._auto_class is None:  # a class of the user that is not registered
+        return model.base_model is model
     return cls._auto_class in ("AutoModel", "AutoModelForTextEncoding")
 
 

@@ -89,7 +89,11 @@ def called_after(layer: nn.Module, up: str) -> str | None:
     around, _, name = up.rpartition(".")
     module = layer.get_submodule(around)
     size = linear_sizes(layer.get_submodule(up))
-    if not around or size is None or len(list(module.parameters())) > len(list(module.get_submodule(name).parameters())):
+    if (
+        not around
+        or size is None
+        or len(list(module.parameters())) > len(list(module.get_submodule(name).parameters()))
+    ):
         return None
     twin = copy_with_linears(module, [name], size, TINY)
     outputs: list[torch.Tensor] = []
