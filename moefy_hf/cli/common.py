@@ -63,6 +63,11 @@ def add_data(command: argparse.ArgumentParser, *, required: bool, help: str = DA
         command.add_argument("--seed", type=int, default=0, help="of the order of texts (default: 0)")
 
 
+def add_towers(command: argparse.ArgumentParser) -> None:
+    """Give a command the argument that names parts of a composite model."""
+    command.add_argument("--towers", nargs="+", metavar="TOWER", help="text (the default), vision, audio, all")
+
+
 def show_table(result: dict[str, Any]) -> str:
     """Return the table of a result, which is what its command prints."""
     return result["table"]

@@ -149,7 +149,7 @@ def show_inspected(result: dict[str, Any]) -> str:
         lines.append(f"MoEfied: {count} FFNs, {section.splitter} split, {router}, {section.selection}")
     towers = list(dict.fromkeys(ffn["tower"] for ffn in ffns if ffn["tower"] is not None))
     if "text" in towers and len(towers) > 1:
-        lines.append(f"converted by default: the text tower (others: --towers {' '.join([*towers, 'all'])})")
+        lines.append(f"towers: {', '.join(towers)}; moefy convert splits text, and others by --towers")
     if ffns:
         lines += ["", markdown(table(ffns))]
     if result["left"]:
