@@ -60,7 +60,8 @@ def analyze_model(args: Namespace) -> dict[str, Any]:
         raise MoefyError(f"{output} is a file: name a folder for the report")
     removal = read_ablation(args.removal, "title", "together") if args.removal else None
     model = load_moefied(args)
-    other = load(args.compare, head=args.head, dtype=args.dtype) if args.compare else None
+    trust = args.trust_remote_code
+    other = load(args.compare, head=args.head, dtype=args.dtype, trust_remote_code=trust) if args.compare else None
     partitions = compare_partitions(model, other, args.seed) if other is not None else None
     analysis = analyze(model, load_tokenizer(args), stream_of(args, model), rate=args.rate, seed=args.seed)
     facts = add_facts(args.model, analysis=analysis.summary()) if Path(args.model).is_dir() else {}

@@ -38,6 +38,8 @@ def of_model(command: argparse.ArgumentParser, run: Callable, show: Callable) ->
     command.add_argument("--dtype", default="auto", choices=DTYPES, help="load in this type (default: as saved)")
     head = "AutoModelForMaskedLM or another Auto class, where its config does not say which head it has"
     command.add_argument("--head", metavar="AUTO", help=head)
+    trust = "run code that comes with MODEL, if it has any"
+    command.add_argument("--trust_remote_code", action="store_true", help=trust)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=run, show=show)
     return command
@@ -82,7 +84,8 @@ def new_folder(path: str) -> Path:
 def load_model(args: Namespace) -> PreTrainedModel:
     """Load MODEL on the accelerator, where there is one; in float32 where the processor knows no bfloat16."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    model = load(args.model, args.revision, head=args.head, dtype=args.dtype)
+    trust = args.trust_remote_code
+    model = load(args.model, args.revision, head=args.head, dtype=args.dtype, trust_remote_code=trust)
     if device is not None:
         return model.to(device)  # type: ignore[arg-type]
     if args.dtype == "auto" and model.dtype == torch.bfloat16 and not computes_bfloat16():
@@ -170,7 +173,9 @@ def load_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
         OSError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+        return AutoTokenizer.from_pretrained(
+            args.model, revision=args.revision, trust_remote_code=args.trust_remote_code
+        )
     except ValueError as error:
         raise MoefyError(f"the tokenizer of {args.model} cannot be loaded: {error}") from error
 
@@ -184,9 +189,10 @@ def save_beside(args: Namespace, model: PreTrainedModel, folder: Path) -> None:
         folder: where.
     """
     as_loaded(model).save_pretrained(folder)
+    trusted = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     for auto in (AutoTokenizer, AutoImageProcessor):
         with contextlib.suppress(ValueError, OSError, ImportError, KeyError):  # it has none
-            auto.from_pretrained(args.model, revision=args.revision).save_pretrained(folder)
+            auto.from_pretrained(args.model, **trusted).save_pretrained(folder)
 
 
 def checkpoint_folder(args: Namespace) -> Path:

@@ -32,7 +32,8 @@ def export_model(args: Namespace) -> dict[str, Any]:
     """Write MODEL as a served architecture; return the folder."""
     output = new_folder(args.output)
     # on the CPU, where it is written from
-    model = load(args.model, args.revision, head=args.head, dtype=args.dtype)
+    trust = args.trust_remote_code
+    model = load(args.model, args.revision, head=args.head, dtype=args.dtype, trust_remote_code=trust)
     if args.k is not None and is_moefied(model):
         check_moefied(model).set_selection(k=args.k, allocation="uniform")
     try:
@@ -45,5 +46,6 @@ def export_model(args: Namespace) -> dict[str, Any]:
 def permuted_adapter(args: Namespace) -> dict[str, Any]:
     """Write the adapter that fits MODEL; return the folder."""
     output = new_folder(args.output)
-    model = load(args.model, args.revision, head=args.head, dtype=args.dtype)
+    trust = args.trust_remote_code
+    model = load(args.model, args.revision, head=args.head, dtype=args.dtype, trust_remote_code=trust)
     return {"output": str(permute_adapter(args.adapter, model, output))}

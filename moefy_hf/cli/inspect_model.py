@@ -21,9 +21,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def inspect_model(args: Namespace) -> dict[str, Any]:
     """Return what MODEL is, how it is MoEfied, and the sizes of its FFNs."""
-    config = read_config(args.model, args.revision)
+    trusted: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "revision": args.revision}
+    config = read_config(args.model, **trusted)
     with torch.device("meta"):
-        model = checkpoint_class(config, args.head)(config)
+        model = checkpoint_class(config, args.head, **trusted)(config)
     sites, section = find_sites(model), Section.of(config)
     ffn = sum(param.numel() for site in sites for param in {id(p): p for _, p, _, _ in site.neuron_dims()}.values())
     return {

@@ -45,7 +45,7 @@ def check_convertible(
             f"{type(model).__name__} is MoEfied already; use set_selection, fit_routers_ or allocate_budgets_ on it"
         )
     sites = selected_sites(find_sites(model, config.towers), config.layers)
-    moefied_class(type(model))
+    moefied_class(type(model), model.config)
     sizes = [split_sizes(site, config.num_experts, config.expert_size) for site in sites]
     check_shared(config.shared_experts, sites, sizes)
     check_matchable(config.router, sites, [experts for experts, _ in sizes])
@@ -64,8 +64,8 @@ def check_convertible(
                 raise MoefyError(
                     f"{site.name}.{name} is {kind}: convert a model that is neither sharded, quantised nor offloaded"
                 )
-            if (other := owners.setdefault(id(param), site.name)) != site.name:
-                raise MoefyError(f"{site.name} and {other} share {name}: one order of neurons cannot suit both")
+            if (other := owners.setdefault(id(param), site.key)) != site.key:
+                raise MoefyError(f"{site.key} and {other} share {name}: one order of neurons cannot suit both")
             if not param.isfinite().all():
                 raise MoefyError(f"{site.name}.{name} holds weights that are not finite in {param.dtype}: {OVERFLOW}")
         if next(site.act.parameters(), None) is not None:
@@ -200,7 +200,9 @@ def check_predictions(model: PreTrainedModel, batches: list[Mapping[str, Any]]) 
 
 
 def _headless(model: PreTrainedModel) -> bool:
-    cls = type(model) if is_moefied(model) else moefied_class(type(model))
+    cls = type(model) if is_moefied(model) else moefied_class(type(model), model.config)
+    if cls._auto_class is None:  # a class of the user that is not registered
+        return model.base_model is model
     return cls._auto_class in ("AutoModel", "AutoModelForTextEncoding")
 
 

@@ -20,7 +20,10 @@ ROWS = 64  # tokens for which one FFN is computed again
 
 
 class DenseReference:
-    """What a model computes on one batch before it is changed.
+    """What a model computes before it is changed.
+
+    It runs on one batch. Where that does not get to an FFN, as a text does not get to a vision tower, the tower that
+    has it is run by itself, on a batch that is made up.
 
     Args:
         model: the model, dense or with all experts selected.
@@ -32,9 +35,13 @@ class DenseReference:
     """
 
     def __init__(self, model: PreTrainedModel, sites: list[FfnSite], profile: ModelProfile | None):
-        self.model = model
-        self.batch = _first_rows(profile.batches[0]) if profile and profile.batches else _made_up(model)
-        self.outputs = self._run(sites)
+        self.batches = {model: _first_rows(profile.batches[0]) if profile and profile.batches else _made_up(model)}
+        self.missed = list(sites)
+        self.outputs = {model: self._run(model)}
+        for tower in dict.fromkeys(_tower_around(model, site) for site in self.missed):
+            if tower is not model:
+                self.batches[tower] = _made_up(tower)
+                self.outputs[tower] = self._run(tower)
 
     def compare(self, when: str) -> None:
         """Check that the model computes what it did.
@@ -45,39 +52,54 @@ class DenseReference:
         Raises:
             UnsupportedModel: it does not.
         """
-        for position, (now, before) in enumerate(zip(self._run([]), self.outputs, strict=True)):
-            finite = before.isfinite()
-            if not finite.any():
-                continue
-            scale = before[finite].abs().max().clamp_min(1e-12)
-            difference = float(
-                (now[finite].float() - before[finite].float()).abs().nan_to_num(torch.inf).max() / scale
-            )
-            if difference > 10 * ROUNDING[before.dtype]:
-                raise UnsupportedModel(
-                    f"after {when} all experts together are not the dense {type(self.model).__name__}: its output "
-                    f"{position} differs by {difference:.1e} of its scale; the model is as it was"
-                )
+        self.missed = []
+        for model, outputs in self.outputs.items():
+            for position, (now, before) in enumerate(zip(self._run(model), outputs, strict=True)):
+                finite = before.isfinite()
+                if not finite.any():
+                    continue
+                scale = before[finite].abs().max().clamp_min(1e-12)
+                off = (now[finite].float() - before[finite].float()).abs().nan_to_num(torch.inf).max() / scale
+                if off > 10 * ROUNDING[before.dtype]:
+                    raise UnsupportedModel(
+                        f"after {when} all experts together are not the dense {type(model).__name__}: its output "
+                        f"{position} differs by {float(off):.1e} of its scale; the model is as it was"
+                    )
 
     @torch.no_grad()
-    def _run(self, sites: list[FfnSite]) -> list[torch.Tensor]:
-        if self.batch is None:
+    def _run(self, model: PreTrainedModel) -> list[torch.Tensor]:
+        """Return a model's outputs; FFNs that nobody has compared with their formula are, where they run."""
+        if (batch := self.batches[model]) is None:
             return []
         seen: dict[int, torch.Tensor] = {}
-        hooks = []
+        sites, ran, hooks = self.missed, set[int](), []
+
+        def check(position: int, neurons: torch.Tensor) -> None:
+            if position in seen:
+                ran.add(position)
+                check_formula(sites[position], seen.pop(position), neurons)
+
         for position, site in enumerate(sites):
             hooks.append(site.first.register_forward_pre_hook(lambda _, a, i=position: seen.__setitem__(i, a[0])))
-            hooks.append(
-                site.down.register_forward_pre_hook(
-                    lambda _, a, i=position: check_formula(sites[i], seen.pop(i), a[0]) if i in seen else None
-                )
-            )
-        device = next(self.model.parameters()).device
-        batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in self.batch.items()}
+            hooks.append(site.down.register_forward_pre_hook(lambda _, a, i=position: check(i, a[0])))
+        device = next(model.parameters()).device
+        batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
         devices = [device] if device.type == "cuda" else []
-        with evaluating(self.model), hooked(hooks), torch.random.fork_rng(devices):
+        with evaluating(model), hooked(hooks), torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            return [tensor.clone() for tensor in _tensors(self.model(**batch)) if tensor.is_floating_point()]
+            outputs = [tensor.clone() for tensor in _tensors(model(**batch)) if tensor.is_floating_point()]
+        self.missed = [site for position, site in enumerate(sites) if position not in ran]
+        return outputs
+
+
+def _tower_around(model: PreTrainedModel, site: FfnSite) -> PreTrainedModel:
+    """Return the outermost model that has an FFN, below the whole that is converted; that one where there is none."""
+    module: Any = model
+    for part in site.name.split("."):
+        module = getattr(module, part)
+        if isinstance(module, PreTrainedModel) and module is not model.base_model:
+            return module
+    return model
 
 
 def check_formula(site: FfnSite, x: torch.Tensor, neurons: torch.Tensor) -> None:

@@ -187,7 +187,7 @@ def install_routers_(model: PreTrainedModel, section: dict[str, Any]) -> Moefied
     view = Section.put(model.config, section)
     view.selection, view.compensation, view.neuron_order = dict(ALL_EXPERTS), False, True
     view.ffns = remembered(model, find_sites(model, view.towers))
-    model.__class__ = moefied_class(type(model))
+    model.__class__ = moefied_class(type(model), model.config)
     with torch.device("meta"):  # transformers learns which outputs a class can record when one is made
         type(model)(copy.deepcopy(model.config))
     install_(model)

@@ -10,22 +10,22 @@ import sys
 import tempfile
 import types
 import weakref
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, PreTrainedModel
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .. import modeling
 from ..errors import UnsupportedModel
 from ..modeling.moefied import model_type_of
+from .own_code import check_own_code, own_files, own_heads
 
 HOME = Path(modeling.__file__).parent
 PREFIX = f"{modeling.__name__}.modeling_moefied_"
-REMOTE = "transformers_modules."  # where transformers keeps the code of checkpoints
 
 TEMPLATE = '''"""MoEfied {model_type}, written by moefy-hf.
 
@@ -45,7 +45,7 @@ from .moefied import MoefiedMixin
 CLASS = '''
 
 class Moefied{name}(MoefiedMixin, {name}):
-    _auto_class = "{auto}"
+    _auto_class = {auto}
 '''
 
 
@@ -72,38 +72,41 @@ def _rank(auto: str) -> tuple[bool, bool, str]:
     return auto in ("AutoModelForPreTraining", "AutoModelForTextEncoding"), auto != "AutoModel", auto
 
 
-@lru_cache(maxsize=None)
-def module_of(cls: type[PreTrainedModel]) -> types.ModuleType:
+def module_of(cls: type[PreTrainedModel], config: PreTrainedConfig | None = None) -> types.ModuleType:
     """Return the module that has the MoEfied version of a model class, and of the other heads of its architecture.
 
+    Args:
+        cls: the class.
+        config: of the model, which names the heads in code that came with a checkpoint.
+
     Raises:
-        UnsupportedModel: no Auto class has this head, so that nobody could load it.
+        UnsupportedModel: no Auto class has this head of transformers, so that nobody could load it.
     """
     model_type = model_type_of(cls)
-    if not cls.__module__.startswith(REMOTE):
-        name = PREFIX + _stem(model_type)
+    if cls.__module__.startswith("transformers."):
         heads = heads_of(model_type)
         if cls.__name__ not in heads:
             known = ", ".join(heads) or "none"
             raise UnsupportedModel(f"{cls.__name__} has no Auto class; those of {model_type!r}: {known}")
-        return importlib.import_module(name)
-    return _exec(GeneratedModule(f"{PREFIX}{_stem(model_type)}", model_type, _own_heads(cls), cls.__module__))
+        return importlib.import_module(PREFIX + _stem(model_type))
+    auto_map = {} if config is None else vars(config).get("auto_map") or {}
+    return _own_module(_stem(model_type or cls.__name__), tuple(own_heads(cls, auto_map).items()))
+
+
+@lru_cache(maxsize=None)
+def _own_module(stem: str, heads: tuple[tuple[type[PreTrainedModel], str | None], ...]) -> types.ModuleType:
+    """Make the module of a model with code of its own, under a name that no other has."""
+    names = "_".join(head.__name__ for head, _ in heads)
+    name = f"{modeling.__name__}.{heads[0][0].__module__}.{names}.modeling_moefied_{stem}"
+    module = GeneratedModule(name, stem, {head.__name__: auto for head, auto in heads}, [head for head, _ in heads])
+    vars(module).update((head.__name__, head) for head, _ in heads)
+    sys.modules[name] = module
+    exec(compile(module._text(""), name, "exec"), vars(module))
+    return module
 
 
 def _stem(model_type: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in model_type)
-
-
-def _own_heads(cls: type[PreTrainedModel]) -> dict[str, str]:
-    """Return the heads in the code that a checkpoint brought: class -> Auto class."""
-    classes = vars(sys.modules[cls.__module__]).values()
-    heads = [each for each in classes if isinstance(each, type) and issubclass(each, PreTrainedModel)]
-    return {each.__name__: vars(each).get("_auto_class") or "AutoModel" for each in heads if _is_head(each, cls)}
-
-
-def _is_head(each: type[PreTrainedModel], cls: type[PreTrainedModel]) -> bool:
-    same = each.__module__ == cls.__module__ and each.config_class is cls.config_class
-    return same and (each is cls or "_auto_class" in vars(each) and each._auto_class is not None)
 
 
 class GeneratedModule(types.ModuleType):
@@ -113,38 +116,64 @@ class GeneratedModule(types.ModuleType):
         name: of the module.
         model_type: the architecture.
         heads: class -> Auto class.
-        base: module that has these classes, where that is a checkpoint's own code.
+        own: these classes, where they are not transformers'.
     """
 
-    def __init__(self, name: str, model_type: str, heads: dict[str, str], base: str | None = None):
+    def __init__(
+        self,
+        name: str,
+        model_type: str,
+        heads: Mapping[str, str | None],
+        own: Sequence[type[PreTrainedModel]] = (),
+    ):
         super().__init__(name, f"MoEfied {model_type}.")
-        vars(self).update(_model_type=model_type, _heads=heads, _base=base, __package__=modeling.__name__)
+        vars(self).update(_model_type=model_type, _heads=heads, _own=own, __package__=modeling.__name__)
 
-    def _text(self, base: str | None) -> str:
+    def _text(self, imports: str) -> str:
         siblings = sorted(path.stem for path in HOME.glob("*.py") if path.stem != "__init__")
-        names = sorted(self._heads)
         return TEMPLATE.format(
             model_type=self._model_type,
             siblings="\n".join(f"from .{stem} import *" for stem in siblings),
-            imports=f"from {base} import {', '.join(names)}" if base else _imports(names, self._model_type),
-            classes="".join(CLASS.format(name=name, auto=auto) for name, auto in self._heads.items()),
+            imports=imports,
+            classes="".join(CLASS.format(name=name, auto=self._auto(name)) for name in self._heads),
         )
+
+    def _auto(self, name: str) -> str | None:
+        """The Auto class of a head as it would be written; the MoEfied class may be registered later."""
+        made = vars(self).get(f"Moefied{name}")
+        auto = self._heads[name] if made is None else vars(made)["_auto_class"]
+        return None if auto is None else f'"{auto}"'
 
     @cached_property
     def _folder(self) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="moefy_hf_"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        base = None if self._base is None else Path(str(sys.modules[self._base].__file__))
-        needed = [*HOME.glob("*.py"), *([base, *map(Path, get_relative_import_files(base))] if base else ())]
-        for path in needed:
-            shutil.copy(path, folder)
-        text = self._text(f".{base.stem}" if base else None)
-        (folder / f"{self.__name__.rpartition('.')[2]}.py").write_text(text, encoding="utf-8")
         return folder
+
+    def check(self, config: type[PreTrainedConfig]) -> None:
+        """Check that this module can be saved, with a config of this class.
+
+        Raises:
+            UnsupportedModel: the model's own code cannot travel with a checkpoint.
+        """
+        if self._own:
+            taken = [path.name for path in HOME.glob("*.py")]
+            check_own_code(self._own[0], self._auto(self._own[0].__name__), config, taken)
 
     @property
     def __file__(self) -> str:  # type: ignore[override]
-        return str(self._folder / f"{self.__name__.rpartition('.')[2]}.py")
+        file = self._folder / f"{self.__name__.rpartition('.')[2]}.py"
+        if not file.exists() or self._own:  # its heads may have been registered since
+            try:
+                own = own_files(self._own[0]) if self._own else []
+            except UnsupportedModel as error:  # who looks for the files of all modules finds none
+                raise AttributeError(str(error)) from error
+            for path in (*HOME.glob("*.py"), *own):
+                shutil.copy(path, self._folder)
+            names = sorted(self._heads)
+            theirs = f"from .{own[0].stem} import {', '.join(names)}" if own else _imports(names, self._model_type)
+            file.write_text(self._text(theirs), encoding="utf-8")
+        return str(file)
 
 
 def _imports(names: list[str], model_type: str) -> str:
@@ -165,12 +194,6 @@ def _class(name: str, model_type: str) -> type[PreTrainedModel]:
     return found
 
 
-def _exec(module: GeneratedModule) -> types.ModuleType:
-    exec(compile(module._text(module._base), module.__name__, "exec"), vars(module))
-    sys.modules[module.__name__] = module
-    return module
-
-
 class Loader(importlib.machinery.SourceFileLoader):
     """Makes the module of an architecture of transformers, when it is imported."""
 
@@ -182,7 +205,8 @@ class Loader(importlib.machinery.SourceFileLoader):
         return GeneratedModule(spec.name, self.model_type, heads_of(self.model_type))
 
     def exec_module(self, module: Any) -> None:
-        exec(compile(module._text(None), module.__name__, "exec"), vars(module))
+        imports = _imports(sorted(module._heads), self.model_type)
+        exec(compile(module._text(imports), module.__name__, "exec"), vars(module))
 
 
 def spec_of(name: str) -> importlib.machinery.ModuleSpec | None:

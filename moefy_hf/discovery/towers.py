@@ -49,15 +49,22 @@ def tower_of(model: PreTrainedModel, name: str) -> str | None:
         >>> tower_of(clip, "vision_model.encoder.layers.0.mlp")
         'vision'
     """
-    names, found, module = tower_names(model.config), None, model
+    names, found, last, module = tower_names(model.config), None, None, model
     types = {type(nested): names[id(nested)] for nested in _nested(model.config)}
     for part in name.split(".") if name else ():
         module = getattr(module, part)
         config = getattr(module, "config", None)
         tower = names.get(id(config)) or (types.get(type(config)) if config is not model.config else None)
-        if tower is not None:
-            found = tower if tower == "text" else KINDS.get(getattr(module, "main_input_name", ""), tower)
+        if tower is not None and tower != last:  # its outermost module says what it reads
+            found, last = _reading(tower, getattr(module, "main_input_name", "")), tower
     return found
+
+
+def _reading(tower: str, main_input: str) -> str:
+    """Return the name of a tower by what it reads."""
+    if tower == "text" or tower == "encoder" and main_input == "input_ids":  # of two models that read texts
+        return "text"
+    return KINDS.get(main_input, tower)
 
 
 def _nested(config: PreTrainedConfig) -> Iterable[PreTrainedConfig]:

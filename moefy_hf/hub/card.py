@@ -176,7 +176,8 @@ def auto_class(config: dict[str, Any]) -> str:
         config: what its config.json holds.
     """
     architecture = config["architectures"][0]
-    names = [name for name, path in config["auto_map"].items() if path.rpartition(".")[2] == architecture]
+    models = {name: path for name, path in config["auto_map"].items() if name.startswith("AutoModel")}
+    names = [name for name, path in models.items() if path.rpartition(".")[2] == architecture]
     heads = [name for name in names if name != "AutoModel"]  # CLIP has two names
     return next((name for name in heads if name in TASKS), (heads or ["AutoModel"])[0])
 

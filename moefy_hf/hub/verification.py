@@ -60,7 +60,7 @@ def verify(
     """
     folder = Path(folder).resolve()
     config = moefied_config(folder)
-    model = load(folder) if model is None else model
+    model = load(folder, trust_remote_code=True) if model is None else model
     inputs, expected = inputs_and_outputs(model, inputs)
     with tempfile.TemporaryDirectory() as exchange:
         torch.save(inputs, f"{exchange}/inputs.pt")

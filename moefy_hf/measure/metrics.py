@@ -144,4 +144,5 @@ def is_causal(model: PreTrainedModel) -> bool:
     """Return whether this is a language model, which predicts each token from those before it."""
     model = unwrapped(model)
     stock = check_moefied(model).stock_class() if is_moefied(model) else type(model)
-    return stock.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    generates = stock.can_generate() and not model.config.is_encoder_decoder  # also those that look at images
+    return generates or stock.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..discovery.towers import KINDS, tower_of
 from ..modeling.ffn_sites import FfnSite
 
 
 def real_tokens(model: PreTrainedModel, site: FfnSite, batch: Mapping[str, Any], tokens: int) -> torch.Tensor | None:
     """Return (tokens,) bool, true where a token is no padding; None where nothing is padded.
 
-    A mask of another length belongs to another sequence (CLIP's image tower beside its text) and is ignored.
+    The mask is one of texts. It is ignored in towers that read images or sound, and where its length is another.
 
     Args:
         batch: what the model runs on.
@@ -23,7 +24,7 @@ def real_tokens(model: PreTrainedModel, site: FfnSite, batch: Mapping[str, Any],
         mask = batch.get("decoder_attention_mask")
         if mask is None and batch.get("labels") is not None:
             mask = batch["labels"] != -100
-    if mask is None or mask.numel() != tokens:
+    if mask is None or mask.numel() != tokens or tower_of(model, site.name) in KINDS.values():
         return None
     return mask.reshape(-1).bool().to(site.down.weight.device)  # models may lie on several devices
 

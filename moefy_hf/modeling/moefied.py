@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -118,10 +119,14 @@ class MoefiedMixin(_Base):
         return names
 
     def set_auto_map_(self) -> None:
-        """Name every MoEfied head in the config, beside the classes of its own that it names: its config's."""
-        own = getattr(self.config, "auto_map", None) or {}
+        """Name every MoEfied head in the config, in place of dense ones, beside its own config and tokenizer."""
+        own, ours = getattr(self.config, "auto_map", None) or {}, self.auto_map()
         kept = {name: value for name, value in own.items() if not name.startswith("AutoModel")}
-        self.config.auto_map = {**kept, **self.auto_map()}
+        heads = {path.rpartition(".Moefied")[2]: path for path in ours.values()}
+        for name in own.keys() - kept.keys():  # code of its own may have one class under several names
+            if (head := own[name].rpartition(".")[2].removeprefix("Moefied")) in heads:
+                kept[name] = heads[head]
+        self.config.auto_map = {**kept, **ours}
 
     def initialize_weights(self) -> None:
         """Initialise routers, which have a way of their own, then what transformers initialises."""
@@ -161,8 +166,13 @@ class MoefiedMixin(_Base):
             is_main_process: False where another process writes the files.
             state_dict: what is saved, by default the model's; empty where another process saves.
             args, kwargs: further arguments of transformers' method.
+
+        Raises:
+            MoefyError: the model has code of its own, which cannot be saved: the message says what to do.
         """
         cls, saved, auto_map = type(self), self.moefied_class(), self.config.auto_map
+        if type(module := sys.modules[saved.__module__]) is not ModuleType:
+            module.check(type(self.config))  # it was generated; with code of the user it may have to stay here
         if not getattr(self, "_hf_peft_config_loaded", False):
             state_dict = self.state_dict() if state_dict is None else state_dict  # empty where another process saves
             state_dict = {DENSE_NOTE: torch.zeros(1, dtype=torch.uint8), **state_dict}

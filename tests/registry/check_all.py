@@ -3,7 +3,8 @@
     python tests/registry/check_all.py                    # all types: half an hour on one core
     python tests/registry/check_all.py --types bert vit   # these alone; the others stay as they are in the JSON
 
-The outcome is architectures.json beside this file; `python tests/readme_blocks.py` makes docs/architectures.md of it.
+The outcome is architectures.json beside this file; `python tests/registry/table.py` makes
+docs/architectures.md of it.
 """
 
 import argparse
@@ -23,11 +24,11 @@ sys.path.insert(0, str(HERE))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from build_all import TooSlow, time_limit  # noqa: E402
-from checking import CHECKS, check_type  # noqa: E402
+from checking import check_type  # noqa: E402
+from table import CHECKS, OUTCOMES, passes  # noqa: E402
 from tiny_registry import HEADS_OF, model_types  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-OUTCOMES = HERE / "architectures.json"
 TOGETHER = 20  # models that one clean process loads
 
 
@@ -68,11 +69,6 @@ def check(types: list[str], seconds: int) -> dict[str, dict[str, Any]]:
                     shutil.rmtree(waiting[done])
                 waiting = {}
     return outcomes
-
-
-def passes(found: dict[str, Any]) -> bool:
-    """Whether a type passes all checks."""
-    return all(found.get(key) is True for key in CHECKS)
 
 
 def main() -> None:

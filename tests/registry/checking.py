@@ -16,14 +16,6 @@ from moefy_hf.discovery.towers import tower_of
 from moefy_hf.measure.made_up_inputs import made_up_batch
 
 TOLERANCE = 1e-5  # of the largest output
-CHECKS = {  # key -> what passes
-    "dense": "all experts together are the dense model",
-    "sparse": "half the experts change the output",
-    "keys": "keys of the state dict are the dense ones and the routers'",
-    "stock": "loads as its stock class, equal to dense",
-    "trains": "a training step changes FFNs and leaves routers alone",
-    "own_code": "loads with its own code in a clean process, equal to the MoEfied model",
-}
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
