@@ -85,7 +85,9 @@ def places_of(site: FfnSite, baseline: str) -> list[Place]:
     up = (weights.up,) if weights.gate is None else (weights.gate, weights.up)
     if baseline == "cats":  # `down` depends on it, and `up` in a gated FFN
         if routed(site).inline:
-            raise MoefyError(f"cats changes what an activation gives: the code of {site.name} calls a function instead")
+            raise MoefyError(
+                f"cats changes what an activation gives: the code of {site.name} calls a function instead"
+            )
         return [Place(site, site.act, True, None, 2 * d * f * len(up))]
     linears: list[tuple[Any, tuple[torch.Tensor, ...]]] = [(site.down, (weights.down,))]
     linears += [(site.up, up)] if site.gate is None else [(site.gate, up[:1]), (site.up, up[1:])]
