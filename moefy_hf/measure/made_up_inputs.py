@@ -32,7 +32,7 @@ def made_up_batch(model: PreTrainedModel, *, tokens: int = 16, batch: int = 2, s
     Args:
         model: The model; the batch is on its device, and floating-point inputs have its dtype.
         tokens: Length of texts, and of what becomes a sequence of about this length.
-        batch: Number of examples.
+        batch: Number of examples; one where a model takes no more, as classifiers without a padding token.
         seed: Of the random inputs; the same seed makes the same batch.
 
     Returns:
@@ -47,8 +47,8 @@ def made_up_batch(model: PreTrainedModel, *, tokens: int = 16, batch: int = 2, s
         torch.Size([2, 16])
     """
     failures: dict[str, str] = {}
-    for names in _choices(model):
-        for candidate in _batches(model, names, tokens, batch, seed):
+    for rows, names in itertools.product(dict.fromkeys((batch, 1)), _choices(model)):
+        for candidate in _batches(model, names, tokens, rows, seed):
             error = _error_of(model, candidate)
             if error is None:
                 return candidate
@@ -158,6 +158,9 @@ class _Sizes:
         ended[:, -1] = end if type(end) is int else 0
         return [torch.stack([plain, ended], 1)] if self.choices else [plain, ended]
 
+    def mask(self) -> torch.Tensor:
+        return torch.ones(self.batch, self.tokens, dtype=torch.long)
+
     def image_sides(self) -> tuple[int, int]:
         """Return height and width of an image; where the configuration has none, 64 pixels."""
         size = self.find("image_size", "img_size", part="vision", default=64)
@@ -258,7 +261,7 @@ INPUTS: dict[str, Callable[[_Sizes], list[torch.Tensor]]] = {
     "input_ids": _Sizes.texts,
     "decoder_input_ids": lambda sizes: [sizes.ids(sizes.find("vocab_size", part="decoder", default=100))],
     "qformer_input_ids": lambda sizes: [sizes.ids(sizes.find("vocab_size", part="qformer", default=100))],
-    "attention_mask": lambda sizes: [torch.ones(sizes.batch, sizes.tokens, dtype=torch.long)],
+    "attention_mask": lambda sizes: [torch.ones_like(sizes.texts()[0]) if sizes.choices else sizes.mask()],
     "bbox": _Sizes.boxes,
     "pixel_values": _Sizes.images,
     "pixel_values_videos": _Sizes.videos,
