@@ -94,7 +94,9 @@ class MoEficationConfig:
     )
     towers: str | list[str] | None = field(
         default=None,
-        metadata=about("parts of a composite model to convert: text (the default), vision, audio, all", str, nargs="+"),
+        metadata=about(
+            "parts of a composite model to convert: text (the default), vision, audio, all", str, nargs="+"
+        ),
     )
     layers: list[int] | None = field(
         default=None, metadata=about("positions of the FFNs to convert; all by default", int, nargs="+")

@@ -278,7 +278,7 @@ def test_flops_count_the_router_once():
         ([6, 6, 6], 3 * dense),
         ([3, 6, 6], 2.5 * dense + router),
     ):
-        computed = {site.name: k for site, k in zip(sites, budgets, strict=True)}
+        computed = {site.key: k for site, k in zip(sites, budgets, strict=True)}
         assert counted.routed(find_sites(model), computed) == pytest.approx(cost)
     assert third.act.router.flops() == 0
 

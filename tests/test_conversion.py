@@ -126,7 +126,9 @@ def test_config_is_the_travelling_section():
     model = build()
     config = settings(k=0.5, allocation="uniform", router="random", seed=5)
     moefy_(model, config)
-    assert model.config.moefication == {**config.section(), "neuron_order": True}
+    bert = {"modules": "encoder.layer.*", "up": "intermediate.dense", "down": "output.dense"}
+    ffns = [{**bert, "act": "intermediate.intermediate_act_fn"}]
+    assert model.config.moefication == {**config.section(), "neuron_order": True, "ffns": ffns}
     assert config == settings(k=0.5, allocation="uniform", router="random", seed=5)  # ours to change, not theirs
     assert "AutoModelForSequenceClassification" in model.config.auto_map
 
@@ -293,8 +295,16 @@ def quantised_part():
 
 def with_parameters():
     model = build()
-    model.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.PReLU()
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.intermediate_act_fn = nn.PReLU()
     return model
+
+
+def xielu():
+    config = {"intermediate_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.ApertusForCausalLM(
+        transformers.ApertusConfig(vocab_size=99, pad_token_id=0, num_key_value_heads=1, **config)
+    )
 
 
 def already_moefied():
@@ -317,17 +327,23 @@ def mixtral():
     )
 
 
-def albert():
-    return transformers.AlbertModel(
-        transformers.AlbertConfig(
-            vocab_size=99, embedding_size=8, hidden_size=16, intermediate_size=48, num_attention_heads=2
-        )
-    )
+def mamba():
+    config = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    return transformers.MambaForCausalLM(transformers.MambaConfig(**config))
+
+
+def segformer():
+    sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_attention_heads": [1, 2], "decoder_hidden_size": 16}
+    sizes |= {"patch_sizes": [3, 3], "strides": [4, 2], "sr_ratios": [2, 1], "mlp_ratios": [3, 3]}
+    return transformers.SegformerModel(transformers.SegformerConfig(num_encoder_blocks=2, **sizes))
 
 
 REFUSED = {  # what: (model, settings, calibration, what the message says)
-    "unsupported type": (albert, {}, data, "supported model types: .*bert.*llama"),
-    "a Mixture of Experts": (mixtral, {}, data, "already is a Mixture of Experts"),
+    "no FFN": (mamba, {}, data, r"no FFN of this MambaForCausalLM \(mamba\) can be split into experts"),
+    "a convolution in the FFN": (segformer, {}, data, r"blocks.0.mlp: it has a convolution \(Conv2d\) in it"),
+    "a Mixture of Experts": (mixtral, {}, data, "layers.0.mlp.*: it is part of a native Mixture of Experts"),
+    "activation with parameters in an MLP": (xielu, {}, data, "mlp: its activation XIELUActivation has parameters"),
+    "no such tower": (build, {"towers": "vision"}, data, "has no tower 'vision'.*choose from 'all'"),
     "MoEfied already": (already_moefied, {}, data, "MoEfied already"),
     "on the meta device": (meta_part, {}, data, "meta device"),
     "quantised": (quantised_part, {}, data, "Packed.*neither sharded, quantised"),
@@ -450,9 +466,40 @@ def test_head_without_a_moefied_version_names_those_that_have_one():
         moefied_class(Custom)
 
 
-def test_unsupported_architecture_has_no_moefied_class():
-    with pytest.raises(ValueError, match="albert"):
-        moefied_class(transformers.AlbertModel)
+def test_architectures_that_nobody_described_have_moefied_classes():
+    assert moefied_class(transformers.AlbertModel).stock_class() is transformers.AlbertModel
+
+
+def test_a_layer_that_no_split_can_follow_stays_as_it_is():
+    model = build()
+    model.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.PReLU()
+    before = copy.deepcopy(model.bert.encoder.layer[0].state_dict())
+    report = moefy_(model, settings(**FREE))
+    assert report.experts == [EXPERTS] and [site.name for site in model.moe_sites()] == ["bert.encoder.layer.1"]
+    assert all(torch.equal(value, before[key]) for key, value in model.bert.encoder.layer[0].state_dict().items())
+
+
+def test_layers_that_share_one_ffn_share_its_experts():
+    config = {"vocab_size": 99, "embedding_size": 8, "hidden_size": 16, "intermediate_size": 48}
+    config = transformers.AlbertConfig(**config, num_hidden_layers=3, num_attention_heads=2)
+    model, inputs = transformers.AlbertForSequenceClassification(config).eval(), tiny_inputs("bert")
+    dense = run(model, inputs)
+    assert moefy_(model, settings(k=1.0, **FREE)).experts == [EXPERTS]
+    assert distance(run(model, inputs), dense) < 1e-5
+    model.set_selection(k=1)
+    assert distance(run(model, inputs), dense) > 1e-4
+
+
+@pytest.mark.parametrize(("towers", "widths"), [(None, [48, 48]), ("vision", [32, 32]), ("all", [48, 48, 32, 32])])
+def test_the_text_tower_is_converted_unless_others_are_asked_for(towers, widths):
+    model, inputs = tiny_model("clip"), tiny_inputs("clip")
+    dense, before = run(model, inputs), copy.deepcopy(model.state_dict())
+    report = moefy_(model, settings(k=1.0, towers=towers, **FREE))
+    assert report.experts == [width // SIZE for width in widths]
+    assert [site.sizes[1] for site in model.moe_sites()] == widths
+    assert distance(run(model, inputs), dense) < 1e-5
+    others = {"text": "vision_model.", "vision": "text_model."}.get(towers or "text", "visual_projection.")
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items() if key.startswith(others))
 
 
 def test_every_moefied_class_is_found_by_its_stock_class():

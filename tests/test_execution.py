@@ -394,7 +394,7 @@ def test_auto_does_without_a_kernel_that_cannot_be_made(broken, monkeypatch, tmp
 
 def test_what_does_not_fit():
     model, inputs = moefied(SIGMOID), tiny_inputs(SIGMOID)
-    with pytest.raises(ValueError, match="encoder.layer.0: activation Sigmoid is none of ReLU"):
+    with pytest.raises(ValueError, match="encoder.layer.0: activation Sigmoid is none of relu"):
         model.set_moe_implementation("cpu")
     masked = run(model, inputs)
     model.set_moe_implementation("auto")

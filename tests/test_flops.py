@@ -145,7 +145,7 @@ def test_each_ffn_costs_what_its_own_tokens_cost():
     found = model_flops(model, {**text, "decoder_input_ids": text["input_ids"][:, :4]})
     ffn, router = 4 * D * F, 2 * D * EXPERTS
     by_hand = (ffn / EXPERTS + router) + ffn + (ffn / 2 + router) / 2 + (ffn / 3 + router) / 2
-    computed = {site.name: site.act.k for site in model.moe_sites()}
+    computed = {site.key: site.act.k for site in model.moe_sites()}
     assert found.routed(find_sites(model), computed) == pytest.approx(by_hand)
     stock = tiny_model("t5", "AutoModelForSeq2SeqLM")
     assert found.routed(find_sites(stock), {}) == pytest.approx(found.ffn)

@@ -15,6 +15,7 @@ PACKAGE = Path(moefy_hf.__file__).parent
 FLOORS = [  # from the ground up: a room uses those below it
     {"modeling"},  # which travels with checkpoints
     {"errors"},
+    {"discovery"},
     {"data", "io", "loading"},
     {"measure", "runtime"},
     {"analysis", "exporters", "splitters"},
@@ -43,8 +44,11 @@ def imports() -> dict[str, list[tuple[str, str]]]:
                 target = [*base, *(node.module.split(".") if node.module else [])]
                 if target[:1] == ["moefy_hf"]:
                     whole = [".".join([*target, alias.name]) for alias in node.names]
+                    paths = {name: PACKAGE.parent / Path(*name.split(".")) for name in whole}
                     known = [
-                        name for name in whole if (PACKAGE.parent / Path(*name.split("."))).with_suffix(".py").exists()
+                        name
+                        for name, path in paths.items()
+                        if path.with_suffix(".py").exists() or (path / "__init__.py").exists()
                     ]
                     for name in known or [".".join(target)]:
                         found[".".join(parts)].append((name, f"{path.relative_to(PACKAGE)}:{node.lineno}"))

@@ -1,7 +1,7 @@
 """One tiny model per architecture, made from nothing: no network, a few thousand parameters each.
 
-`TINY` has one row per supported model type; `VARIANTS` are further layouts of the same architectures. Biases and norms
-are random, because a permutation that forgets a bias of zeros, or a norm of ones, would go unnoticed.
+`TINY` has one row per model type that is tested in depth; `VARIANTS` are further layouts of the same architectures.
+Biases and norms are random, because a permutation that forgets a bias of zeros, or a norm of ones, would go unnoticed.
 """
 
 from dataclasses import dataclass, field
@@ -166,8 +166,8 @@ def tiny_model(name: str, head: str = "AutoModel", seed: int = 0, **changes) -> 
 
 
 def convert(model: nn.Module, k: int | float | list = 1.0, calibration=None, **settings) -> ConversionReport:
-    """MoEfy in place, by default without data: random experts of eight neurons, random routers."""
-    settings = {"expert_size": EXPERT_SIZE, "splitter": "random", "router": "random", **settings}
+    """MoEfy in place, all towers, by default without data: random experts of eight neurons, random routers."""
+    settings = {"expert_size": EXPERT_SIZE, "splitter": "random", "router": "random", "towers": "all", **settings}
     selection = {"type": "top_k", "k": k, "allocation": "uniform"}
     return moefy_(model, MoEficationConfig(selection=selection, **settings), calibration, progress=False)
 

@@ -38,7 +38,8 @@ def prune(model: PreTrainedModel, experts: Mapping[int, Iterable[int]]) -> PreTr
     Raises:
         MoefyError: the model is not MoEfied; not every FFN is routed, or has equally many experts to prune; an expert
             does not exist or is a shared one; the routers mix experts (`mlp`), or one for all layers would lose
-            different ones; or the config does not say how wide the FFNs are; nothing is made then.
+            different ones; or the config does not say how wide the FFNs are, or neurons depend on each other (a norm
+            of them); nothing is made then.
 
     Example:
         smaller = prune(model, least_used(measure_load(model, stream), count=2))
@@ -79,6 +80,9 @@ def check_prunable(model: PreTrainedModel, experts: Mapping[int, Iterable[int]])
                 "same in both"
             )
     for site in sites:
+        if not site.spec.separable:
+            taken = site.spec.norm or site.spec.before
+            raise MoefyError(f"{site.name}: its {taken} takes all neurons of a token together, so that none can go")
         router = routed(site).router
         for param in router.parameters():
             if tuple(param.shape) != (router.num_experts, site.sizes[0]):

@@ -18,7 +18,7 @@ from ..measure.router_inputs import run_alone
 from ..modeling.ffn_sites import FfnSite, FfnWeights
 from ..modeling.moefied import is_moefied
 from ..modeling.routed_activation import FollowReplacements
-from ..runtime.backend_base import ACTIVATIONS
+from ..runtime.backend_base import kernel_activation
 from ..runtime.cpu_kernel import CpuKernel
 from ..runtime.sparse_ffn import SparseFfn, misfit
 from ..runtime.torch_rows import TorchRows
@@ -59,8 +59,8 @@ def preset_layers(settings: Settings, least_bytes: int, nonzero: float | None) -
     """
     config = preset_config(settings.source, settings.moefication().section())
     (template, *_) = check_moefied(shape_of(config)).moe_sites()
-    name = ACTIVATIONS[type(routed(template).inner).__name__]
-    if nonzero is not None and (name != "relu" or template.gate is not None):
+    name = kernel_activation(routed(template).inner)
+    if nonzero is not None and (name != "relu" or template.weights().gate is not None):
         raise MoefyError(f"nonzero={nonzero} wants an FFN of ReLU: that of {settings.preset} has {name}")
     dtype, generator = DTYPES[settings.dtype], torch.Generator().manual_seed(0)
     layers: list[Layer] = []
@@ -172,7 +172,7 @@ def prepacked(layer: Layer, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, *packed, act, [], how)
 
     *gate, up, down = layer.packed
-    fused = FUSED.get(ACTIVATIONS[type(layer.weights.act).__name__])
+    fused = FUSED.get(kernel_activation(layer.weights.act))
     first = gate[0] if gate else up
     hidden = layer.weights.act(linear(x, first)) if fused is None else linear(x, first, *fused)
     return linear(hidden * linear(x, up) if gate else hidden, down)
@@ -180,11 +180,14 @@ def prepacked(layer: Layer, x: torch.Tensor) -> torch.Tensor:
 
 def through_modules(site: FfnSite, x: torch.Tensor) -> torch.Tensor:
     """Run an FFN on x (T, d) as the code of the model does."""
-    first = site.first(x)
+    first, up = site.first(x), None
     if site.spec.parts == 2:
-        gate, up = first.chunk(2, -1)
-        return site.down(site.act(gate) * up)
-    return site.down(site.act(first) if site.gate is None else site.act(first) * site.up(x))
+        up, first = first.chunk(2, -1) if site.spec.up_first else first.chunk(2, -1)[::-1]
+    elif site.gate is not None:
+        up = site.up(x)
+    act = routed(site)
+    hidden = act.inner(first) if act.inline else act(first)  # a function; the hook on `down` routes
+    return site.down(hidden if up is None else hidden * up)
 
 
 def masked(layer: Layer, x: torch.Tensor) -> torch.Tensor:

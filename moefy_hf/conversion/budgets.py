@@ -1,5 +1,6 @@
 """Measure what allocations need of each layer: what restricting it alone does, and how far it turns hidden states."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from ..modeling.section import Section
 from ..modeling.selection_config import count_experts
 from .replay import before, block_of, recorded, replayed
 
+OTHERS = 'use allocation "uniform" or "sensitivity"'
 GRID = (1 / 48, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # measured shares of a layer's experts
 
 
@@ -79,16 +81,22 @@ def measure_angles(
         it is given and returns; the mean over tokens that are no padding.
 
     Raises:
-        MoefyError: no token is given, or a routed FFN is in no layer.
+        MoefyError: no token is given, a routed FFN is in no layer, or a layer does not return what it is given,
+            changed.
     """
     model = check_moefied(model)
     sites = model.moe_sites()
+    if twice := [site.name for site, other in itertools.pairwise(sites) if site.name == other.name]:
+        raise MoefyError(f"{twice[0]} changes hidden states of two kinds by an FFN each: {OTHERS}")
     layers = [layer_of(model, site) for site in sites]
     sums = torch.zeros(len(sites), 2, dtype=torch.float64)  # of angles, and how many
     batch: Mapping[str, Any] = {}
 
     def seen(position: int, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
-        x, y = args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output
+        x = next((each for each in (*args, *kwargs.values()) if torch.is_tensor(each)), None)
+        y = output[0] if isinstance(output, tuple) else output
+        if x is None or not torch.is_tensor(y) or x.shape != y.shape:
+            raise MoefyError(f"the layer of {sites[position].name} returns other states than it is given: {OTHERS}")
         angles = without_padding(model, sites[position], batch, angular_distance(x, y).unsqueeze(-1))  # (T, 1)
         sums[position] += torch.tensor([float(angles.sum()), len(angles)])
 
@@ -116,7 +124,7 @@ def layer_of(model: PreTrainedModel, site: FfnSite) -> nn.Module:
     """
     block = block_of(model, site)
     if block is None:
-        raise MoefyError(f'{site.name} is in no list of layers, whose hidden states could be compared: use "uniform"')
+        raise MoefyError(f"{site.name} is in no list of layers, whose hidden states could be compared: {OTHERS}")
     return block
 
 

@@ -64,8 +64,8 @@ def check_convertible(
                 raise MoefyError(
                     f"{site.name}.{name} is {kind}: convert a model that is neither sharded, quantised nor offloaded"
                 )
-            if (other := owners.setdefault(id(param), site.name)) != site.name:
-                raise MoefyError(f"{site.name} and {other} share {name}: one order of neurons cannot suit both")
+            if (other := owners.setdefault(id(param), site.key)) != site.key:
+                raise MoefyError(f"{site.key} and {other} share {name}: one order of neurons cannot suit both")
             if not param.isfinite().all():
                 raise MoefyError(f"{site.name}.{name} holds weights that are not finite in {param.dtype}: {OVERFLOW}")
         if next(site.act.parameters(), None) is not None:

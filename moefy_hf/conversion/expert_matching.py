@@ -46,9 +46,9 @@ def check_matchable(router: str, sites: Sequence[FfnSite], num_experts: Sequence
             f"router {router!r} needs this package's own code, not that of a checkpoint: load the model with "
             "moefy_hf.load(name)"
         )
-    counts = {site.name: experts for site, experts in zip(sites, num_experts, strict=True)}
+    counts = {site.key: experts for site, experts in zip(sites, num_experts, strict=True)}
     for members in stacks_of(sites).values():
-        ROUTERS[router].check_counts([counts[site.name] for site in members], members[0].name)
+        ROUTERS[router].check_counts([counts[site.key] for site in members], members[0].name)
 
 
 @torch.no_grad()
@@ -79,9 +79,9 @@ def matched_orders(
     orders = list(orders)
     if profile is None or not ROUTERS[router].serves_stack:
         return orders
-    positions = {site.name: position for position, site in enumerate(sites)}
+    positions = {site.key: position for position, site in enumerate(sites)}
     for members in stacks_of(sites).values():
-        stack = [positions[site.name] for site in members]
+        stack = [positions[site.key] for site in members]
         compared = [stack[0] if position in stack else position for position in range(len(sites))]
         check_same_sample(sites, profile, compared)
         with torch.autocast(sites[0].down.weight.device.type, enabled=False):

@@ -82,12 +82,12 @@ def sampled_strengths(site: FfnSite, sample: FfnSample) -> torch.Tensor:
 
 @contextmanager
 def counted_experts(model: MoefiedModel, batch: Mapping[str, Any], counts: dict[str, list[float]]) -> Iterator[None]:
-    """Add to `counts`, by the name of the FFN, the [experts computed, tokens] of the forward passes within; padding
+    """Add to `counts`, by the key of the FFN, the [experts computed, tokens] of the forward passes within; padding
     is left out."""
 
     def count(site: FfnSite, scores: torch.Tensor) -> None:
         keep = without_padding(model, site, batch, site.act.chosen(scores))  # (T, E)
-        both = counts.setdefault(site.name, [0.0, 0.0])
+        both = counts.setdefault(site.key, [0.0, 0.0])
         both[0] += float(keep.sum())
         both[1] += len(keep)
 

@@ -42,11 +42,11 @@ from .needs import TRANSFORMERS  # noqa: F401
 from .moefied import MoefiedMixin
 {classes}'''
 
-CLASS = '''
+CLASS = """
 
 class Moefied{name}(MoefiedMixin, {name}):
     _auto_class = {auto}
-'''
+"""
 
 
 def heads_of(model_type: str) -> dict[str, str]:

@@ -65,7 +65,9 @@ def confirmed(owner: nn.Module, candidates: Iterable[FfnSpec], sizes: tuple[int,
 
 def function_of(function: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
     """Return transformers' name of an activation function by its values; None where that is none we know."""
-    x = torch.linspace(-4, 4, 33, device="cpu")
+    x = torch.cat(
+        [torch.linspace(-4, 4, 33, device="cpu"), torch.tensor([-50.0, -9, 9, 50], device="cpu")]
+    )  # ReLU6 is none
     for name in FUNCTIONS:
         try:
             if torch.allclose(function(x), ACT2FN[name](x), rtol=1e-5, atol=1e-6):
@@ -87,7 +89,11 @@ def called_after(layer: nn.Module, up: str) -> str | None:
     around, _, name = up.rpartition(".")
     module = layer.get_submodule(around)
     size = linear_sizes(layer.get_submodule(up))
-    if not around or size is None or len(list(module.parameters())) > len(list(module.get_submodule(name).parameters())):
+    if (
+        not around
+        or size is None
+        or len(list(module.parameters())) > len(list(module.get_submodule(name).parameters()))
+    ):
         return None
     twin = copy_with_linears(module, [name], size, TINY)
     outputs: list[torch.Tensor] = []

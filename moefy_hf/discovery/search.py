@@ -26,6 +26,7 @@ NOT_AN_FFN = {  # word in the name of a module, or of its class -> what it is
     **dict.fromkeys(["head", "heads", "pooler", "classifier"], "a head"),
 }
 FFN_WORDS = {"mlp", "ffn", "feedforward", "ffw"}  # of classes that one would expect here: their absence is explained
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 INLINE = "moefied_activation"  # name of the activation that an owner gets which calls a function
 
 
@@ -98,11 +99,10 @@ class _Finder:
         scope = self.scope(module)
         plain = [(name, value) for name, value in vars(module).items() if isinstance(value, int | float | str)]
         key = (type(module), *plain, *scope.sizes.items(), *scope.acts, *scope.norms, scope.alone)
+        key = (*key, *scope.functions.items())
         if key not in self.known:
             self.known[key] = _specs_of(scope)
         specs, reason = self.known[key]
-        if not scope.acts and not _named_like_an_ffn(module):
-            reason = None
         is_what = _not_an_ffn(path, type(module).__name__)
         if is_what is not None and (specs or _named_like_an_ffn(module)):
             reason, specs = f"it is {is_what}", []
@@ -155,7 +155,9 @@ def _not_an_ffn(path: str, kind: str) -> str | None:
 
 def _named_like_an_ffn(module: nn.Module) -> bool:
     name = type(module).__name__
-    return bool(FFN_WORDS & words(name)) or name.lower().endswith(("feedforward", "mlp", "ffn")) or _has_experts(module)
+    return (
+        bool(FFN_WORDS & words(name)) or name.lower().endswith(("feedforward", "mlp", "ffn")) or _has_experts(module)
+    )
 
 
 def _has_experts(module: nn.Module) -> bool:
@@ -166,8 +168,21 @@ def _has_experts(module: nn.Module) -> bool:
 def _specs_of(scope: Scope) -> tuple[list[FfnSpec], str | None]:
     """Return the FFNs of a scope; and why there is none, where its parts look like one."""
     if scope.alone and 2 <= len(scope.sizes) <= 3:
-        return _mlp(scope)
-    return _layer(scope), None
+        specs, reason = _mlp(scope)
+        return specs, reason if scope.acts or _named_like_an_ffn(scope.owner) else None
+    specs, sizes = _layer(scope), {*scope.sizes.values()}
+    paired = any(f > d and (f, d) in sizes for d, f in sizes)
+    learned = (_learned(part) for _, part in _nearby(scope.owner)) if paired and not specs else ()
+    return specs, next(filter(None, learned), None)
+
+
+def _learned(part: nn.Module) -> str | None:
+    """Say so where a module is an activation with parameters."""
+    kind = type(part).__name__
+    named = "Activation" in kind or kind.lower().endswith("lu")
+    if named and next(part.children(), None) is None and next(part.parameters(), None) is not None:
+        return f"its activation {kind} has parameters, which no split can follow"
+    return None
 
 
 def _mlp(scope: Scope) -> tuple[list[FfnSpec], str | None]:
@@ -195,11 +210,10 @@ def _mlp(scope: Scope) -> tuple[list[FfnSpec], str | None]:
 def _why_none(module: nn.Module) -> str:
     """Say what it is about a module that is no FFN to us."""
     for part in module.modules():
-        kind = type(part).__name__
-        if "Activation" in kind and next(part.parameters(), None) is not None:
-            return f"its activation {kind} has parameters, which no split can follow"
-        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            return f"it has a convolution ({kind}) in it, for which neurons are not alike"
+        if (learned := _learned(part)) is not None:
+            return learned
+        if isinstance(part, CONVOLUTIONS):
+            return f"it has a convolution ({type(part).__name__}) in it, for which neurons are not alike"
         if _has_experts(part):
             return "it is part of a native Mixture of Experts"
     return "it computes something else than down(act(up(x))) or down(act(gate(x)) * up(x))"
@@ -255,7 +269,8 @@ def _between(owner: nn.Module, up: str, down: str) -> bool:
     children = names[names.index(up.split(".")[0]) : names.index(down.split(".")[0]) + 1]
     parts = [f"{child}.{name}" for child in children for name, _ in owner.get_submodule(child).named_parameters()]
     others = [part for part in parts if not part.startswith((f"{up}.", f"{down}."))]
-    return any(f in owner.get_parameter(part).shape for part in others)
+    convolutions = [part for _, part in _nearby(owner) if isinstance(part, CONVOLUTIONS)]  # wherever it is declared
+    return any(f in tensor.shape for tensor in (*map(owner.get_parameter, others), *(c.weight for c in convolutions)))
 
 
 def _beside(act: str, ups: list[str]) -> bool:

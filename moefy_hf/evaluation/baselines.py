@@ -76,10 +76,18 @@ def column_norms(*rows: torch.Tensor) -> torch.Tensor:
 
 
 def places_of(site: FfnSite, baseline: str) -> list[Place]:
-    """Return where a baseline leaves entries out in one FFN."""
+    """Return where a baseline leaves entries out in one FFN.
+
+    Raises:
+        MoefyError: the baseline changes what an activation gives, and the FFN's code calls a function instead.
+    """
     weights, (d, f) = site.weights(), site.sizes
     up = (weights.up,) if weights.gate is None else (weights.gate, weights.up)
     if baseline == "cats":  # `down` depends on it, and `up` in a gated FFN
+        if routed(site).inline:
+            raise MoefyError(
+                f"cats changes what an activation gives: the code of {site.name} calls a function instead"
+            )
         return [Place(site, site.act, True, None, 2 * d * f * len(up))]
     linears: list[tuple[Any, tuple[torch.Tensor, ...]]] = [(site.down, (weights.down,))]
     linears += [(site.up, up)] if site.gate is None else [(site.gate, up[:1]), (site.up, up[1:])]
@@ -176,12 +184,11 @@ def computed_flops(flops: ModelFlops, sites: Sequence[FfnSite], places: Sequence
 
     Comparing with thresholds, some d + f of 2 d f, is not counted.
     """
-    saved: dict[int, float] = {}
+    saved: dict[str, float] = {}
     for place in places:
-        saved[id(place.site.owner)] = saved.get(id(place.site.owner), 0.0) + place.flops * (
-            1 - place.computed / max(place.seen, 1)
-        )
-    costs = (ffn_flops(site) - saved.get(id(site.owner), 0.0) for site in sites)
+        unneeded = place.flops * (1 - place.computed / max(place.seen, 1))
+        saved[place.site.key] = saved.get(place.site.key, 0.0) + unneeded
+    costs = (ffn_flops(site) - saved.get(site.key, 0.0) for site in sites)
     return sum(tokens * cost for tokens, cost in zip(flops.tokens, costs, strict=True))
 
 
@@ -205,7 +212,7 @@ def baseline_rows(
         flops: of the dense model.
 
     Raises:
-        MoefyError: `calibration` or `batches` hold no token.
+        MoefyError: `calibration` or `batches` hold no token, or see `places_of`.
     """
     with all_experts(model):
         sites = model.moe_sites()

@@ -86,7 +86,7 @@ def cost_of(model: MoefiedModel, share: float) -> float:
     """Return the FLOPs of the routed FFNs at a share of the experts, relative to dense."""
     with selecting(model, k=share):
         sites = model.moe_sites()
-        computed = {site.name: k for site in sites if (k := routed(site).k) is not None}
+        computed = {site.key: k for site in sites if (k := routed(site).k) is not None}
         return sum(routed_costs(sites, computed)) / sum(map(ffn_flops, sites))
 
 

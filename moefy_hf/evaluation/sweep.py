@@ -274,12 +274,12 @@ def cost_of(
     """Return `k_per_layer`, the mean share of `experts`, `ffn_flops` and `model_flops` of one point of a sweep.
 
     Args:
-        counts: the name of an FFN -> (experts computed, tokens), where that depends on the token.
+        counts: the key of an FFN -> (experts computed, tokens), where that depends on the token.
         flops: of the dense model.
     """
     with point.on(model):
         sites = model.moe_sites()
-        computed = {site.name: routed(site).k for site in sites}
+        computed = {site.key: routed(site).k for site in sites}
         computed |= {name: experts / tokens for name, (experts, tokens) in counts.items()}
         known = {name: experts for name, experts in computed.items() if experts is not None}
         ffn, whole = flops.ratio(flops.routed(find_sites(model), known))

@@ -47,9 +47,9 @@ def routed_costs(sites: Sequence[FfnSite], computed: Mapping[str, float]) -> lis
     A router that scores for several layers is paid where it reads, also if that FFN alone computes all its experts.
 
     Args:
-        computed: the name of an FFN -> how many experts it computes.
+        computed: the key of an FFN -> how many experts it computes.
     """
-    experts = [computed.get(site.name, 0) for site in sites]
+    experts = [computed.get(site.key, 0) for site in sites]
     costs = [routed_flops(site, count) for site, count in zip(sites, experts, strict=True)]
     followed = set()  # FFNs whose router scores for a later one
     for position, read in enumerate(inputs_from(sites)):
@@ -67,8 +67,8 @@ class ModelFlops:
 
     Attributes:
         total, ffn: of the whole model, and of its FFNs.
-        tokens: how many tokens each FFN sees, relative to the one that sees most: those of a decoder read other texts
-            than those of its encoder.
+        tokens: how many tokens each FFN computes, relative to the longest text: those of a decoder read other texts
+            than those of its encoder, and an FFN that several layers use computes a token as often.
     """
 
     total: float
@@ -100,10 +100,12 @@ def model_flops(model: PreTrainedModel, batch: Mapping[str, Any]) -> ModelFlops:
     Padding counts: it is computed, too. A MoEfied model is counted with all experts and no router.
     """
     sites = find_sites(model)
-    tokens = [0] * len(sites)
+    tokens, most = [0] * len(sites), 0  # of all calls, of the longest
 
     def count(position: int, args: tuple) -> None:
-        tokens[position] += args[0].shape[:-1].numel()
+        nonlocal most
+        seen = args[0].shape[:-1].numel()
+        tokens[position], most = tokens[position] + seen, max(most, seen)
 
     handles = (
         site.first.register_forward_pre_hook(lambda _, args, i=position: count(i, args))
@@ -115,6 +117,5 @@ def model_flops(model: PreTrainedModel, batch: Mapping[str, Any]) -> ModelFlops:
     dense = all_experts(check_moefied(model)) if is_moefied(model) else contextlib.nullcontext()
     with hooked(handles), evaluating(model), dense, torch.no_grad(), counter:
         model(**batch)
-    most = max(tokens)
     ffn = sum(seen * ffn_flops(site) for seen, site in zip(tokens, sites, strict=True)) / most
     return ModelFlops(counter.get_total_flops() / most, ffn, tuple(seen / most for seen in tokens))

@@ -180,8 +180,7 @@ def profile(
         OSError: the disk is full.
 
     Example:
-        with profile(model, batches, max_tokens=10_000) as calibration:
-            print([site.sparsity for site in calibration.sites])
+        >>> [site.sparsity for site in profile(model, batches, max_tokens=10_000).sites]
     """
     sites = selected_sites(find_sites(model, towers), layers)
     result = ModelProfile([SiteProfile(site.sizes[1]) for site in sites])
@@ -203,10 +202,9 @@ def profile(
     batch = None
     with bar, run_with_hooks(model, sites, see) as run:
         for batch in batches:
-            tokens = result.tokens
-            run(batch)
-            if tokens < KEPT_TOKENS:
+            if result.tokens < KEPT_TOKENS:
                 result.batches.append(batch)
+            run(batch)
             if result.tokens >= max_tokens:
                 break
     if result.tokens == 0:

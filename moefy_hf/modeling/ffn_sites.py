@@ -24,12 +24,19 @@ from .section import Section
 class FfnSite:
     """One FFN of a model: the module that owns it, and the names of its parts.
 
+    A layer may own two FFNs, which have the same `name` then, but never the same `key`.
+
     Parts are typed Any: to a type checker every attribute of an nn.Module may be a Tensor or a Module.
     """
 
     name: str
     owner: nn.Module
     spec: FfnSpec
+
+    @property
+    def key(self) -> str:
+        """The name of its `down`, which is no other FFN's."""
+        return f"{self.name}.{self.spec.down}".lstrip(".")
 
     @property
     def up(self) -> Any:

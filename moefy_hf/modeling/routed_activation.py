@@ -32,10 +32,12 @@ class Observed(PerThread):
     Attributes:
         x: the FFN input (..., d), from the first Linear to the activation.
         kept: which experts run (..., E), and the means (f,) of all neurons, from the activation to `down`.
+        computed: whether the FFN's output is known already, so that nothing is to be done to its neurons.
     """
 
     x: torch.Tensor | None = None
     kept: tuple[torch.Tensor, torch.Tensor] | None = None
+    computed: bool = False
 
 
 class RoutedActivation(nn.Module):
@@ -120,7 +122,7 @@ class RoutedActivation(nn.Module):
 
     def observe(self, linear: nn.Module, args: tuple) -> None:
         """Forward-pre-hook of the first Linear: remember its input."""
-        self.observed.x = args[0]
+        self.observed.x, self.observed.computed = args[0], False
         self.router.observe(args[0])
 
     def keep(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -189,7 +191,7 @@ class RoutedActivation(nn.Module):
         """Forward-pre-hook of `down`: its input (..., f), with the means of the neurons that did not run."""
         passed, self.observed.kept = self.observed.kept, None
         if self.inline:
-            return (self.routed_neurons(args[0]),)
+            return None if self.observed.computed else (self.routed_neurons(args[0]),)
         return None if passed is None else (self.with_means(args[0], *passed),)
 
     def routed_neurons(self, neurons: torch.Tensor) -> torch.Tensor:

@@ -4,19 +4,23 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..discovery.probe import function_of
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.routers import router_facts
 
-ACTIVATIONS = {  # class of the activation module -> the kernels' name
-    "ReLU": "relu",
-    "GELUActivation": "gelu",
-    "NewGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "SiLUActivation": "silu",
-    "SiLU": "silu",
-    "ReLUSquaredActivation": "relu_squared",
-    "QuickGELUActivation": "quick_gelu",
+ACTIVATIONS = {  # transformers' name of the activation -> the kernels'
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "silu": "silu",
+    "relu2": "relu_squared",
+    "quick_gelu": "quick_gelu",
 }
+
+
+def kernel_activation(act: torch.nn.Module) -> str:
+    """Return the kernels' name of an activation, by its values; "" where they do not have it."""
+    return ACTIVATIONS.get(function_of(act) or "", "")
 
 
 class Backend:
@@ -98,7 +102,7 @@ class Backend:
         if router_facts(site.act.router).reuses_expert_compute:
             return f"its {type(site.act.router).__name__} computes part of each neuron, which no kernel goes on from"
         act = site.act.inner
-        if type(act).__name__ not in ACTIVATIONS:
+        if not kernel_activation(act):
             return f"activation {type(act).__name__} is none of {', '.join(ACTIVATIONS)}"
         return None
 

@@ -8,7 +8,7 @@ from transformers.utils import logging
 from ..errors import MoefyError
 from ..loading import MoefiedModel, check_code
 from .backends import BACKENDS, best_for
-from .sparse_ffn import INNER_DROPOUT, SparseFfn, misfit, sparse_ffn_of
+from .sparse_ffn import SparseFfn, misfit, sparse_ffn_of
 
 logger = logging.get_logger("moefy_hf")
 
@@ -27,14 +27,14 @@ def set_implementation_(model: MoefiedModel, name: str) -> None:
     if name in BACKENDS:
         BACKENDS[name].require()
     backend = BACKENDS.get(best_for(model.device.type) if name == "auto" else name)  # None: masked
-    misfits = {site.name: None if backend is None else misfit(site, backend) for site in sites}
-    unfit = [f"{site}: {reason}" for site, reason in misfits.items() if reason is not None]
+    misfits = [None if backend is None else misfit(site, backend) for site in sites]
+    unfit = [f"{site.name}: {reason}" for site, reason in zip(sites, misfits, strict=True) if reason is not None]
     if unfit and name == "auto":
         logger.warning_once(f"{len(unfit)} of {len(sites)} FFNs run masked: {unfit[0]}")
     elif unfit:
         raise MoefyError(f"implementation {name!r} cannot run {unfit[0]}")
-    for site in sites:
+    for site, reason in zip(sites, misfits, strict=True):
         if (current := sparse_ffn_of(site)) is not None:
             current.remove_()
-        if backend is not None and misfits[site.name] is None:
-            SparseFfn(backend(site), name == "auto", INNER_DROPOUT.get(model.config.model_type)).install_()
+        if backend is not None and reason is None:
+            SparseFfn(backend(site), name == "auto").install_()

@@ -1,10 +1,11 @@
 """One FFN of a model, run by a backend wherever a call allows it.
 
 Nothing of the model moves into new modules: the `forward` of an FFN's own Linears and activation is replaced on the
-instance. The first Linear, which sees the FFN's input, computes the whole FFN; the others pass its output through.
+instance. The first Linear, which sees the FFN's input, computes the whole FFN, and `down` returns that. In between the
+model's code gets numbers that mean nothing, in the shapes that it expects.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,17 +22,16 @@ logger = logging.get_logger("moefy_hf")
 
 SHARDED = "FSDP owns its parameters, which are gathered only while they are used"
 MANY_EXPERTS = "dense is as fast for so many experts and tokens"
-INNER_DROPOUT = {  # model_type -> where an FFN keeps the dropout of its neurons, between activation and `down`
-    **dict.fromkeys(["t5", "mt5", "umt5"], "dropout"),
-    **dict.fromkeys(["bart", "mbart", "pegasus", "marian", "whisper"], "activation_dropout"),
-    "modernbert": "drop",
-}
 
 
 class Call(PerThread):
-    """Whether the call under way was computed by the backend; one per thread, so that threads may share a model."""
+    """What the backend computed in the call under way; one per thread, so that threads may share a model.
 
-    sparse = False
+    Attributes:
+        y: the FFN's output (..., d), from the first Linear to `down`; None where the call is masked.
+    """
+
+    y: torch.Tensor | None = None
 
 
 class SparseFfn:
@@ -40,14 +40,14 @@ class SparseFfn:
     Args:
         backend: of this FFN.
         auto: whether calls that would not be faster are masked.
-        dropout: the attribute of the FFN's owner that holds the dropout of its neurons, if it has one.
     """
 
-    def __init__(self, backend: Backend, auto: bool = False, dropout: str | None = None):
-        self.backend, self.auto, self.dropout = backend, auto, dropout
+    def __init__(self, backend: Backend, auto: bool = False):
+        self.backend, self.auto = backend, auto
         self.site, self.act, self.linears = backend.site, backend.act, backend.linears
         spec = self.site.spec
         self.places = [self.place(path) for path in (spec.gate, spec.up, spec.down, spec.act) if path]
+        self.width = self.site.sizes[1]
         self.call = Call()
 
     def place(self, path: str) -> tuple[dict[str, Any], str, Any]:
@@ -82,41 +82,45 @@ class SparseFfn:
     # What the modules' forward is
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., d) -> (..., d): the whole FFN; or, where the call is masked, the first Linear's own output."""
-        self.call.sparse = False  # also where the last call was interrupted
+        """(..., d) -> (..., f), or (..., 2f) of a fused Linear: placeholders, once the whole FFN is computed.
+
+        Where the call is masked, the Linear's own output.
+        """
+        observed = self.act.observed
+        self.call.y = None  # also where the last call was interrupted
         reason = self.reason(x)
         if reason is None:
             most = self.backend.largest_share(x, self.act.expert_size) if self.auto else None
-            y = self.backend.run(x, most)
-            if y is not None:
-                self.call.sparse = True
-                return torch.cat([y, torch.ones_like(y)], -1) if self.site.spec.parts == 2 else y
+            self.call.y = self.backend.run(x, most)
+            if self.call.y is not None:
+                observed.x, observed.kept, observed.computed = None, None, True
+                return self.placeholders(self.site.spec.parts)
             reason = MANY_EXPERTS
         if not torch.compiler.is_compiling():
             (logger.info_once if self.auto else logger.warning_once)(f"FFNs run masked: {reason}")
         linear = self.linears[0]
         return type(linear).forward(linear, x)
 
-    def up(self, x: torch.Tensor) -> torch.Tensor | float:
-        """Return 1, by which a gated FFN multiplies the output that `first` has computed."""
+    def up(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., f): what a gated FFN multiplies; placeholders where `first` has computed its output."""
         up = self.linears[-2]
-        return 1.0 if self.call.sparse else type(up).forward(up, x)
+        return type(up).forward(up, x) if self.call.y is None else self.placeholders()
 
     def activation(self, h: torch.Tensor) -> torch.Tensor:
-        """Pass on what `first` has computed."""
+        """(..., f) -> (..., f): placeholders stay what they are."""
         act = self.act
-        if not self.call.sparse:
-            return type(act).forward(act, h)
-        act.observed.x = act.observed.kept = None
-        return h
+        return type(act).forward(act, h) if self.call.y is None else h
 
     def down(self, h: torch.Tensor) -> torch.Tensor:
-        """Pass on what `first` has computed."""
+        """(..., f) -> (..., d): what `first` has computed."""
         down = self.linears[-1]
-        if not self.call.sparse:
-            return type(down).forward(down, h)
-        self.call.sparse = False
-        return h
+        y, self.call.y = self.call.y, None
+        return type(down).forward(down, h) if y is None else y
+
+    def placeholders(self, parts: int = 1) -> torch.Tensor:
+        """Return (..., parts * f) numbers, whatever they are: nothing is made of them."""
+        y = cast(torch.Tensor, self.call.y)
+        return y.new_empty(*y.shape[:-1], parts * self.width)
 
     # When it does not run
 
@@ -145,9 +149,10 @@ class SparseFfn:
 
     def drops_neurons(self) -> bool:
         """Whether dropout of the FFN's neurons is wanted, which only masked compute has."""
-        if self.dropout is None or not self.site.owner.training:
+        name = self.site.spec.dropout
+        if name is None or not self.site.owner.training:
             return False
-        dropout = getattr(self.site.owner, self.dropout)  # a module, or its probability
+        dropout = getattr(self.site.owner, name)  # a module, or its probability
         return (dropout.p if isinstance(dropout, nn.Dropout) else dropout) > 0
 
 
@@ -159,6 +164,8 @@ def sparse_ffn_of(site: FfnSite) -> SparseFfn | None:
 
 def misfit(site: FfnSite, backend: type[Backend]) -> str | None:
     """Return why an FFN cannot run by a backend, if it cannot."""
+    if not site.spec.separable:
+        return f"its {site.spec.norm or site.spec.before} takes all neurons of a token together"
     for path in filter(None, (site.spec.gate, site.spec.up, site.spec.down)):
         linear = site.owner.get_submodule(path)
         if is_sharded(linear):

@@ -46,7 +46,7 @@ class RoutingMonitor:
         self.handles = [model.register_forward_pre_hook(self._start, with_kwargs=True)]
         for position, site in enumerate(self.sites):
             self.handles += [
-                site.act.register_forward_pre_hook(lambda _, args, i=position: self._hide(model, i, args[0])),
+                self._before(model, position),
                 site.act.router.register_forward_hook(lambda _, args, y, i=position: self._route(model, i, y)),
             ]
 
@@ -78,6 +78,18 @@ class RoutingMonitor:
             figures["moe_dead_experts"] = sum(int((load == 0).sum()) for load in loads)
         self.forget()
         return figures
+
+    def _before(self, model: PreTrainedModel, position: int) -> Any:
+        """Register the hook that sees what the activation of an FFN is given; return its handle."""
+        site = self.sites[position]
+        if "inline" not in vars(site.act) or not site.act.inline:  # code that came with older checkpoints knows none
+            return site.act.register_forward_pre_hook(lambda _, args: self._hide(model, position, args[0]))
+
+        def see(linear: torch.nn.Module, args: tuple, y: torch.Tensor) -> None:
+            gate = y if site.spec.parts == 1 else y.chunk(2, -1)[int(site.spec.up_first)]
+            self._hide(model, position, gate)
+
+        return site.first.register_forward_hook(see)
 
     def _start(self, model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
         self.batch = kwargs

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
-from tiny import NAMES, TINY, VARIANTS, distance, run, tiny, tiny_inputs, tiny_model
+from tiny import NAMES, convert, distance, run, tiny, tiny_inputs, tiny_model
 from torch import nn
-from transformers import MixtralConfig, MixtralModel, MobileBertConfig, MobileBertModel
+from transformers import MambaConfig, MambaModel, MixtralConfig, MixtralModel
 from transformers.optimization import Adafactor
 
 from moefy_hf.conversion.permute import permute_neurons_
+from moefy_hf.errors import MoefyError, UnsupportedModel
+from moefy_hf.modeling import ffn_sites
 
 SIZES = {  # (d, f) of each FFN, where not (16, 48)
     "clip": [(24, 48), (24, 48), (16, 32), (16, 32)],
@@ -23,7 +25,9 @@ def random_orders(model: nn.Module, seed: int = 3) -> list[torch.Tensor]:
     return [torch.randperm(site.sizes[1], generator=generator) for site in find_sites(model)]
 
 
-def test_every_supported_architecture_is_tested():
+def find_sites(model: nn.Module) -> list[ffn_sites.FfnSite]:
+    """All FFNs, of all towers."""
+    return ffn_sites.find_sites(model, "all")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,19 +70,10 @@ def test_sites_come_in_forward_order():
     assert order == [site.name for site in find_sites(model)]
 
 
-def test_unsupported_type_names_the_supported_ones():
-    config = MobileBertConfig(
-        vocab_size=99,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        embedding_size=16,
-    )
-    with pytest.raises(
-        ValueError, match="'mobilebert' has no FFN layout.*supported model types: .*bert, .*llama, .*t5"
-    ):
-        find_sites(MobileBertModel(config))
+def test_a_model_without_ffns_is_refused():
+    config = MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(UnsupportedModel, match=r"no FFN of this MambaModel \(mamba\) can be split into experts$"):
+        find_sites(MambaModel(config))
 
 
 def test_a_mixture_of_experts_is_said_to_be_one():
@@ -90,16 +85,27 @@ def test_a_mixture_of_experts_is_said_to_be_one():
         num_attention_heads=2,
         num_local_experts=4,
     )
-    with pytest.raises(ValueError, match="'mixtral' already is a Mixture of Experts; supported"):
+    with pytest.raises(UnsupportedModel, match=r"layers.0.mlp.*: it is part of a native Mixture of Experts"):
         find_sites(MixtralModel(config))
 
 
-def test_a_changed_layout_is_an_error():
+def test_names_do_not_matter():
     model = tiny_model("bert")
     for layer in model.encoder.layer:
         layer.intermediate.renamed = layer.intermediate.intermediate_act_fn
         del layer.intermediate.intermediate_act_fn
-    with pytest.raises(ValueError, match="no FFN of a 'bert' model found"):
+    assert [site.spec.act for site in find_sites(model)] == ["intermediate.renamed"] * 2
+
+
+def test_what_is_not_found_again_is_an_error():
+    """The FFNs of a MoEfied model are those that its config names."""
+    model = tiny_model("bert")
+    convert(model)
+    layers = [*model.encoder.layer]
+    assert [site.owner for site in find_sites(model)] == layers
+    for entry in model.config.moefication["ffns"]:
+        entry["up"] = "intermediate.renamed"
+    with pytest.raises(MoefyError, match=r"BertModel has none of the FFNs that its config names: encoder.layer.\*"):
         find_sites(model)
 
 
@@ -244,6 +250,3 @@ def test_sharded_neurons_are_refused():
     with pytest.raises(ValueError, match="down_proj.weight is a Shard"):
         permute_neurons_(site, torch.arange(48).flip(0))
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
-
-
-def test_variants_name_supported_types():

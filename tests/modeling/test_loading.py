@@ -12,7 +12,7 @@ import torch
 import transformers
 from tiny import TINY, convert, distance, run, tiny_inputs, tiny_model
 
-from moefy_hf import load, reroute_
+from moefy_hf import MoEficationConfig, load, reroute_
 from moefy_hf.errors import MoefyError, NotMoefied, UnsupportedModel
 from moefy_hf.loading import check_moefied, moefied_class
 from moefy_hf.modeling import moefied, needs
@@ -204,14 +204,22 @@ def test_a_class_that_transformers_remakes_keeps_all_heads(tmp_path):
         ({"model_type": "bert", "architectures": ["BertForChess"]}, "BertForChess is no architecture"),
         (
             {"model_type": "gpt2", "architectures": ["MoefiedGPT2DoubleHeadsModel"], "moefication": {}},
-            "has no MoEfied version",
+            "GPT2DoubleHeadsModel has no Auto class; those of 'gpt2': .*GPT2LMHeadModel",
         ),
-        ({"model_type": "mamba", "architectures": ["MambaModel"], "moefication": {}}, "'mamba' is not supported"),
     ],
 )
 def test_a_checkpoint_of_no_known_model_is_refused(config, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModel, match=message):
+        load(tmp_path)
+
+
+def test_a_checkpoint_of_a_model_without_ffns_is_refused(tmp_path):
+    config = transformers.MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, state_size=4)
+    model = transformers.MambaModel(config)
+    model.config.moefication = MoEficationConfig(splitter="random", router="random").section()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="no FFN of this MoefiedMambaModel"):
         load(tmp_path)
 
 

@@ -27,7 +27,7 @@ BATCHES = text_batches(20, rows=8, length=16)
 def pre_gated(name: str, head: str = "AutoModel", k=2, **changes):
     """Not fitted: routers as they begin, and experts that lie as the neurons do."""
     model = tiny_model(name, head, **changes)
-    install_routers_(model, MoEficationConfig(expert_size=SIZE, router="pre_gated").section())
+    install_routers_(model, MoEficationConfig(expert_size=SIZE, router="pre_gated", towers="all").section())
     model.set_selection(type="top_k", k=k, allocation="uniform")
     return model
 
@@ -41,7 +41,7 @@ def stacks(name: str, sites: list) -> list[list]:
 def masked_by_hand(name: str, model, dense, inputs, k: int) -> list[torch.Tensor]:
     """The stock model with the neurons zeroed that are not of the k best experts by W x of each stack's first FFN."""
     handles, best = [], {}
-    pairs = zip(stacks(name, model.moe_sites()), stacks(name, find_sites(dense)), strict=True)
+    pairs = zip(stacks(name, model.moe_sites()), stacks(name, find_sites(dense, "all")), strict=True)
     for number, (ours, stock) in enumerate(pairs):
         weight = ours[0].act.router.weight
 

@@ -200,7 +200,9 @@ def test_an_unregistered_class_is_converted_and_saved_once_it_is_registered(name
     dense = run(model, inputs_of(name))
     convert(model)
     assert distance(run(model, inputs_of(name)), dense) < 1e-5
-    with pytest.raises(UnsupportedModel, match=rf"{name.title()}Config\.register_for_auto_class\(\) and type\(model\)"):
+    with pytest.raises(
+        UnsupportedModel, match=rf"{name.title()}Config\.register_for_auto_class\(\) and type\(model\)"
+    ):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     type(model.config).register_for_auto_class()

@@ -1,6 +1,6 @@
 """Load saved models with their own code, where this package cannot be imported, and compare their outputs.
 
-    python tests/registry/clean_process.py FOLDER ... > outcomes.json
+python tests/registry/clean_process.py FOLDER ... > outcomes.json
 """
 
 import json

@@ -1,6 +1,6 @@
 """Write docs/architectures.md from architectures.json, the outcome of check_all.py.
 
-    python tests/registry/table.py
+python tests/registry/table.py
 """
 
 import json
@@ -58,7 +58,8 @@ def reason_of(found: dict[str, Any]) -> str:
 
 def row(model_type: str, found: dict[str, Any]) -> str:
     ffns = ", ".join(
-        str(count) if tower == "model" else f"{tower} {count}" for tower, count in sorted(found.get("ffns", {}).items())
+        str(count) if tower == "model" else f"{tower} {count}"
+        for tower, count in sorted(found.get("ffns", {}).items())
     )
     return f"| `{model_type}` | {ffns or '-'} | {'yes' if passes(found) else plain(reason_of(found))} |"
 
