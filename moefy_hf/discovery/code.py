@@ -11,7 +11,7 @@ import tempfile
 import types
 import weakref
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def module_of(cls: type[PreTrainedModel], config: PreTrainedConfig | None = None
     return _own_module(_stem(model_type or cls.__name__), tuple(own_heads(cls, auto_map).items()))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _own_module(stem: str, heads: tuple[tuple[type[PreTrainedModel], str | None], ...]) -> types.ModuleType:
     """Make the module of a model with code of its own, under a name that no other has."""
     names = "_".join(head.__name__ for head, _ in heads)
