@@ -74,7 +74,9 @@ def test_inspect(dense, capsys):
     main(["inspect", str(dense / "dense")])
     out = capsys.readouterr().out
     assert (
-        "LlamaForCausalLM (llama)" in out and "in 2 FFNs" in out and "| model.layers.*.mlp | 2 | 16 | 48 | yes |" in out
+        "LlamaForCausalLM (llama)" in out
+        and "in 2 FFNs" in out
+        and "| model.layers.*.mlp | 2 | 16 | 48 | yes |" in out
     )
     main(["inspect", str(dense / "dense"), "--json"])
     found = json.loads(capsys.readouterr().out)
