@@ -44,7 +44,7 @@ def made_up_batch(model: PreTrainedModel, *, tokens: int = 16, batch: int = 2, s
     Args:
         model: The model; the batch is on its device, and floating-point inputs have its dtype.
         tokens: Length of texts; the length of sound, in windows of the first layers, is about the same.
-        batch: Number of examples.
+        batch: Number of examples; one where a model takes no more, as classifiers without a padding token.
         seed: Of the random inputs; the same seed makes the same batch.
 
     Returns:
@@ -59,8 +59,8 @@ def made_up_batch(model: PreTrainedModel, *, tokens: int = 16, batch: int = 2, s
         torch.Size([2, 16])
     """
     failures: dict[str, str] = {}
-    for names in _choices(model):
-        for candidate in _batches(model, names, tokens, batch, seed):
+    for rows, names in itertools.product(dict.fromkeys((batch, 1)), _choices(model)):
+        for candidate in _batches(model, names, tokens, rows, seed):
             error = _error_of(model, candidate)
             if error is None:
                 return candidate

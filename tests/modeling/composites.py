@@ -1,13 +1,17 @@
 """Tiny models that consist of several, with random weights, and batches that reach each of their towers."""
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-import transformers
 from torch import nn
 
-from registry.tiny_registry import IMAGE, tiny_config, tiny_model
+sys.path.insert(0, str(Path(__file__).parents[1] / "registry"))
+
+from shrinking import IMAGE  # noqa: E402
+from tiny_registry import tiny_model  # noqa: E402
 
 TEXT = 6  # tokens of a text beside its image
 
@@ -25,8 +29,6 @@ class Composite:
     head: str
     towers: dict[str, list[str]]
     batch: Callable[[nn.Module], dict[str, torch.Tensor]]
-    model_type: str = ""
-    settings: dict = field(default_factory=dict)
 
 
 def texts(model: nn.Module, special: int | None = None, times: int = 0) -> dict[str, torch.Tensor]:
@@ -106,8 +108,9 @@ COMPOSITES = {
     "speech-encoder-decoder": Composite(
         "AutoModelForSpeechSeq2Seq",
         {"text": ["decoder.bert.encoder.layer.*"], "audio": ["encoder.encoder.layers.*.feed_forward"]},
-        lambda model: {"input_values": torch.randn(2, 4000, generator=torch.Generator().manual_seed(2))}
-        | decoder_texts(),
+        lambda model: (
+            {"input_values": torch.randn(2, 4000, generator=torch.Generator().manual_seed(2))} | decoder_texts()
+        ),
     ),
 }
 

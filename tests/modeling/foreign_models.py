@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 VOCAB = 99
-CONFIG = '''
+CONFIG = """
 from transformers import PreTrainedConfig
 
 
@@ -20,10 +20,10 @@ class {name}Config(PreTrainedConfig):
         super().__init__(num_labels=num_labels, **kwargs)
         self.width, self.wide, self.depth, self.words = width, wide, depth, words
         self.hidden_size, self.vocab_size, self.num_hidden_layers = width, words, depth
-'''
+"""
 DECODER = {  # a gated FFN whose names say nothing, with help from another file
     "configuration_zork.py": CONFIG.format(name="Zork", type="zork"),
-    "zork_parts.py": '''
+    "zork_parts.py": """
 import torch
 from torch import nn
 
@@ -52,15 +52,15 @@ class Layer(nn.Module):
         before = torch.cumsum(self.mix(x), 1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
         x = x + torch.tanh(before)
         return x + self.thrum(self.even(x))
-''',
-    "zork_norm.py": '''
+""",
+    "zork_norm.py": """
 from torch import nn
 
 
 class Evener(nn.LayerNorm):
     pass
-''',
-    "modeling_zork.py": '''
+""",
+    "modeling_zork.py": """
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -107,11 +107,11 @@ class ZorkForCausalLM(ZorkPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         return {"input_ids": input_ids}
-''',
+""",
 }
 ENCODER = {  # a function instead of an activation module, in the layer itself
     "configuration_plain.py": CONFIG.format(name="Plain", type="plain"),
-    "modeling_plain.py": '''
+    "modeling_plain.py": """
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
@@ -173,10 +173,10 @@ class PlainForSequenceClassification(PlainPreTrainedModel):
         logits = self.score(self.model(input_ids)[0].mean(1))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
-''',
+""",
 }
 VISION = {  # gate and up projection in one matrix, and configs within the config
-    "configuration_gaze.py": '''
+    "configuration_gaze.py": """
 from transformers import PreTrainedConfig
 
 
@@ -196,8 +196,8 @@ class GazeConfig(PreTrainedConfig):
     def __init__(self, eye_config=None, num_labels=3, **kwargs):
         super().__init__(num_labels=num_labels, **kwargs)
         self.eye_config = eye_config if isinstance(eye_config, GazeEyeConfig) else GazeEyeConfig(**(eye_config or {}))
-''',
-    "modeling_gaze.py": '''
+""",
+    "modeling_gaze.py": """
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -272,7 +272,7 @@ class GazeForImageClassification(GazePreTrainedModel):
         logits = self.name(self.gaze(pixel_values)[0].mean(1))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
-''',
+""",
 }
 FILES = {"zork": DECODER, "plain": ENCODER, "gaze": VISION}
 HEAD = {"zork": "ForCausalLM", "plain": "ForSequenceClassification", "gaze": "ForImageClassification"}
@@ -281,7 +281,10 @@ HEAD = {"zork": "ForCausalLM", "plain": "ForSequenceClassification", "gaze": "Fo
 def auto_map(name: str) -> dict[str, str | list[str | None]]:
     """What the checkpoint's config says; it names a tokenizer, too."""
     classes = {f"AutoModel{head}": f"modeling_{name}.{name.title()}{head}" for head in (HEAD[name],)}
-    own = {"AutoConfig": f"configuration_{name}.{name.title()}Config", "AutoModel": f"modeling_{name}.{name.title()}Model"}
+    own = {
+        "AutoConfig": f"configuration_{name}.{name.title()}Config",
+        "AutoModel": f"modeling_{name}.{name.title()}Model",
+    }
     return {**own, **classes, "AutoTokenizer": [f"tokenization_{name}.{name.title()}Tokenizer", None]}
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,14 +13,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from foreign_models import FILES, HEAD, fresh, imported, inputs_of, write_checkpoint
+from foreign_models import FILES, HEAD, fresh, imported, inputs_of, write_checkpoint, write_code
 from tiny import convert, distance, run
-from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 
 from moefy_hf import evaluate, load, profile
 from moefy_hf.cli.main import main
-from moefy_hf.errors import MoefyError, UnsupportedModel
+from moefy_hf.errors import UnsupportedModel
 from moefy_hf.hub.verification import verify
 
 NAMES = list(FILES)
@@ -171,8 +171,9 @@ def test_it_is_measured_generates_and_trains_like_others(saved):
     ids = inputs_of("zork")["input_ids"]
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}]
     with torch.no_grad():
-        expected = model(**batches[0]).loss.item()  # its labels are shifted as a causal model's are
-    assert evaluate(model, batches, progress=False).points[0].loss == pytest.approx(expected, rel=1e-5)
+        loss = model(**batches[0]).loss.item()  # its labels are shifted as a causal model's are
+    sweep = evaluate(model, batches, [0.5], controls=[], progress=False)
+    assert sweep.rows[-1]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     assert model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (2, 10)
     model.train()
     model(**batches[0]).loss.backward()
@@ -200,7 +201,9 @@ def test_an_unregistered_class_is_converted_and_saved_once_it_is_registered(name
     dense = run(model, inputs_of(name))
     convert(model)
     assert distance(run(model, inputs_of(name)), dense) < 1e-5
-    with pytest.raises(UnsupportedModel, match=rf"{name.title()}Config\.register_for_auto_class\(\) and type\(model\)"):
+    with pytest.raises(
+        UnsupportedModel, match=rf"{name.title()}Config\.register_for_auto_class\(\) and type\(model\)"
+    ):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     type(model.config).register_for_auto_class()
@@ -223,10 +226,6 @@ def test_classes_registered_before_are_all_heads_of_a_checkpoint(tmp_path, monke
     loaded = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert type(loaded).__name__ == "MoefiedPlainModel"
     assert type(AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)).__name__ == "PlainConfig"
-
-
-class Nested(PreTrainedConfig):
-    model_type = "nested"
 
 
 def test_a_class_of_a_session_cannot_be_saved(tmp_path, monkeypatch):
@@ -254,16 +253,12 @@ def test_code_that_cannot_travel_is_named(old, new, message, tmp_path, monkeypat
     monkeypatch.setitem(FILES["zork"], "modeling_zork.py", FILES["zork"]["modeling_zork.py"].replace(old, new))
     (tmp_path / "whole").mkdir()
     (tmp_path / "whole" / "__init__.py").write_text("")
-    imported("zork", tmp_path / "whole", monkeypatch) if ".." not in new else None
-    if ".." in new:
-        monkeypatch.syspath_prepend(tmp_path)
-        from foreign_models import write_code
-
+    if ".." in new:  # a package within a package
         write_code("zork", tmp_path / "whole" / "zork_package")
-        (tmp_path / "whole" / "zork_package" / "__init__.py").write_text("")
+        monkeypatch.syspath_prepend(tmp_path)
         module = importlib.import_module("whole.zork_package.modeling_zork")
     else:
-        module = sys.modules["zork_package.modeling_zork"]
+        module = imported("zork", tmp_path / "whole", monkeypatch)
     module.ZorkConfig.register_for_auto_class()
     module.ZorkForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     model = fresh(module, "zork", HEAD["zork"])

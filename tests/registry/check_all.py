@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def own_code(folders: dict[str, Path]) -> dict[str, bool | str]:
     return {model_type: outcomes[str(folder)] for model_type, folder in folders.items()}
 
 
-def check(types: list[str], seconds: int) -> dict[str, dict[str, Any]]:
-    """Check some types."""
+def check(types: list[str], seconds: int) -> Iterator[dict[str, dict[str, Any]]]:
+    """Check some types, and yield what is known of them now and then."""
     outcomes: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="moefy_registry_") as directory:
         waiting: dict[str, Path] = {}
@@ -68,12 +69,14 @@ def check(types: list[str], seconds: int) -> dict[str, dict[str, Any]]:
                     outcomes[done]["own_code"] = passed
                     shutil.rmtree(waiting[done])
                 waiting = {}
-    return outcomes
+                yield outcomes
+        yield outcomes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=[*model_types(), *HEADS_OF], help="model types, by default all")
+    parser.add_argument("--missing", action="store_true", help="only types that the JSON does not have yet")
     parser.add_argument("--seconds", type=int, default=60, help="limit for one type")
     parser.add_argument("--output", type=Path, default=OUTCOMES, help="JSON file; other types in it stay")
     arguments = parser.parse_args()
@@ -82,11 +85,13 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     known = json.loads(arguments.output.read_text())["types"] if arguments.output.exists() else {}
-    known |= check(arguments.types, arguments.seconds)
-    written = {"transformers": transformers.__version__, "torch": torch.__version__, "types": known}
-    arguments.output.write_text(json.dumps(written, indent=1, sort_keys=True) + "\n")
+    types = [name for name in arguments.types if not (arguments.missing and name in known)]
+    for outcomes in check(types, arguments.seconds):
+        known |= outcomes
+        written = {"transformers": transformers.__version__, "torch": torch.__version__, "types": known}
+        arguments.output.write_text(json.dumps(written, indent=1, sort_keys=True) + "\n")
     print(f"{sum(map(passes, known.values()))} of {len(known)} types pass all checks: {arguments.output}")
-    for model_type in arguments.types:
+    for model_type in types:
         if not passes(known[model_type]):
             wrong = {key: known[model_type][key] for key in CHECKS if known[model_type].get(key) not in (True, None)}
             print(f"{model_type}: {wrong or known[model_type].get('reason')}")
