@@ -124,6 +124,8 @@ def test_an_architecture(add, capsys):
     """Nothing is added: what the block defines converts as it is."""
     made = add("Add an architecture")
     model = made["OddModel"](made["OddConfig"]()).eval()
+    for parameter in model.parameters():  # transformers begins with weights near 0
+        torch.nn.init.normal_(parameter, std=0.3)
     layout = FfnSpec("alpha", "gamma", "moefied_activation", gate="beta", function="silu")
     assert [(site.name, site.spec) for site in made["found"].sites] == [(f"layers.{i}", layout) for i in range(2)]
     assert capsys.readouterr().out == "".join(f"layers.{i} {layout}\n" for i in range(2))

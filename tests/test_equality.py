@@ -143,21 +143,20 @@ def the_second_cannot_be_permuted(monkeypatch):
     return "enough"
 
 
-def a_permutation_changes_the_output(monkeypatch):
-    compare = DenseReference.compare
+def one_matrix_is_forgotten(monkeypatch):
+    permute = pipeline.permute_neurons_
 
-    def compared(self, when):
+    def permute_others(site, order):
+        down = site.down.weight.detach().clone()
+        permute(site, order)
         with torch.no_grad():
-            self.outputs = [2 * each if "permuted" in when else each for each in self.outputs]
-        compare(self, when)
+            site.down.weight.copy_(down)
 
-    monkeypatch.setattr(DenseReference, "compare", compared)
+    monkeypatch.setattr(pipeline, "permute_neurons_", permute_others)
     return "after its neurons were permuted all experts together are not the dense"
 
 
-@pytest.mark.parametrize(
-    "fault", [half_of_the_experts, the_second_cannot_be_permuted, a_permutation_changes_the_output]
-)
+@pytest.mark.parametrize("fault", [half_of_the_experts, the_second_cannot_be_permuted, one_matrix_is_forgotten])
 @pytest.mark.parametrize("name", ["bert", "llama", "phi3", "gpt2"])
 def test_a_step_that_goes_wrong_is_undone(name, fault, monkeypatch):
     """Were there a fault in what installs routers or permutes neurons, it would be noticed, and undone."""
