@@ -50,7 +50,7 @@ def tower_of(model: PreTrainedModel, name: str) -> str | None:
         'vision'
     """
     names, found, last, module = tower_names(model.config), None, None, model
-    types = {type(nested): names[id(nested)] for nested in _nested(model.config)}
+    types: dict[Any, str] = {type(nested): names[id(nested)] for nested in _nested(model.config)}
     for part in name.split(".") if name else ():
         module = getattr(module, part)
         config = getattr(module, "config", None)
