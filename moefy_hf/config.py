@@ -40,8 +40,8 @@ class MoEficationConfig:
         shared_experts: how many experts run for every token; `k` counts them. They are made of the neurons that most
             tokens need (CMoE); the splitter groups the others.
         compensation: let an expert that does not run contribute what it does on average when it does not.
-        towers: which parts of a composite model are converted: "text", "vision", "audio" or another that it has, a list
-            of them, or "all"; by default its text model, or all where it has none.
+        towers: which parts of a composite model are converted: "text", "vision", "audio" or another that it has, a
+            list of them, or "all"; by default its text model, or all where it has none.
         layers: positions of the FFNs to convert, in the order of these towers' modules; all by default.
         calibration_tokens: at most so many tokens of the calibration data are used.
         seed: of splits and router fitting.

@@ -40,6 +40,14 @@ def routed(site: FfnSite) -> RoutedActivation:
     return cast(RoutedActivation, site.act)
 
 
+def is_inline(site: FfnSite) -> bool:
+    """Return whether the code of a routed FFN calls a function, so that its routed activation acts on `down`'s input.
+
+    Code that came with an older checkpoint knows no such FFNs.
+    """
+    return bool(vars(site.act).get("inline"))
+
+
 def moefied_class(cls: type[PreTrainedModel], config: PreTrainedConfig | None = None) -> type[PreTrainedModel]:
     """Return the MoEfied version of a transformers model class, or of one with code of its own.
 

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import os
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
@@ -16,7 +15,6 @@ from moefy_hf.cli.main import COMMANDS
 from moefy_hf.cli.main import main as moefy
 from moefy_hf.evaluation.controls import BASELINES, CONTROLS
 from moefy_hf.modeling.budget_allocation import ALLOCATIONS
-from moefy_hf.modeling.ffn_sites import SPECS
 from moefy_hf.modeling.routers import ROUTERS
 from moefy_hf.modeling.selection import SELECTIONS
 from moefy_hf.splitters import SPLITTERS
@@ -82,11 +80,6 @@ def setting(kind: str) -> str:
     return f"```python\n{form.format(names[0])}\n```"
 
 
-def architectures() -> str:
-    """The model types that can be converted."""
-    return textwrap.fill(", ".join(f"`{name}`" for name in sorted(SPECS)), 115, break_on_hyphens=False)
-
-
 def help_of(*words: str) -> str:
     """Return what `moefy WORDS --help` prints, 100 columns wide."""
     printed = io.StringIO()
@@ -106,4 +99,4 @@ def interface() -> str:
     return "\n\n".join(f"::: moefy_hf.{moefy_hf._HOMES[name]}.{name}" for name in moefy_hf.__all__)
 
 
-BLOCKS = {function.__name__: function for function in (methods, choices, setting, architectures, commands, interface)}
+BLOCKS = {function.__name__: function for function in (methods, choices, setting, commands, interface)}

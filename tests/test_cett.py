@@ -56,7 +56,7 @@ def loss_at(model, batches, thresholds) -> tuple[float, torch.Tensor]:
     counts, sums = torch.zeros(2, 2, dtype=torch.float64), Quality()
     with torch.no_grad():
         for batch in batches:
-            with dropping(model, thresholds, batch, counts):
+            with dropping(model, find_sites(model), thresholds, batch, counts):
                 logits, labels = predictions(model, batch)
             sums.update_(logits, logits, labels)
     return sums.loss / sums.labelled, counts
@@ -87,7 +87,7 @@ def test_padding_does_not_count():
     model = tiny_model("llama", "AutoModelForCausalLM")
     batch = text_batches(1, labels="causal")[0]
     counts = torch.zeros(2, 2, dtype=torch.float64)
-    with torch.no_grad(), dropping(model, [0.0, 0.0], batch, counts):
+    with torch.no_grad(), dropping(model, find_sites(model), [0.0, 0.0], batch, counts):
         model(**batch)
     assert counts[:, 1].tolist() == [real_count([batch]) * 48] * 2
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -11,12 +11,12 @@ import torch
 import transformers
 from batches import text_batches
 from documents import fenced
-from tiny import ENCODER, convert, distance, run, tiny_inputs, tiny_model
+from tiny import convert, distance, run, tiny_inputs, tiny_model
 
 from moefy_hf import evaluate, export
 from moefy_hf.exporters.formats import EXPORT_FORMATS
-from moefy_hf.loading import moefied_class
-from moefy_hf.modeling.ffn_sites import SPECS, find_sites
+from moefy_hf.modeling.ffn_layouts import FfnSpec
+from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.modeling.routers import ROUTERS
 from moefy_hf.modeling.selection import SELECTIONS
 from moefy_hf.splitters import SPLITTERS
@@ -30,7 +30,7 @@ SECTIONS = dict(re.findall(r"^## (Add [^\n]+)\n(.*?)(?=^## |\Z)", TEXT, re.DOTAL
 def add(tmp_path, monkeypatch):
     """A function that runs the Python blocks of a section: each in the file that its first line names."""
 
-    def add_(section: str) -> None:
+    def add_(section: str) -> dict:
         made: dict = {}
         for code in fenced(SECTIONS[section], "python"):
             path = Path(code.partition("\n")[0].removeprefix("# "))
@@ -42,6 +42,7 @@ def add(tmp_path, monkeypatch):
                 made |= {name: value for name, value in names.items() if name not in vars(module)}
             else:
                 made |= vars(load(path, code))
+        return made
 
     def load(path: Path, code: str):
         (tmp_path / path.name).write_text(code)
@@ -52,7 +53,7 @@ def add(tmp_path, monkeypatch):
         spec.loader.exec_module(module)
         return module
 
-    before = [(registry, {*registry}) for registry in (SPLITTERS, ROUTERS, SELECTIONS, EXPORT_FORMATS, SPECS)]
+    before = [(registry, {*registry}) for registry in (SPLITTERS, ROUTERS, SELECTIONS, EXPORT_FORMATS)]
     yield add_
     for registry, names in before:
         for name in {*registry} - names:
@@ -119,10 +120,11 @@ def test_an_export_format(add, tmp_path):
     assert distance([served(**inputs).logits], [model(**inputs).logits]) < 1e-2
 
 
-def test_an_architecture(add):
-    add("Add an architecture")
-    changes = {"num_key_value_heads": 2, "use_cache": False, "hidden_dropout": 0.0}
-    config = transformers.StableLmConfig(**ENCODER, **changes)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    assert moefied_class(type(model)).__name__ == "MoefiedStableLmForCausalLM"
+def test_an_architecture(add, capsys):
+    """Nothing is added: what the block defines converts as it is."""
+    made = add("Add an architecture")
+    model = made["OddModel"](made["OddConfig"]()).eval()
+    layout = FfnSpec("alpha", "gamma", "moefied_activation", gate="beta", function="silu")
+    assert [(site.name, site.spec) for site in made["found"].sites] == [(f"layers.{i}", layout) for i in range(2)]
+    assert capsys.readouterr().out == "".join(f"layers.{i} {layout}\n" for i in range(2))
     exact(model, "llama")

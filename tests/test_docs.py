@@ -72,6 +72,7 @@ def test_what_code_calls_is_there(page):
         tree = ast.parse(code)
         made = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
         made |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        made |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
         for name in called - made - {*dir(builtins), *GIVEN}:
             assert any(hasattr(library, name) for library in (moefy_hf, transformers, peft)), name

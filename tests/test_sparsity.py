@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.activations import ACT2FN
 
 from moefy_hf import MoEficationConfig, SparsityPenaltyCallback, moefy_, profile, relufy_
+from moefy_hf.discovery.towers import tower_of
 from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.training.sparsity import PENALTIES
+
+sys.path.append(str(Path(__file__).parent / "registry"))
+from tiny_registry import tiny_model as registry_model  # noqa: E402
 
 # ---- relufy_
 
@@ -71,13 +77,20 @@ def test_a_relufied_model_converts_and_is_sparse():
     assert all(0.2 < sparsity < 0.8 for sparsity in report.sparsity)
 
 
+def test_of_a_composite_model_the_text_tower_is_relufied():
+    model = relufy_(tiny_model("clip"))
+    acts = {tower_of(model, site.name): type(site.act).__name__ for site in find_sites(model, "all")}
+    assert acts == {"text": "ReLU", "vision": "QuickGELUActivation"}
+    assert (model.config.text_config.hidden_act, model.config.vision_config.hidden_act) == ("relu", "quick_gelu")
+
+
 def test_relufy_refuses():
     with pytest.raises(ValueError, match="unknown activation 'rely'.*relu"):
         relufy_(tiny_model("bert"), "rely")
     with pytest.raises(ValueError, match="does not name its FFN activation"):
-        relufy_(tiny_model("clip"))
-    with pytest.raises(ValueError, match="supported model types"):
-        relufy_(transformers.AlbertModel(transformers.AlbertConfig(hidden_size=16, num_attention_heads=2)))
+        relufy_(registry_model("bloom"))
+    with pytest.raises(ValueError, match="its code calls silu, which nothing can replace"):
+        relufy_(registry_model("lfm2"))
     model = tiny_model("bert")
     moefy_(model, MoEficationConfig(expert_size=8, splitter="random", router="random", layers=[1]))
     with pytest.raises(ValueError, match="routed already"):

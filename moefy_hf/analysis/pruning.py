@@ -1,12 +1,14 @@
 """Prune experts: their neurons are really removed, and what is left is an ordinary, smaller checkpoint."""
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ..discovery.towers import deciding_configs
 from ..errors import MoefyError
 from ..loading import MoefiedModel, check_moefied, routed
 from ..measure.router_inputs import inputs_from
@@ -132,9 +134,9 @@ def smaller_config(model: MoefiedModel, experts: int) -> Any:
     sites = model.moe_sites()
     width, before = experts * routed(sites[0]).expert_size, sites[0].sizes[1]
     config = copy.deepcopy(model.config)
-    for name in WIDTHS:
-        if getattr(config, name, None) == before:
-            setattr(config, name, width)
+    for part, name in itertools.product(deciding_configs(model, sites, config), WIDTHS):
+        if getattr(part, name, None) == before:
+            setattr(part, name, width)
     section = Section(config)
     if section.num_experts is not None:
         section.num_experts = experts
@@ -149,8 +151,8 @@ def smaller_config(model: MoefiedModel, experts: int) -> Any:
         widths = {site.sizes[1] for site in find_sites(type(model)(copy.deepcopy(config)))}
     if widths != {width}:
         raise MoefyError(
-            f"the config of model type {config.model_type!r} does not decide the width of its FFNs by "
-            f"{', '.join(WIDTHS)}: it cannot be pruned"
+            f"the config of {type(model).__name__} does not decide the width of its FFNs by {', '.join(WIDTHS)}: "
+            "it cannot be pruned"
         )
     return config
 

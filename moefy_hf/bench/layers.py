@@ -13,7 +13,7 @@ from moefy_ffn import MoeFfn
 from torch import nn
 
 from ..errors import MoefyError
-from ..loading import MoefiedModel, check_moefied, load, routed
+from ..loading import MoefiedModel, check_moefied, is_inline, load, routed
 from ..measure.router_inputs import run_alone
 from ..modeling.ffn_sites import FfnSite, FfnWeights
 from ..modeling.moefied import is_moefied
@@ -185,8 +185,7 @@ def through_modules(site: FfnSite, x: torch.Tensor) -> torch.Tensor:
         up, first = first.chunk(2, -1) if site.spec.up_first else first.chunk(2, -1)[::-1]
     elif site.gate is not None:
         up = site.up(x)
-    act = routed(site)
-    hidden = act.inner(first) if act.inline else act(first)  # a function; the hook on `down` routes
+    hidden = site.act.inner(first) if is_inline(site) else site.act(first)  # a function: the hook on `down` routes
     return site.down(hidden if up is None else hidden * up)
 
 

@@ -25,15 +25,18 @@ DATA = "csv file with columns text and label, or text file with a text per line"
 NEW_FOLDER = "folder that gets it; must not exist"
 
 
-def of_model(command: argparse.ArgumentParser, run: Callable, show: Callable) -> argparse.ArgumentParser:
+def of_model(
+    command: argparse.ArgumentParser, run: Callable, show: Callable, *, optional: bool = False
+) -> argparse.ArgumentParser:
     """Give a command the arguments of every command on a model; return it.
 
     Args:
         command: the parser.
         run: computes the result, a dict, from the parsed arguments.
         show: makes the printed text of the result.
+        optional: whether MODEL may be left out.
     """
-    command.add_argument("model", metavar="MODEL", help="Hub id or local folder")
+    command.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help="Hub id or local folder")
     command.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
     command.add_argument("--dtype", default="auto", choices=DTYPES, help="load in this type (default: as saved)")
     head = "AutoModelForMaskedLM or another Auto class, where its config does not say which head it has"
@@ -58,6 +61,11 @@ def add_data(command: argparse.ArgumentParser, *, required: bool, help: str = DA
     command.add_argument("--max_length", type=positive, default=256, help="tokens of a text (default: 256)")
     if seed:
         command.add_argument("--seed", type=int, default=0, help="of the order of texts (default: 0)")
+
+
+def add_towers(command: argparse.ArgumentParser) -> None:
+    """Give a command the argument that names parts of a composite model."""
+    command.add_argument("--towers", nargs="+", metavar="TOWER", help="text (the default), vision, audio, all")
 
 
 def show_table(result: dict[str, Any]) -> str:

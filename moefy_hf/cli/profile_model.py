@@ -13,7 +13,7 @@ from ..measure.metrics import is_causal
 from ..measure.profile import profile
 from ..measure.sparsity import cett_curves, describe_ffn, ppl_activation, profile_table
 from ..modeling.ffn_sites import find_sites
-from .common import add_data, load_model, load_tokenizer, of_model, show_table, text_batches
+from .common import add_data, add_towers, load_model, load_tokenizer, of_model, show_table, text_batches
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -24,6 +24,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--calibration_tokens", type=positive, default=tokens, help=f"use at most so many (default: {tokens})"
     )
+    add_towers(command)
     command.add_argument(
         "--ppl",
         type=float,
@@ -45,12 +46,12 @@ def profile_model(args: Namespace) -> dict[str, Any]:
     batches = text_batches(args, model, tokenizer, texts)
     if args.ppl is not None and not is_causal(model):
         raise MoefyError(f"--ppl needs a language model, whose labels are the texts; {model._get_name()} is none")
-    with profile(model, batches, max_tokens=args.calibration_tokens, sample=False) as stats:
+    with profile(model, batches, max_tokens=args.calibration_tokens, sample=False, towers=args.towers) as stats:
         profiled = stats.batches
-    curves = cett_curves(model, profiled)
+    curves = cett_curves(model, profiled, towers=args.towers)
     rows = [
         {"ffn": site.name, **describe_ffn(site_stats, curve)}
-        for site, site_stats, curve in zip(find_sites(model), stats.sites, curves, strict=True)
+        for site, site_stats, curve in zip(find_sites(model, args.towers), stats.sites, curves, strict=True)
     ]
     result: dict[str, Any] = {"tokens": stats.tokens, "cett_tokens": curves[0].tokens, "rows": rows}
     if args.ppl is not None:
@@ -58,7 +59,7 @@ def profile_model(args: Namespace) -> dict[str, Any]:
             {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
             for batch in profiled
         ]
-        ppl = ppl_activation(model, labelled, curves, args.ppl / 100)
+        ppl = ppl_activation(model, labelled, curves, args.ppl / 100, towers=args.towers)
         result["ppl"] = asdict(ppl)
         for row, active in zip(rows, ppl.active, strict=True):
             row["active_at_ppl"] = active

@@ -132,7 +132,7 @@ def profile_of(
     dense = None
     try:
         with timed(seconds, "profile"):
-            which = {"towers": config.towers, "layers": config.layers}
+            which: dict[str, Any] = {"towers": config.towers, "layers": config.layers}
             tokens = config.calibration_tokens
             dense = profile(model, calibration, max_tokens=tokens, progress=progress, **which)
     except NotFiniteError as error:

@@ -8,7 +8,7 @@ import importlib.metadata
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
@@ -37,7 +37,7 @@ def own_heads(cls: type[PreTrainedModel], auto_map: Mapping[str, Any]) -> dict[t
     return dict(sorted(found.items(), key=lambda item: item[0].__name__)) if cls in found else {cls: None}
 
 
-def _is_head(head: Any, cls: type[PreTrainedModel]) -> bool:
+def _is_head(head: Any, cls: type[PreTrainedModel]) -> TypeGuard[type[PreTrainedModel]]:
     return isinstance(head, type) and issubclass(head, PreTrainedModel) and head.config_class is cls.config_class
 
 

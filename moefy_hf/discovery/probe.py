@@ -87,13 +87,9 @@ def called_after(layer: nn.Module, up: str) -> str | None:
         up: the Linear, below it.
     """
     around, _, name = up.rpartition(".")
-    module = layer.get_submodule(around)
-    size = linear_sizes(layer.get_submodule(up))
-    if (
-        not around
-        or size is None
-        or len(list(module.parameters())) > len(list(module.get_submodule(name).parameters()))
-    ):
+    module, linear = layer.get_submodule(around), layer.get_submodule(up)
+    size = linear_sizes(linear)
+    if not around or size is None or len(list(module.parameters())) > len(list(linear.parameters())):
         return None
     twin = copy_with_linears(module, [name], size, TINY)
     outputs: list[torch.Tensor] = []

@@ -239,7 +239,7 @@ def _assignments(sizes: dict[str, tuple[int, int]]) -> Iterator[FfnSpec]:
 
 
 def _layer(scope: Scope) -> list[FfnSpec]:
-    """Return the FFNs without a gate that a layer holds: as many activations as pairs of Linears, in the same order."""
+    """Return the FFNs without a gate that a layer holds: as many activations as pairs of Linears, in one order."""
     ups = [path for path, (d, f) in scope.sizes.items() if f > d and (f, d) in scope.sizes.values()]
     downs = [path for path, (f, d) in scope.sizes.items() if f > d and (d, f) in scope.sizes.values()]
     acts: list[tuple[str, str | None]] = [(path, None) for path in scope.acts]

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModel
 from ..modeling.ffn_sites import FfnSite, place_of
 from .search import search
-from .towers import in_towers
+from .towers import ALL, in_towers, tower_names, tower_of
 
 
 def discovered_sites(model: PreTrainedModel, towers: str | Sequence[str] | None = None) -> list[FfnSite]:
@@ -19,18 +19,25 @@ def discovered_sites(model: PreTrainedModel, towers: str | Sequence[str] | None 
         towers: see `in_towers`.
 
     Raises:
-        UnsupportedModel: it has none; what looks like one is named, with the reason.
+        UnsupportedModel: it has none, or its text tower has none and no other was asked for; what looks like one is
+            named, with the reason.
         MoefyError: it has no such tower.
     """
     found = search(model)
-    if found.sites:
-        return in_towers(model, found.sites, towers)
     reasons = {each.reason: each.name for each in reversed(found.left)}
-    known = "; ".join(f"{name}: {reason}" for reason, name in reasons.items())
-    raise UnsupportedModel(
-        f"no FFN of this {type(model).__name__} ({model.config.model_type}) can be split into experts"
-        + (f": {known}" if known else "")
-    )
+    known = "".join(f"; {name}: {reason}" for reason, name in reasons.items())
+    if not found.sites:
+        raise UnsupportedModel(
+            f"no FFN of this {type(model).__name__} ({model.config.model_type}) can be split into experts{known}"
+        )
+    of = dict.fromkeys(name for site in found.sites if (name := tower_of(model, site.name)) is not None)
+    if towers is None and "text" not in of and "text" in tower_names(model.config).values():
+        others = ", ".join(map(repr, [*of, ALL]))
+        raise UnsupportedModel(
+            f"no FFN of the text tower of this {type(model).__name__} can be split into experts (towers= {others} "
+            f"can){known}"
+        )
+    return in_towers(model, found.sites, towers)
 
 
 def remembered(model: PreTrainedModel, sites: Iterable[FfnSite]) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def tower_of(model: PreTrainedModel, name: str) -> str | None:
         'vision'
     """
     names, found, last, module = tower_names(model.config), None, None, model
-    types: dict[Any, str] = {type(nested): names[id(nested)] for nested in _nested(model.config)}
+    types: dict[type, str] = {type(nested): names[id(nested)] for nested in _nested(model.config)}
     for part in name.split(".") if name else ():
         module = getattr(module, part)
         config = getattr(module, "config", None)
@@ -73,6 +73,28 @@ def _nested(config: PreTrainedConfig) -> Iterable[PreTrainedConfig]:
         if isinstance(nested, PreTrainedConfig):
             yield nested
             yield from _nested(nested)
+
+
+def deciding_configs(
+    model: PreTrainedModel, sites: Iterable[FfnSite], config: PreTrainedConfig
+) -> list[PreTrainedConfig]:
+    """Return the parts of a config that decide how FFNs are made: the whole, and those of the towers that they lie in.
+
+    Args:
+        model: the whole.
+        sites: some of its FFNs.
+        config: the model's config, or a copy of it.
+
+    Example:
+        >>> deciding_configs(clip, find_sites(clip), clip.config) == [clip.config, clip.config.text_config]
+        True
+    """
+    kinds = set()
+    for site in sites:
+        parts = site.name.split(".")
+        holders = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts) + 1))
+        kinds |= {type(holder.config) for holder in holders if hasattr(holder, "config")}
+    return [config, *(part for part in _nested(config) if type(part) in kinds)]
 
 
 def in_towers(model: PreTrainedModel, sites: list[FfnSite], towers: str | Sequence[str] | None) -> list[FfnSite]:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..errors import MoefyError
-from ..loading import MoefiedModel, routed
+from ..loading import MoefiedModel, is_inline, routed
 from ..measure.contexts import all_experts, hooked
 from ..measure.flops import ModelFlops, ffn_flops
 from ..measure.metrics import Quality, predictions
@@ -84,10 +84,8 @@ def places_of(site: FfnSite, baseline: str) -> list[Place]:
     weights, (d, f) = site.weights(), site.sizes
     up = (weights.up,) if weights.gate is None else (weights.gate, weights.up)
     if baseline == "cats":  # `down` depends on it, and `up` in a gated FFN
-        if routed(site).inline:
-            raise MoefyError(
-                f"cats changes what an activation gives: the code of {site.name} calls a function instead"
-            )
+        if is_inline(site):
+            raise MoefyError(f"cats changes what an activation gives; the code of {site.name} calls a function")
         return [Place(site, site.act, True, None, 2 * d * f * len(up))]
     linears: list[tuple[Any, tuple[torch.Tensor, ...]]] = [(site.down, (weights.down,))]
     linears += [(site.up, up)] if site.gate is None else [(site.gate, up[:1]), (site.up, up[1:])]

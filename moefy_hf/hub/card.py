@@ -14,7 +14,7 @@ from ..evaluation.sweep import Sweep
 from ..io import is_hub_id, write_whole
 from ..modeling.needs import TRANSFORMERS
 from ..modeling.section import NAME, Section
-from .card_text import analysis_table, conversion_report, data_of, example, linked, speed_table, summary
+from .card_text import analysis_table, conversion_report, data_of, example, ffns_of, linked, speed_table, summary
 from .facts import read_facts
 
 logger = logging.get_logger("moefy_hf")
@@ -74,7 +74,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, revision: str | N
         transformers=".".join(map(str, TRANSFORMERS)),
         auto=auto,
         example=example(section.selection),
-        ffns="all its" if section.layers is None else f"{len(section.layers)} of its",
+        ffns=ffns_of(config, section, report),
         summary=summary(section, report, facts),
         training=facts.get("training"),
         sweep=sweep and sweep.table(),

@@ -1,5 +1,6 @@
 """The sentences and tables of a model card."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -48,6 +49,25 @@ def summary(section: Section, report: ConversionReport | None, facts: dict[str, 
     if "versions" in facts:
         rows.append(("made with", ", ".join(f"{name} {number}" for name, number in facts["versions"].items())))
     return [(what, value.replace("|", "\\|")) for what, value in rows]
+
+
+def ffns_of(config: Mapping[str, Any], section: Section, report: ConversionReport | None) -> str:
+    """Return which feed-forward networks have experts, in words: how many, and of which towers.
+
+    Args:
+        config: what the checkpoint's config.json holds.
+        section: of it.
+        report: of the conversion.
+    """
+    text = any(isinstance(config.get(part), Mapping) for part in ("text_config", "decoder"))
+    towers = section.towers or (["text"] if text else [])
+    named = [towers] if isinstance(towers, str) else [*towers]
+    where = "" if not named or "all" in named else f" of its {' and '.join(named)} tower{'s' if named[1:] else ''}"
+    if section.layers is not None:
+        count = f"{len(section.layers)} of {'the' if where else 'its'}"
+    else:
+        count = ("all" if where else "all its") + (f" {len(report.experts)}" if report else "")
+    return f"{count} feed-forward networks{where}"
 
 
 def example(selection: dict[str, Any]) -> str:

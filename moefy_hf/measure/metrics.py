@@ -14,7 +14,7 @@ from ..modeling.moefied import is_moefied
 from .batches import check_batch
 
 # decoders of encoder-decoder families: as language models of their own they take labels that are shifted already
-SHIFTED_LABELS = ("bart", "mbart", "pegasus", "marian", "whisper")
+_SHIFTS: dict[type, bool] = {}  # class of a causal language model -> whether it shifts labels by itself
 OVERFLOW = "load the model in float32 or bfloat16 (--dtype), or look for the batch that it overflows on"
 
 
@@ -111,10 +111,33 @@ def counted(model: PreTrainedModel, output: Any, batch: Mapping[str, Any]) -> tu
         if mask is not None and mask.shape == logits.shape[:2]:
             return logits[mask.bool()], None
         return logits.flatten(0, 1), None
-    if is_causal(model) and model.config.model_type not in SHIFTED_LABELS:
+    if is_causal(model) and shifts_labels(model, output, labels):
         logits, labels = logits[:, :-1], labels[:, 1:]
     counts = labels != -100
     return logits[counts], labels[counts]
+
+
+@torch.no_grad()
+def shifts_labels(model: PreTrainedModel, output: Any, labels: torch.Tensor) -> bool:
+    """Return whether a model's labels are the inputs, so that each position is compared with the next label.
+
+    Decoders of BART's kind take labels that are shifted already. Which of them a model is, its loss says.
+
+    Args:
+        model: a causal language model.
+        output: what it returned, with `logits` (B, T, C).
+        labels: (B, T), which it was given.
+    """
+    if type(model) not in _SHIFTS:
+        logits, loss = output.logits.float(), getattr(output, "loss", None)
+        if loss is None or labels.shape != logits.shape[:2]:
+            return True
+        shifted = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        aligned = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        if not (abs(shifted - aligned) > 1e-3 * abs(aligned)):  # they say nothing, or are not finite
+            return True
+        _SHIFTS[type(model)] = bool(abs(shifted - loss) <= abs(aligned - loss))
+    return _SHIFTS[type(model)]
 
 
 def _check_classes(model: PreTrainedModel, logits: torch.Tensor, labels: torch.Tensor | None) -> None:

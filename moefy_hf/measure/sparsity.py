@@ -116,11 +116,19 @@ def grid_of(scores: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def cett_curves(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, max_tokens: int = 4096, progress: bool = True
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    max_tokens: int = 4096,
+    towers: str | Sequence[str] | None = None,
+    progress: bool = True,
 ) -> list[CettCurve]:
     """Measure every FFN of a model in one pass over some thousand tokens.
 
     Memory does not grow with their number.
+
+    Args:
+        towers: parts of a composite model, see `MoEficationConfig`.
 
     Returns:
         one curve per FFN, in forward order.
@@ -128,7 +136,7 @@ def cett_curves(
     Raises:
         MoefyError: unsupported model type, or no token in `batches`.
     """
-    sites = find_sites(model)
+    sites = find_sites(model, towers)
     sums = [_Sums(site) for site in sites]
 
     def see(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
@@ -149,11 +157,16 @@ def cett_curves(
 
 @contextlib.contextmanager
 def dropping(
-    model: PreTrainedModel, thresholds: Sequence[float], batch: Mapping[str, Any], counts: torch.Tensor
+    model: PreTrainedModel,
+    sites: Sequence[FfnSite],
+    thresholds: Sequence[float],
+    batch: Mapping[str, Any],
+    counts: torch.Tensor,
 ) -> Iterator[None]:
     """Drop the neurons below each FFN's threshold while a batch runs.
 
     Args:
+        sites: the FFNs.
         thresholds: one per FFN.
         counts: (FFNs, 2), which gains how many neurons were kept, and of how many, padding left out.
     """
@@ -166,13 +179,17 @@ def dropping(
 
     with hooked(
         site.down.register_forward_pre_hook(lambda _, args, i=position, site=site: drop(i, site, args))
-        for position, site in enumerate(find_sites(model))
+        for position, site in enumerate(sites)
     ):
         yield
 
 
 def loss_when_dropping(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], thresholds: Sequence[float], bar: tqdm
+    model: PreTrainedModel,
+    sites: Sequence[FfnSite],
+    batches: Iterable[Mapping[str, Any]],
+    thresholds: Sequence[float],
+    bar: tqdm,
 ) -> tuple[float, torch.Tensor]:
     """Return the mean loss of a model whose neurons are dropped below each FFN's threshold, and counts (FFNs, 2) of
     the neurons that were kept, and of all.
@@ -185,7 +202,7 @@ def loss_when_dropping(
     """
     counts, quality = torch.zeros(len(thresholds), 2, dtype=torch.float64), Quality()
     for batch in batches:
-        with dropping(model, thresholds, batch, counts):
+        with dropping(model, sites, thresholds, batch, counts):
             logits, labels = predictions(model, batch)
         quality.update_(logits, logits, labels)
         bar.update()
@@ -217,6 +234,7 @@ def ppl_activation(
     growth: float = 0.01,
     *,
     tolerance: float = 1e-3,
+    towers: str | Sequence[str] | None = None,
     progress: bool = True,
 ) -> PplActivation:
     """Bisect one CETT for all FFNs until perplexity (or another task's loss) has grown by `growth`: PPL-p% (Sparsing
@@ -226,20 +244,21 @@ def ppl_activation(
         batches: with labels; read once for each of some ten steps.
         curves: of this model, from `cett_curves`.
         tolerance: of the CETT.
+        towers: that the curves are of.
 
     Raises:
         MoefyError: a growth or tolerance out of range, curves of another model, or no labels.
     """
     if not (growth > 0 and 0 < tolerance < 1):
         raise MoefyError(f"growth must be positive and tolerance between 0 and 1, got {growth} and {tolerance}")
-    if len(curves) != len(find_sites(model)):
-        raise MoefyError(f"there are {len(curves)} curves for {len(find_sites(model))} FFNs")
+    if len(curves) != len(sites := find_sites(model, towers)):
+        raise MoefyError(f"there are {len(curves)} curves for {len(sites)} FFNs")
     quality, steps = "perplexity" if is_causal(model) else "loss", math.ceil(-math.log2(tolerance))
     total = (steps + 1) * len(batches) if isinstance(batches, Sequence) else None
     with evaluating(model), tqdm(total=total, desc="PPL", unit="batch", disable=not progress) as bar:
 
         def measure(cett: float) -> tuple[float, torch.Tensor]:
-            return loss_when_dropping(model, batches, [curve.at(cett)[0] for curve in curves], bar)
+            return loss_when_dropping(model, sites, batches, [curve.at(cett)[0] for curve in curves], bar)
 
         low, high = 0.0, 1.0
         dense, counts = measure(low)  # without exact zeros alone: what the dense model does

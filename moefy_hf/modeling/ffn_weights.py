@@ -5,6 +5,7 @@ Symbols: d model width, f FFN width (neurons).
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,8 @@ from torch import nn
 class FfnWeights:
     """The tensors of one FFN, neurons first, as views of the model's parameters: FFN(x) = neurons(x) @ down.T + bias.
 
-    `up` and `gate` are (f, d), `down` is (d, f), biases are (f,); `gate` is None in an ungated FFN. `norm` is applied to
-    the activations where an architecture does so.
+    `up` and `gate` are (f, d), `down` is (d, f), biases are (f,); `gate` is None in an ungated FFN. `norm` is applied
+    to the activations where an architecture does so.
     """
 
     up: torch.Tensor
@@ -38,7 +39,7 @@ class FfnWeights:
         def taken(rows: torch.Tensor | None) -> torch.Tensor | None:
             return None if rows is None else rows[neurons.to(rows.device)]
 
-        scale = 1 if self.norm is None else self.norm.weight
+        scale: Any = 1 if self.norm is None else self.norm.weight
         return replace(
             self,
             up=self.up[neurons.to(self.up.device)],

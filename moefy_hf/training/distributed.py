@@ -91,7 +91,7 @@ def split_here_(
     with ExitStack() as stack:
         stats = None
         if config.needs():
-            which = {"towers": config.towers, "layers": config.layers}
+            which: dict[str, Any] = {"towers": config.towers, "layers": config.layers}
             stats = profile(model, batches, max_tokens=config.calibration_tokens, progress=progress, **which)
             stack.enter_context(stats)
             check_profile(config, sites, sizes, stats)

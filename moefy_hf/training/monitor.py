@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..loading import MoefiedModel
+from ..loading import MoefiedModel, is_inline
 from ..measure.padding import real_tokens
 from ..modeling.ffn_sites import FfnSite
 
@@ -82,7 +82,7 @@ class RoutingMonitor:
     def _before(self, model: PreTrainedModel, position: int) -> Any:
         """Register the hook that sees what the activation of an FFN is given; return its handle."""
         site = self.sites[position]
-        if "inline" not in vars(site.act) or not site.act.inline:  # code that came with older checkpoints knows none
+        if not is_inline(site):
             return site.act.register_forward_pre_hook(lambda _, args: self._hide(model, position, args[0]))
 
         def see(linear: torch.nn.Module, args: tuple, y: torch.Tensor) -> None:

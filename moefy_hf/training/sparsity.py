@@ -4,16 +4,17 @@ import copy
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
+from ..discovery.towers import deciding_configs
 from ..errors import MoefyError, UnsupportedModel
 from ..measure.padding import real_tokens
 from ..modeling.ffn_sites import FfnSite, find_sites
 from ..modeling.routed_activation import is_routed
 from .losses import ExtraLossCallback
 
-# config fields that name an FFN's activation, over all supported model types
+# config fields that name an FFN's activation, over many model types
 _ACTIVATION_FIELDS = (
     "hidden_act",
     "activation_function",
@@ -42,7 +43,8 @@ def relufy_(model: PreTrainedModel, activation: str = "relu") -> PreTrainedModel
 
     Raises:
         MoefyError: an unknown activation, or a MoEfied model; the model is unchanged then.
-        UnsupportedModel: the config of this model type does not name its FFN activation; the model is unchanged then.
+        UnsupportedModel: the config does not name the activation of an FFN, or its code calls a function instead;
+            the model is unchanged then.
 
     Example:
         >>> relufy_(model)
@@ -52,22 +54,17 @@ def relufy_(model: PreTrainedModel, activation: str = "relu") -> PreTrainedModel
     if activation not in ACT2FN:
         raise MoefyError(f"unknown activation {activation!r}; choose from {', '.join(sorted(ACT2FN))}")
     sites = find_sites(model)
-    fields = [field for field in _ACTIVATION_FIELDS if isinstance(getattr(model.config, field, None), str)]
-    if not fields:
-        raise UnsupportedModel(
-            f"the config of model type {model.config.model_type!r} does not name its FFN activation"
-        )
     for site in sites:
         if is_routed(site.act):
             raise MoefyError(f"{site.name} is routed already; swap the activation before converting")
+        if site.spec.function is not None:
+            raise UnsupportedModel(f"{site.name}: its code calls {site.spec.function}, which nothing can replace")
     config = copy.deepcopy(model.config)
-    for config_field in fields:
-        setattr(config, config_field, activation)
-    if hasattr(config, "feed_forward_proj"):  # T5 derives its activation from this one when loaded
-        gated = config.feed_forward_proj.startswith("gated-")
-        config.feed_forward_proj = f"gated-{activation}" if gated else activation
+    changed = [_set_activation(part, activation) for part in deciding_configs(model, sites, config)]
+    if not any(changed):
+        raise UnsupportedModel(f"the config of {type(model).__name__} does not name its FFN activation")
     with torch.device("meta"):  # what loading a checkpoint with this config will build
-        twin = dict(type(model)(config).named_modules())
+        twin = dict(type(model)(copy.deepcopy(config)).named_modules())
     for site in sites:
         act = twin[f"{site.name}.{site.spec.act}".lstrip(".")]
         if type(act) is not type(ACT2FN[activation]):
@@ -75,10 +72,21 @@ def relufy_(model: PreTrainedModel, activation: str = "relu") -> PreTrainedModel
     for name, module in model.named_modules():
         if type(module).__module__ in _ACTIVATION_MODULES and repr(module) != repr(twin[name]):
             model.set_submodule(name, twin[name])
-    for config_field in (*fields, "feed_forward_proj"):
-        if hasattr(config, config_field):
-            setattr(model.config, config_field, getattr(config, config_field))
+    for part, values in zip(deciding_configs(model, sites, model.config), changed, strict=True):
+        for name, value in values.items():
+            setattr(part, name, value)
     return model
+
+
+def _set_activation(config: PreTrainedConfig, activation: str) -> dict[str, str]:
+    """Set every field of a config that names an activation; return the fields and their values."""
+    values = {name: activation for name in _ACTIVATION_FIELDS if isinstance(getattr(config, name, None), str)}
+    if hasattr(config, "feed_forward_proj"):  # T5 derives its activation from this one when loaded
+        gated = config.feed_forward_proj.startswith("gated-")
+        values["feed_forward_proj"] = f"gated-{activation}" if gated else activation
+    for name, value in values.items():
+        setattr(config, name, value)
+    return values
 
 
 def square_hoyer(a: torch.Tensor) -> torch.Tensor:
