@@ -108,6 +108,8 @@ def check_formula(site: FfnSite, x: torch.Tensor, neurons: torch.Tensor) -> None
     Raises:
         UnsupportedModel: it computes something else.
     """
+    if not neurons.numel():  # none of the batch's tokens is of the kind that this FFN is for
+        return
     x, neurons = x.reshape(-1, x.shape[-1])[:ROWS], neurons.reshape(-1, neurons.shape[-1])[:ROWS]
     expected = site.weights().neurons(x) if len(x) == len(neurons) else None
     scale = neurons.abs().max().clamp_min(1e-12)

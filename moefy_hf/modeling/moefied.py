@@ -129,6 +129,14 @@ class MoefiedMixin(_Base):
                 kept[name] = heads[head]
         self.config.auto_map = {**kept, **ours}
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Return whether transformers may not trust this class's way to initialise: as with the stock class.
+
+        Of custom code it skips what has no parameters of its own, and leaves buffers empty that Falcon-H1 fills.
+        """
+        return cls.stock_class().is_custom_code() if cls.moefied_class() is cls else super().is_custom_code()
+
     def initialize_weights(self) -> None:
         """Initialise routers, which have a way of their own, then what transformers initialises."""
         for module in self.modules():  # a nested stock model would apply its own standard deviation
