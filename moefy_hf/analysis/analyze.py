@@ -105,7 +105,8 @@ def analyze(
         raise MoefyError(f"the rate of false discoveries must lie between 0 and 1, got {rate}")
     if all(routed(site).computes_all for site in model.moe_sites()):
         raise MoefyError("every layer computes all its experts: choose a budget first, model.set_selection(k=0.2)")
-    survey = survey_texts(stream, model.config.vocab_size, len(label_names(model)) if stream.labelled else 1)
+    vocabulary = model.config.get_text_config().vocab_size
+    survey = survey_texts(stream, vocabulary, len(label_names(model)) if stream.labelled else 1)
     words = survey.ids.argsort(descending=True, stable=True)[: min(WORDS, int((survey.ids > 0).sum()))]
     start = time.perf_counter()
     layers = measure(model, tokenizer, stream, survey, words, seed=seed, progress=progress)

@@ -51,7 +51,7 @@ def bench_model(
         dense, model = preset_models(settings) if settings.preset else checkpoint_models(settings)
         check_length(model, length, new_tokens)
         generator = torch.Generator().manual_seed(0)
-        vocabulary = model.config.vocab_size
+        vocabulary = model.config.get_text_config().vocab_size
         batches = []
         for _ in range(settings.rounds):
             ids = torch.randint(3, vocabulary, (batch, length), generator=generator)

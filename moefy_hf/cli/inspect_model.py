@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import re
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from ..errors import MoefyError
 from ..exporters.formats import EXPORT_FORMATS
 from ..hub.card_text import router_settings_of
 from ..io import markdown
-from ..loading import checkpoint_class, heads_of, read_config
+from ..loading import check_moefied, checkpoint_class, heads_of, read_config
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.moefied import is_moefied
 from ..modeling.section import Section
@@ -60,9 +59,9 @@ def inspect_model(args: Namespace) -> dict[str, Any]:
     cls = checkpoint_class(config, head, **trusted)
     with torch.device("meta"):
         model = cls(config)
-        dense = model.stock_class()(config) if is_moefied(model) else model
+        dense = check_moefied(model).stock_class()(config) if is_moefied(model) else model
     found, section = search(dense), Section.of(config)
-    routed = {site.key for site in model.moe_sites()} if is_moefied(model) else set()
+    routed = {site.key for site in check_moefied(model).moe_sites()} if is_moefied(model) else set()
     owned = {id(param): param.numel() for site in found.sites for _, param, _, _ in site.neuron_dims()}
     return {
         "model_type": config.model_type,
@@ -116,9 +115,10 @@ def grouped(left: Iterable[LeftAlone]) -> list[dict[str, str]]:
         numbers = [int(part) for part in each.name.split(".") if part.isdigit()]
         groups.setdefault((starred(each.name), each.reason), []).append(numbers)
     result = []
-    for (place, reason), numbers in groups.items():
-        ranges = iter([ranged(sorted({*column})) for column in zip(*numbers, strict=True)])
-        result.append({"modules": re.sub(r"\*", lambda _, ranges=ranges: next(ranges), place), "reason": reason})
+    for (place, reason), members in groups.items():
+        for column in zip(*members, strict=True):
+            place = place.replace("*", ranged(sorted({*column})), 1)
+        result.append({"modules": place, "reason": reason})
     return result
 
 

@@ -28,7 +28,7 @@ def own_heads(cls: type[PreTrainedModel], auto_map: Mapping[str, Any]) -> dict[t
     here = vars(sys.modules[cls.__module__])
     found: dict[type[PreTrainedModel], str | None] = {}
     for auto, path in auto_map.items():
-        head = here.get(path.rpartition(".")[2].removeprefix("Moefied")) if auto.startswith("AutoModel") else None
+        head: Any = here.get(path.rpartition(".")[2].removeprefix("Moefied")) if auto.startswith("AutoModel") else None
         if _is_head(head, cls) and found.get(head, "AutoModel") == "AutoModel":
             found[head] = auto
     for head in here.values():

@@ -20,7 +20,7 @@ from .parts import functions_of, is_activation, is_norm, linear_sizes, words
 from .probe import CannotRun, called_after, confirmed, function_of
 
 NOT_AN_FFN = {  # word in the name of a module, or of its class -> what it is
-    **dict.fromkeys(["expert", "experts", "router", "shared_expert", "moe"], "part of a native Mixture of Experts"),
+    **dict.fromkeys(["expert", "experts", "router"], "part of a native Mixture of Experts"),
     **dict.fromkeys(["adapter", "adapters"], "an adapter"),
     **dict.fromkeys(["merger", "projector", "connector", "resampler", "aligner"], "what connects two towers"),
     **dict.fromkeys(["head", "heads", "pooler", "classifier"], "a head"),
@@ -87,13 +87,13 @@ class _Finder:
         self.seen: set[int] = set()
         self.known: dict[tuple, tuple[list[FfnSpec], str | None]] = {}
 
-    def visit(self, module: nn.Module, path: str) -> None:
-        """Look at the parts of a module first, then at the module itself."""
+    def visit(self, module: nn.Module, path: str, within: nn.Module | None = None) -> None:
+        """Look at the parts of a module first, then at the module itself, which is part of another one."""
         if id(module) in self.seen or linear_sizes(module) is not None:
             return
         self.seen.add(id(module))
         for name, child in module.named_children():
-            self.visit(child, f"{path}.{name}" if path else name)
+            self.visit(child, f"{path}.{name}" if path else name, module)
         if type(module) is nn.ModuleList or is_attention(module) or not any(p.isdigit() for p in path.split(".")):
             return
         scope = self.scope(module)
@@ -104,6 +104,8 @@ class _Finder:
             self.known[key] = _specs_of(scope)
         specs, reason = self.known[key]
         is_what = _not_an_ffn(path, type(module).__name__)
+        if within is not None and "shared" in words(path.rpartition(".")[2]) and any(map(_has_experts, within.modules())):
+            is_what = NOT_AN_FFN["expert"]
         if is_what is not None and (specs or _named_like_an_ffn(module)):
             reason, specs = f"it is {is_what}", []
         elif not specs and reason is None and _named_like_an_ffn(module) and not self.inside(module):
@@ -163,6 +165,8 @@ def _named_like_an_ffn(module: nn.Module) -> bool:
 
 def _has_experts(module: nn.Module) -> bool:
     """Whether a module has the matrices of several experts in one parameter."""
+    if type(module).__module__.startswith("torch.nn"):  # a convolution
+        return False
     return any(parameter.dim() == 3 and min(parameter.shape) > 1 for parameter in module.parameters(recurse=False))
 
 

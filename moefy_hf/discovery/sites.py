@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModel
 from ..modeling.ffn_sites import FfnSite, place_of
 from .search import search
-from .towers import ALL, in_towers, tower_names, tower_of
+from .towers import in_towers, tower_names, tower_of
 
 
 def discovered_sites(model: PreTrainedModel, towers: str | Sequence[str] | None = None) -> list[FfnSite]:
@@ -32,10 +32,9 @@ def discovered_sites(model: PreTrainedModel, towers: str | Sequence[str] | None 
         )
     of = dict.fromkeys(name for site in found.sites if (name := tower_of(model, site.name)) is not None)
     if towers is None and "text" not in of and "text" in tower_names(model.config).values():
-        others = ", ".join(map(repr, [*of, ALL]))
         raise UnsupportedModel(
-            f"no FFN of the text tower of this {type(model).__name__} can be split into experts (towers= {others} "
-            f"can){known}"
+            f"no FFN of the text tower of this {type(model).__name__} can be split into experts{known}; "
+            f"towers that have some: {', '.join(map(repr, of))}"
         )
     return in_towers(model, found.sites, towers)
 

@@ -63,7 +63,6 @@ class MoefiedMixin(_Base):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         stock = cls.stock_class()
-        cls._keep_in_fp32_modules_strict = [*(stock._keep_in_fp32_modules_strict or ()), "router"]
         cls._keys_to_ignore_on_load_unexpected = [*(stock._keys_to_ignore_on_load_unexpected or ()), DENSE_NOTE]
         if cls.moefied_class() is cls:
             # Libraries that load a model again by the class its config names look for that among transformers' own:
@@ -89,6 +88,8 @@ class MoefiedMixin(_Base):
     def post_init(self) -> None:
         """Install routers, then do what transformers does at the end of a model's `__init__`."""
         install_(self)  # first, so that routers are initialised, counted and loaded like every other module
+        ours = {f"{site.spec.act.rpartition('.')[2]}.router" for site in self.moe_sites()}  # not a native MoE's
+        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *ours}
         self.set_auto_map_()
         super().post_init()
 

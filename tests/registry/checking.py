@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from moefy_hf import MoEficationConfig, moefy_
 from moefy_hf.discovery.search import search
 from moefy_hf.discovery.towers import tower_of
+from moefy_hf.measure.contexts import hooked
 from moefy_hf.measure.made_up_inputs import made_up_batch
 
 TOLERANCE = 1e-5  # of the largest output
@@ -40,10 +41,12 @@ def check_type(model_type: str, folder: Path, head: str = "AutoModel") -> dict[s
     found = search(model)
     counted = Counter(tower_of(model, site.name) or "model" for site in found.sites)
     result: dict[str, Any] = {"ffns": dict(counted), "left": _reasons(found.left)}
-    batch = made_up_batch(model)
-    dense, keys, stock = first_output(model, batch), list(model.state_dict()), type(model)
     if not found.sites:
+        made_up_batch(model)  # a type that does not run says so
         return result | {"reason": _why_none(result["left"])}
+    part, batch = reached(model, found.sites)
+    keys, stock = list(model.state_dict()), type(model)
+    dense = first_output(model.get_submodule(part), batch)
     config = MoEficationConfig(
         num_experts=math.gcd(8, *(site.sizes[1] for site in found.sites)),
         splitter="random",
@@ -54,17 +57,33 @@ def check_type(model_type: str, folder: Path, head: str = "AutoModel") -> dict[s
     )
     moefy_(model, config, progress=False)
     model.set_selection(k=1.0)
-    result["dense"] = _same(first_output(model, batch), dense)
+    result["dense"] = _same(first_output(model.get_submodule(part), batch), dense)
     model.set_selection(k=0.5)
-    sparse = first_output(model, batch)
+    sparse = first_output(model.get_submodule(part), batch)
     result["sparse"] = difference(sparse, dense) > TOLERANCE or "half the experts change nothing"
     result["keys"] = _keys(model, keys)
     model.save_pretrained(folder)
-    torch.save({"batch": batch, "output": sparse, "auto": type(model)._auto_class}, folder / "expected.pt")
+    expected = {"batch": batch, "output": sparse, "auto": type(model)._auto_class, "part": part}
+    torch.save(expected, folder / "expected.pt")
     reloaded = stock.from_pretrained(folder).eval()
-    result["stock"] = _same(first_output(reloaded, batch), dense)
-    result["trains"] = _training_step(model, batch)
+    result["stock"] = _same(first_output(reloaded.get_submodule(part), batch), dense)
+    result["trains"] = _training_step(model, part, batch)
     return result
+
+
+def reached(model: PreTrainedModel, sites: list[Any]) -> tuple[str, dict[str, torch.Tensor]]:
+    """Return the part of a model that is run, and a batch: the whole, or a tower that has FFNs, if a batch for the
+    whole gets to none."""
+    batch, ran = made_up_batch(model), []
+    with hooked([site.down.register_forward_hook(lambda *_: ran.append(True)) for site in sites]):
+        first_output(model, batch)
+    if ran:
+        return "", batch
+    names = [name for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
+    part = next(name for name in names if sites[0].name.startswith(f"{name}."))
+    if model.get_submodule(part) is model.base_model:
+        part = next(name for name in names if name != part and sites[0].name.startswith(f"{name}."))
+    return part, made_up_batch(model.get_submodule(part))
 
 
 def _same(now: torch.Tensor, before: torch.Tensor) -> bool | str:
@@ -73,26 +92,30 @@ def _same(now: torch.Tensor, before: torch.Tensor) -> bool | str:
 
 
 def _keys(model: PreTrainedModel, dense: list[str]) -> bool | str:
-    now = [key for key in model.state_dict() if ".router." not in f".{key}" and not key.endswith("neuron_order")]
-    return now == dense or f"keys differ: {sorted({*now} ^ {*dense})[:3]}"
+    now = list(model.state_dict())
+    more = [key for key in now if key not in dense]
+    others = [key for key in more if ".router." not in key and not key.endswith(".neuron_order")]
+    kept = [key for key in now if key in dense] == dense
+    return (kept and not others) or f"keys differ: {sorted({*now} ^ {*dense})[:3]}"
 
 
-def _training_step(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> bool | str:
+def _training_step(model: PreTrainedModel, part: str, batch: dict[str, torch.Tensor]) -> bool | str:
     model = copy.deepcopy(model).train()
-    routers = {name: value.clone() for name, value in model.named_parameters() if ".router." in name}
-    downs = [site.down.weight.detach().clone() for site in model.moe_sites()]
+    sites = model.moe_sites()
+    routers = [value for site in sites for value in site.act.router.parameters()]
+    before, downs = [value.clone() for value in routers], [site.down.weight.detach().clone() for site in sites]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        output = model(**batch)
-    tensors = [each for each in output.values() if torch.is_tensor(each) and each.requires_grad]
+        output = model.get_submodule(part)(**batch)
+    tensors = [each for each in output.values() if torch.is_tensor(each) and each.requires_grad and each.numel()]
     if not tensors:
         return "no output has a gradient"
     optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=1.0)
     sum(each.float().nan_to_num(0, 0, 0).square().sum() for each in tensors).backward()
     optimizer.step()
-    if any(not torch.equal(value, model.get_parameter(name)) for name, value in routers.items()):
+    if any(not torch.equal(old, now) for old, now in zip(before, routers, strict=True)):
         return "routers moved"
-    moved = [not torch.equal(old, site.down.weight) for old, site in zip(downs, model.moe_sites(), strict=True)]
+    moved = [not torch.equal(old, site.down.weight) for old, site in zip(downs, sites, strict=True)]
     return any(moved) or "no FFN moved"
 
 

@@ -23,7 +23,7 @@ def outcome(folder: Path) -> bool | str:
         model = auto.from_pretrained(folder, trust_remote_code=True).eval()
         if type(model).__module__.split(".")[0] != "transformers_modules":
             return f"loads as a {type(model).__name__} of {type(model).__module__}"
-        now, before = first_output(model, expected["batch"]), expected["output"]
+        now, before = first_output(model.get_submodule(expected["part"]), expected["batch"]), expected["output"]
         finite = before.isfinite()
         apart = float((now - before)[finite].abs().max() / before[finite].abs().max())
         return apart <= 1e-5 or f"differs by {apart:.1e} of the scale"
