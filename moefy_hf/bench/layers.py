@@ -147,7 +147,8 @@ def layer_of(site: FfnSite) -> Layer:
 
 def copy_of(site: FfnSite, shared: Iterable[torch.Tensor] = ()) -> FfnSite:
     """Return a copy of an FFN alone, in an owner of its own; `shared` parameters are those of the original."""
-    owner, memo = nn.Module(), {id(tensor): tensor for tensor in shared}
+    owner, memo = nn.Module(), dict[int, torch.Tensor | list]((id(tensor), tensor) for tensor in shared)
+    memo[id(site.act.handles)] = []  # of hooks on the owner, which is not copied
     for path in filter(None, (site.spec.gate, site.spec.up, site.spec.down, site.spec.act)):
         *parents, name = path.split(".")
         parent = owner
@@ -155,6 +156,8 @@ def copy_of(site: FfnSite, shared: Iterable[torch.Tensor] = ()) -> FfnSite:
             parent.add_module(step, parent._modules.get(step) or nn.Module())
             parent = parent.get_submodule(step)
         parent.add_module(name, copy.deepcopy(site.owner.get_submodule(path), memo))  # one memo: hooks find the copies
+    if site.spec.dropout is not None:  # a module, or a probability
+        setattr(owner, site.spec.dropout, getattr(site.owner, site.spec.dropout))
     copied = FfnSite(site.name, owner, site.spec)
     FollowReplacements(copied.act, copied)(owner, ())  # which an owner's first call does
     return copied

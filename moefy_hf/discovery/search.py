@@ -132,7 +132,8 @@ class _Finder:
                 acts.append(path)
             elif is_norm(part):
                 norms.append(path)
-        parts = {id(module.get_submodule(path)) for path in (*sizes, *norms)}
+        # with what adapters and parametrizations put into a Linear, which conversion refuses by name
+        parts = {id(part) for path in (*sizes, *norms) for part in module.get_submodule(path).modules()}
         held = [part for part in module.modules() if next(part.parameters(recurse=False), None) is not None]
         return Scope(module, sizes, acts, functions, norms, all(id(part) in parts for part in held))
 
