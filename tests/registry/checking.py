@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_registry import first_output, tiny_model
+from tiny_registry import first_output, float_tensors, tiny_model
 from transformers import PreTrainedModel
 
 from moefy_hf import MoEficationConfig, moefy_
@@ -107,7 +107,7 @@ def _training_step(model: PreTrainedModel, part: str, batch: dict[str, torch.Ten
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         output = model.get_submodule(part)(**batch)
-    tensors = [each for each in output.values() if torch.is_tensor(each) and each.requires_grad and each.numel()]
+    tensors = [each for each in float_tensors(output) if each.requires_grad]
     if not tensors:
         return "no output has a gradient"
     optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=1.0)

@@ -21,7 +21,7 @@ INDEXER = {
     "indexer_budget": 16,
     "indexer_compress_ratio": 4,
 }
-SERIES = {"prediction_length": 4, "context_length": 8}
+SERIES = {"prediction_length": 4, "context_length": 8, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "autoformer": SERIES,
     "informer": SERIES,
@@ -103,7 +103,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [1, 1, 2]},
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
-    "layoutlmv3": {"hidden_size": 96, "intermediate_size": EXPERT_FFN},
+    "layoutlmv3": {"hidden_size": 96, "intermediate_size": 192},
     "lilt": {"hidden_size": 48},
     "mistral4": {"head_dim": 2 * HEAD_DIM},
     "mobilebert": {"true_hidden_size": HIDDEN, "intra_bottleneck_size": HIDDEN},
@@ -128,8 +128,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": VOCABULARY_MAP},
     "emu3": {"vocabulary_map": VOCABULARY_MAP},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots1": {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 2},
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": HEAD_DIM},

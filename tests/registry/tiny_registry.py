@@ -109,16 +109,16 @@ def first_output(model: nn.Module, batch: dict[str, torch.Tensor], seed: int = 0
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         output = model(**batch)
-    for tensor in _float_tensors(output):
+    for tensor in float_tensors(output):
         return tensor
     raise ValueError(f"{type(model).__name__} returned no floating-point tensor, but {type(output).__name__}")
 
 
-def _float_tensors(output: Any) -> Iterator[torch.Tensor]:
+def float_tensors(output: Any) -> Iterator[torch.Tensor]:
     """Yield the floating-point tensors of an output in order, nested ones too."""
     if isinstance(output, torch.Tensor):
         if output.is_floating_point() and output.numel() > 1:
             yield output
     elif isinstance(output, (dict, list, tuple)):
         for part in output.values() if isinstance(output, dict) else output:
-            yield from _float_tensors(part)
+            yield from float_tensors(part)
