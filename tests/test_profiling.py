@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_registry
 import torch
 import torch.nn.functional as F
 from batches import real_count, text_batches
@@ -298,3 +299,17 @@ def test_a_batch_must_be_a_mapping_of_tensors(bert, batch):
 def test_layers_out_of_range_are_refused(bert, layers):
     with pytest.raises(ValueError, match="from 0 to 1"):
         profile(bert, text_batches(1), layers=layers, progress=False)
+
+
+@pytest.mark.parametrize("model_type", ["xlnet", "bert"])
+def test_padding_is_left_out_whichever_comes_first_of_rows_and_tokens(model_type):
+    """XLNet's FFNs see (tokens, rows); what they see of real tokens is the same with more padding."""
+    model = tiny_registry.tiny_model(model_type)
+    ids = torch.arange(5, 13).reshape(2, 4)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    more = {"input_ids": torch.nn.functional.pad(ids, (0, 2)), "attention_mask": torch.nn.functional.pad(mask, (0, 2))}
+    for batch in ({"input_ids": ids, "attention_mask": mask}, more):
+        rows = []
+        with run_with_hooks(model, find_sites(model), lambda i, x, neurons, text: rows.append(text)) as run_batch:
+            run_batch(batch)
+        assert [sorted(text.tolist()) for text in rows] == [[0, 0, 0, 0, 1, 1, 1]] * len(find_sites(model))

@@ -11,7 +11,7 @@ from ..modeling.ffn_sites import FfnSite
 from .batches import check_batch
 from .contexts import evaluating, hooked
 from .metrics import is_causal
-from .padding import real_tokens
+from .padding import real_tokens, tokens_first
 
 SeeFfn = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]  # position, x, neurons, text
 
@@ -42,10 +42,11 @@ def run_with_hooks(
 
     def on_neurons(position: int, args: tuple) -> None:
         x, neurons = inputs.pop(position), args[0]
-        length = x.shape[-2]
+        sizes, mask = x.shape[:-1], batch_now.get("attention_mask")
         x, neurons = x.reshape(-1, x.shape[-1]), neurons.reshape(-1, neurons.shape[-1])
-        text = torch.arange(len(x), device=x.device) // length
-        real = real_tokens(model, sites[position], batch_now, len(x))
+        text = torch.arange(len(x), device=x.device)
+        text = text % sizes[-1] if mask is not None and tokens_first(mask.shape, sizes) else text // sizes[-1]
+        real = real_tokens(model, sites[position], batch_now, *sizes)
         see(position, *((x, neurons, text) if real is None else (x[real], neurons[real], text[real])))
 
     def run(batch: Mapping[str, Any]) -> None:

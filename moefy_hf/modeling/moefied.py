@@ -7,17 +7,17 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.auto import modeling_auto
 
 from .adapters import warn_of_other_order
+from .auto_map import heads_in, model_type_of, with_heads
 from .ffn_sites import FfnSite, find_sites
 from .install import connect_checkpointing_, freeze_, install_
 from .interventions import scaled
@@ -47,11 +47,6 @@ def is_moefied(model: nn.Module) -> bool:
     It goes by name: a copy of this file that came with a checkpoint makes its own class of the mixin.
     """
     return any(base.__name__ == "MoefiedMixin" for base in type(model).__mro__)
-
-
-def model_type_of(cls: type[PreTrainedModel]) -> str:
-    """Return the model type that a model class of transformers is for."""
-    return cast(type[PreTrainedConfig], cls.config_class).model_type  # only the base class has no config class
 
 
 class MoefiedMixin(_Base):
@@ -99,35 +94,12 @@ class MoefiedMixin(_Base):
 
         A head that is missing here would load as the dense model.
         """
-        module = cls.moefied_class().__module__
-        classes = [
-            c
-            for c in vars(sys.modules[module]).values()
-            if isinstance(c, type) and issubclass(c, MoefiedMixin) and vars(c).get("_auto_class") is not None
-        ]
-        stem = module.rpartition(".")[2]
-        heads = {c.stock_class().__name__: f"{stem}.{c.__name__}" for c in classes}
-        names = {str(c._auto_class): f"{stem}.{c.__name__}" for c in classes}
-        for name, auto in vars(modeling_auto).items():
-            if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None:
-                stock = auto._model_mapping._model_mapping.get(model_type_of(cls))
-                for head in reversed(stock) if isinstance(stock, tuple) else (stock,):
-                    if head in heads:
-                        names[name] = heads[head]
-        own = cls.moefied_class()
-        if own in classes:  # of several heads with one Auto class (DeiT's), the one that is saved
-            names[str(own._auto_class)] = heads[cls.stock_class().__name__]
-        return names
+        module = sys.modules[cls.moefied_class().__module__]
+        return heads_in(module, MoefiedMixin, cls.moefied_class())
 
     def set_auto_map_(self) -> None:
         """Name every MoEfied head in the config, in place of dense ones, beside its own config and tokenizer."""
-        own, ours = getattr(self.config, "auto_map", None) or {}, self.auto_map()
-        kept = {name: value for name, value in own.items() if not name.startswith("AutoModel")}
-        heads = {path.rpartition(".Moefied")[2]: path for path in ours.values()}
-        for name in own.keys() - kept.keys():  # code of its own may have one class under several names
-            if (head := own[name].rpartition(".")[2].removeprefix("Moefied")) in heads:
-                kept[name] = heads[head]
-        self.config.auto_map = {**kept, **ours}
+        self.config.auto_map = with_heads(getattr(self.config, "auto_map", None) or {}, self.auto_map())
 
     @classmethod
     def is_custom_code(cls) -> bool:
