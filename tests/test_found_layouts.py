@@ -1,4 +1,4 @@
-"""What measures, prunes and trains models, for FFNs of unusual layouts: two in a layer, one for all, with functions."""
+"""What measures, prunes and trains models, for FFNs of unusual layouts: two in a layer, one for all, functions."""
 
 import sys
 from pathlib import Path
