@@ -1,5 +1,6 @@
 """Profiles: sums and samples against a computation without hooks; what is read, kept, restored and cleaned up."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -309,7 +310,8 @@ def test_padding_is_left_out_whichever_comes_first_of_rows_and_tokens(model_type
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     more = {"input_ids": torch.nn.functional.pad(ids, (0, 2)), "attention_mask": torch.nn.functional.pad(mask, (0, 2))}
     for batch in ({"input_ids": ids, "attention_mask": mask}, more):
-        rows = []
-        with run_with_hooks(model, find_sites(model), lambda i, x, neurons, text: rows.append(text)) as run_batch:
+        rows: list[torch.Tensor] = []
+        see = partial(lambda rows, i, x, neurons, text: rows.append(text), rows)
+        with run_with_hooks(model, find_sites(model), see) as run_batch:
             run_batch(batch)
         assert [sorted(text.tolist()) for text in rows] == [[0, 0, 0, 0, 1, 1, 1]] * len(find_sites(model))

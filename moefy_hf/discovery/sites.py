@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModel
 from ..modeling.ffn_sites import FfnSite, place_of
 from .search import search
-from .towers import in_towers, tower_names, tower_of
+from .towers import in_towers, tower_of
 
 
 def discovered_sites(model: PreTrainedModel, towers: str | Sequence[str] | None = None) -> list[FfnSite]:
@@ -31,7 +31,12 @@ def discovered_sites(model: PreTrainedModel, towers: str | Sequence[str] | None 
             f"no FFN of this {type(model).__name__} ({model.config.model_type}) can be split into experts{known}"
         )
     of = dict.fromkeys(name for site in found.sites if (name := tower_of(model, site.name)) is not None)
-    if towers is None and "text" not in of and "text" in tower_names(model.config).values():
+    # an image classifier may have the config of a text tower that it does not have
+    if (
+        towers is None
+        and "text" not in of
+        and any(tower_of(model, name) == "text" for name, _ in model.named_modules())
+    ):
         raise UnsupportedModel(
             f"no FFN of the text tower of this {type(model).__name__} can be split into experts{known}; "
             f"towers that have some: {', '.join(map(repr, of))}"
