@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """What measures, prunes and trains models, for unusual FFNs: two in a layer, one for all layers, with functions."""
-=======
-"""What measures, prunes and trains models, for FFNs of unusual layouts: two in a layer, one for all, functions."""
->>>>>>> suite
 
 import sys
 from pathlib import Path

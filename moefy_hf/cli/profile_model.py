@@ -11,7 +11,8 @@ from ..data import read_texts
 from ..errors import MoefyError
 from ..measure.metrics import is_causal
 from ..measure.profile import profile
-from ..measure.sparsity import cett_curves, describe_ffn, ppl_activation, profile_table
+from ..measure.sparsity import cett_curves, ppl_activation
+from ..measure.sparsity_table import describe_ffn, profile_table
 from ..modeling.ffn_sites import find_sites
 from .common import add_data, add_towers, load_model, load_tokenizer, of_model, show_table, text_batches
 

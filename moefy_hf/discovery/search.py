@@ -104,16 +104,8 @@ class _Finder:
             self.known[key] = _specs_of(scope)
         specs, reason = self.known[key]
         is_what = _not_an_ffn(path, type(module).__name__)
-<<<<<<< HEAD
         beside = list(within.modules()) if within is not None and "shared" in words(path.rpartition(".")[2]) else []
         if any(map(_has_experts, beside)):
-=======
-        if (
-            within is not None
-            and "shared" in words(path.rpartition(".")[2])
-            and any(map(_has_experts, within.modules()))
-        ):
->>>>>>> suite
             is_what = NOT_AN_FFN["expert"]
         if is_what is not None and (specs or _named_like_an_ffn(module)):
             reason, specs = f"it is {is_what}", []
