@@ -2,8 +2,8 @@
 
     python recipes/figures/reaction_model.py
 
-The model reads chemical reactions as text (RXNMapper, Schwaller et al., Science Advances 2021). It is a real model of a
-type that this package has no line of code for. Texts are molecules of which the model predicts hidden characters.
+The model reads chemical reactions as text (RXNMapper, Schwaller et al., Science Advances 2021). It is a real model of
+a type that this package has no line of code for. Texts are molecules, of which it predicts hidden characters.
 """
 
 import argparse
