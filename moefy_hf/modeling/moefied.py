@@ -165,7 +165,7 @@ class MoefiedMixin(_Base):
         try:
             super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
             if is_main_process and "Tokenizer" in saved.__name__:  # transformers takes these for tokenizers
-                self.set_auto_map_()
+                self.config.auto_map = auto_map
                 self.config.save_pretrained(save_directory)
         finally:
             self.__class__ = cls
