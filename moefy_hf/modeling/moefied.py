@@ -151,7 +151,7 @@ class MoefiedMixin(_Base):
         Raises:
             MoefyError: the model has code of its own, which cannot be saved: the message says what to do.
         """
-        cls, saved, auto_map = type(self), self.moefied_class(), self.config.auto_map
+        cls, saved, auto_map = type(self), self.moefied_class(), {**self.config.auto_map}
         if type(module := sys.modules[saved.__module__]) is not ModuleType:
             module.check(type(self.config))  # it was generated; with code of the user it may have to stay here
         if not getattr(self, "_hf_peft_config_loaded", False):
