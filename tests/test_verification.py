@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY, convert, run, tiny_inputs, tiny_model
 
-from moefy_hf.hub import VerificationError
-from moefy_hf.hub.verification import example_inputs, verify
+from moefy_hf.errors import UnsupportedModel, VerificationError
+from moefy_hf.hub.verification import verify
+from moefy_hf.measure.made_up_inputs import made_up_batch
 
 HEAD = "AutoModelForSequenceClassification"
 
@@ -80,13 +81,16 @@ def test_damage_is_found(saved, tmp_path, how, message):
 @pytest.mark.parametrize(("name", "head"), ALL)
 def test_inputs_are_made_up_for_every_head(name, head):
     model = tiny_model(name, head)
-    inputs = example_inputs(model)
+    inputs = made_up_batch(model)
     assert len(run(model, inputs)) > 0
-    again = example_inputs(model)
+    again = made_up_batch(model)
     assert all(torch.equal(value, again[key]) for key, value in inputs.items())
 
 
-def test_inputs_that_do_not_suit_a_model(saved, monkeypatch):
-    monkeypatch.setattr("moefy_hf.hub.verification.example_inputs", lambda model: {"pixel_values": torch.zeros(1)})
-    with pytest.raises(VerificationError, match="pass inputs="):
+def test_a_model_that_no_inputs_can_be_made_up_for(saved, monkeypatch):
+    def refuse(model):
+        raise UnsupportedModel("it reads smells")
+
+    monkeypatch.setattr("moefy_hf.hub.verification.made_up_batch", refuse)
+    with pytest.raises(VerificationError, match="pass inputs=.*smells"):
         verify(saved[1], saved[0])

@@ -37,6 +37,12 @@ class LeftAlone:
     name: str
     reason: str
 
+    @property
+    def of_a_layer(self) -> bool:
+        """Whether it is the FFN of a layer, and not a head, an adapter, a bottleneck or a connection of towers."""
+        others = {f"it is {what}" for word, what in NOT_AN_FFN.items() if what != NOT_AN_FFN["experts"]}
+        return self.reason not in others and "bottleneck" not in self.reason
+
 
 @dataclass
 class Found:

@@ -4,11 +4,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import UnsupportedModel
 from ..modeling.ffn_sites import FfnSite, place_of
-from .search import search
+from .search import LeftAlone, search
 from .towers import in_towers, tower_of
+
+logger = logging.get_logger("moefy_hf")
 
 
 def discovered_sites(model: PreTrainedModel, towers: str | Sequence[str] | None = None) -> list[FfnSite]:
@@ -41,7 +44,25 @@ def discovered_sites(model: PreTrainedModel, towers: str | Sequence[str] | None 
             f"no FFN of the text tower of this {type(model).__name__} can be split into experts{known}; "
             f"towers that have some: {', '.join(map(repr, of))}"
         )
-    return in_towers(model, found.sites, towers)
+    sites = in_towers(model, found.sites, towers)
+    say_left_dense(model, sites, found.left)
+    return sites
+
+
+def say_left_dense(model: PreTrainedModel, sites: Iterable[FfnSite], left: Iterable[LeftAlone]) -> None:
+    """Say once which layers' FFNs stay as they are, in the towers that are converted.
+
+    Heads, adapters, bottlenecks and what connects towers are no FFNs of layers, and are not mentioned.
+    """
+    towers = {tower_of(model, site.name) for site in sites}
+    reasons = {
+        each.reason: place_of(model, each.name)
+        for each in left
+        if each.of_a_layer and tower_of(model, each.name) in towers
+    }
+    if reasons:
+        what = "; ".join(f"{place} ({reason})" for reason, place in reasons.items())
+        logger.warning_once(f"left as they are in this {type(model).__name__}: {what}")
 
 
 def remembered(model: PreTrainedModel, sites: Iterable[FfnSite]) -> list[dict[str, Any]]:

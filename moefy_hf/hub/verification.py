@@ -6,14 +6,14 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import VerificationError
+from ..errors import UnsupportedModel, VerificationError
 from ..loading import load
 from ..measure.contexts import evaluating
+from ..measure.made_up_inputs import made_up_batch
 from .card import auto_class, moefied_config
 
 # norm of the difference over norm of the outputs; other weights, another split or router differ by some tenths
@@ -44,7 +44,7 @@ def verify(
     Args:
         folder: of the checkpoint.
         model: what was saved there; by default the checkpoint as this package loads it.
-        inputs: model inputs; by default made up from the config.
+        inputs: model inputs; by default made up (`made_up_batch`).
 
     Returns:
         the norm of the difference relative to that of the outputs, the largest over all outputs.
@@ -88,15 +88,15 @@ def inputs_and_outputs(
     """Return inputs, made up where none are given, and what the model returns for them.
 
     Raises:
-        VerificationError: the model does not take the inputs that were made up for it.
+        VerificationError: none could be made up.
     """
     if inputs is not None:
         return dict(inputs), outputs_of(model, inputs)
-    made_up = example_inputs(model)
     try:
-        return made_up, outputs_of(model, made_up)
-    except Exception as error:
-        raise VerificationError(f"the inputs made up for it do not suit it: pass inputs= ({error})") from error
+        made_up = made_up_batch(model)
+    except UnsupportedModel as error:
+        raise VerificationError(f"no inputs could be made up for it: pass inputs= ({error})") from error
+    return made_up, outputs_of(model, made_up)
 
 
 @torch.no_grad()
@@ -115,51 +115,3 @@ def relative(output: torch.Tensor, expected: torch.Tensor) -> float:
 def last_line(text: str) -> str:
     """Return the last line of a text that is not blank."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no message")
-
-
-def example_inputs(model: PreTrainedModel, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
-    """Make up inputs (seeded) of the kinds that a model takes: tokens, pictures or sound features.
-
-    Args:
-        model: a MoEfied or dense model.
-        batch: number of rows; one, for models without a padding token.
-        length: tokens of a row, fewer where the model has fewer positions.
-
-    Returns:
-        the arguments of `forward`.
-    """
-    config, head = model.config, type(model).__name__
-    generator = torch.Generator().manual_seed(0)
-    batch = 1 if getattr(config, "pad_token_id", None) is None else batch  # classifiers look for the last real token
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    def tokens(part: Any) -> torch.Tensor:
-        longest = min(length, getattr(part, "max_position_embeddings", None) or length)
-        shape = (batch, 3, longest) if head.endswith("ForMultipleChoice") else (batch, longest)
-        ids = torch.randint(part.vocab_size // 2, part.vocab_size, shape, generator=generator)
-        if isinstance(part.eos_token_id, int):  # where BART and T5 classify
-            ids = ids.where(ids != part.eos_token_id, part.vocab_size // 2 - 1)
-            ids[..., -1] = part.eos_token_id
-        return ids
-
-    def picture(part: Any) -> torch.Tensor:
-        size = part.image_size if isinstance(part.image_size, list | tuple) else [part.image_size] * 2
-        return noise(batch, part.num_channels, *size)
-
-    if config.model_type == "clip":
-        pictures = {"pixel_values": picture(config.vision_config)}
-        return (
-            pictures
-            if head.endswith("ForImageClassification")
-            else {"input_ids": tokens(config.text_config), **pictures}
-        )
-    if hasattr(config, "image_size"):
-        return {"pixel_values": picture(config)}
-    if model.main_input_name == "input_features":
-        features = {"input_features": noise(batch, config.num_mel_bins, 2 * config.max_source_positions)}
-        return features if head.endswith("AudioClassification") else features | {"decoder_input_ids": tokens(config)}
-    text = {"input_ids": tokens(config)}
-    decodes = config.is_encoder_decoder and not head.endswith(("Classification", "QuestionAnswering", "EncoderModel"))
-    return text | ({"decoder_input_ids": tokens(config)} if decodes and not head.endswith("CausalLM") else {})

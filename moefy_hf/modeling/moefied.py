@@ -164,6 +164,9 @@ class MoefiedMixin(_Base):
             self.config.auto_map = {k: v for k, v in auto_map.items() if not v.startswith(f"{stem}.")}
         try:
             super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+            if is_main_process and "Tokenizer" in saved.__name__:  # transformers takes these for tokenizers
+                self.config.auto_map = auto_map
+                self.config.save_pretrained(save_directory)
         finally:
             self.__class__ = cls
 

