@@ -343,6 +343,21 @@ def test_card(copy, capsys):
     assert "| router | `linear` |" in (copy / "README.md").read_text()
 
 
+@pytest.mark.parametrize("data", [False, True])
+def test_export_to_onnx(data, dense, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = tiny_model("bert", "AutoModelForSequenceClassification", hidden_act="relu")
+    convert(model, 2)
+    model.save_pretrained(tmp_path / "bert")
+    number_tokenizer().save_pretrained(tmp_path / "bert")
+    texts = ["--data", str(dense / "texts.txt")] if data else []
+    main(["export", str(tmp_path / "bert"), str(tmp_path / "out"), "--to", "onnx", "--k", "3", *texts])
+    assert "2 FFNs as MoE" in capsys.readouterr().out
+    assert {"model.onnx", "config.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert json.loads((tmp_path / "out" / "moefy_onnx.json").read_text())["largest_difference"] <= 1e-5
+
+
 def test_export(moe, tmp_path, capsys):
     main(["export", str(moe), str(tmp_path / "mixtral"), "--k", "3", "--to", "mixtral"])
     assert capsys.readouterr().out.strip() == str(tmp_path / "mixtral")
@@ -373,6 +388,7 @@ def test_export(moe, tmp_path, capsys):
         (["sweep", "{dense}"], "required: --data"),
         (["convert", "{dense}", "{tmp}/out", "--config", "{tmp}/none.yaml"], "there is no such file"),
         (["export", "{dense}", "{dense}"], "exists: choose another"),
+        (["export", "{dense}", "{tmp}/out", "--to", "dense", "--int8"], "belong to --to onnx"),
         (["sweep", "{dense}", "--data", "{texts}", "--output", "{tmp}/no/a.json"], "there is no folder for .*a.json"),
         (["sweep", "{dense}", "--data", "{texts}", "--controls", "x"], "'x'"),
         (["sweep", "{dense}", "--data", "{texts}", "--controls", "teal"], "give --calibration$"),

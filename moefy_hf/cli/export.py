@@ -1,24 +1,36 @@
 """`moefy export` and `moefy permute-adapter`: MoEfied models and adapters in other shapes."""
 
 import argparse
+import contextlib
+import json
 from argparse import Namespace
+from collections import Counter
 from typing import Any
+
+from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
 from ..arguments import share_or_count
 from ..conversion.adapters import permute_adapter
+from ..data import read_texts
+from ..errors import MoefyError
 from ..exporters.export import export
 from ..exporters.formats import EXPORT_FORMATS
+from ..exporters.onnx_export import FACTS
 from ..loading import check_moefied, load
 from ..modeling.moefied import is_moefied
-from .common import NEW_FOLDER, load_tokenizer, new_folder, of_model, show_output
+from .common import DATA, NEW_FOLDER, add_data, load_tokenizer, new_folder, of_model, show_output, text_batches
 
 
 def add_export(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `moefy export`."""
-    of_model(command, export_model, show_output)
+    of_model(command, export_model, show_export)
     command.add_argument("output", metavar="OUTPUT", help=NEW_FOLDER)
-    command.add_argument("--to", help=f"{', '.join(EXPORT_FORMATS)} or dense (default: what the attention fits)")
+    targets = f"{', '.join(EXPORT_FORMATS)}, onnx or dense"
+    command.add_argument("--to", help=f"{targets} (default: what the attention fits)")
     command.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
+    command.add_argument("--int8", action="store_true", help="with --to onnx: 8-bit matrices")
+    help = f"with --to onnx: texts on which it is compared with MODEL (default: random inputs); {DATA}"
+    add_data(command, required=False, help=help)
 
 
 def add_adapter(command: argparse.ArgumentParser) -> None:
@@ -29,18 +41,49 @@ def add_adapter(command: argparse.ArgumentParser) -> None:
 
 
 def export_model(args: Namespace) -> dict[str, Any]:
-    """Write MODEL as a served architecture; return the folder."""
+    """Write MODEL in another shape; return the folder, and what is known of an ONNX graph."""
     output = new_folder(args.output)
+    if args.to != "onnx" and (args.int8 or args.data):
+        raise MoefyError("--int8 and --data belong to --to onnx")
+    texts = read_texts(args.data) if args.data else None
     # on the CPU, where it is written from
     trust = args.trust_remote_code
     model = load(args.model, args.revision, head=args.head, dtype=args.dtype, trust_remote_code=trust)
     if args.k is not None and is_moefied(model):
         check_moefied(model).set_selection(k=args.k, allocation="uniform")
+    tokenizer = tokenizer_or_none(args)
+    if args.to != "onnx":
+        return {"output": str(export(model, output, args.to, tokenizer=tokenizer))}
+    if texts and tokenizer is None:
+        raise MoefyError(f"{args.model} has no tokenizer, which --data needs")
+    batches = text_batches(args, model, tokenizer, texts) if texts and tokenizer else None
+    export(model, output, "onnx", tokenizer=tokenizer or image_processor(args), int8=args.int8, batches=batches)
+    return {"output": str(output)} | json.loads((output / FACTS).read_text(encoding="utf-8"))
+
+
+def show_export(result: dict[str, Any]) -> str:
+    """Return what `moefy export` prints: the folder, and how close an ONNX graph comes."""
+    if "largest_difference" not in result:
+        return result["output"]
+    operators = Counter(result["operators"].values())
+    ffns = ", ".join(f"{count} FFNs as {name}" for name, count in operators.items()) or "no routed FFNs"
+    return f"{result['output']}: {ffns}; largest difference {result['largest_difference']:.1e} of the largest output"
+
+
+def tokenizer_or_none(args: Namespace) -> PreTrainedTokenizerBase | None:
+    """Load MODEL's tokenizer; a checkpoint without one is exported without one."""
     try:
-        tokenizer = load_tokenizer(args)
-    except (ValueError, OSError):  # a checkpoint without one is exported without one
-        tokenizer = None
-    return {"output": str(export(model, output, args.to, tokenizer=tokenizer))}
+        return load_tokenizer(args)
+    except (ValueError, OSError):
+        return None
+
+
+def image_processor(args: Namespace) -> Any:
+    """Load MODEL's image processor; None where it has none."""
+    with contextlib.suppress(ValueError, OSError, ImportError, KeyError):
+        trusted = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+        return AutoImageProcessor.from_pretrained(args.model, **trusted)
+    return None
 
 
 def permuted_adapter(args: Namespace) -> dict[str, Any]:

@@ -14,7 +14,7 @@ COMMANDS = {  # in the order of work: where its arguments are, which take torch 
     "sweep": ("sweep:add_arguments", "Quality against compute of a MoEfied model, beside its dense self."),
     "card": ("hub:add_card", "Write the card of a MoEfied checkpoint's folder."),
     "push": ("hub:add_push", "Verify a MoEfied checkpoint's folder and upload it."),
-    "export": ("export:add_export", "Write a MoEfied model as a served architecture."),
+    "export": ("export:add_export", "Write a MoEfied model as a served architecture, or for ONNX Runtime."),
     "permute-adapter": ("export:add_adapter", "Fit an adapter of the dense model to the MoEfied one."),
     "analyze": ("analysis:add_analyze", "What experts respond to, against chance; a report to open."),
     "ablate": ("analysis:add_ablate", "Rank experts by what a task loses without them."),

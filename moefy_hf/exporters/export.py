@@ -1,7 +1,7 @@
 """Write a MoEfied model as a checkpoint of an architecture that serving engines know, or as its plain dense one."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from ..modeling.routers import router_facts
 from ..modeling.section import NAME, Section
 from ..modeling.selection import selection_facts
 from .formats import EXPORT_FORMATS, ExportFormat, own_tensors
+from .onnx_export import check_onnx, write_onnx
+
+OTHERS = ("onnx", "dense")  # targets that are no served architecture
 
 
 def export(
@@ -25,23 +28,28 @@ def export(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    int8: bool = False,
+    batches: Iterable[Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write what `model` computes at the budget it has, for engines that know nothing of MoEfication.
 
     Args:
-        model: MoEfied, with a linear router, `top_k` and one k for all layers.
+        model: MoEfied. Served architectures want a linear router, `top_k` and one k for all layers.
         output_dir: must not exist, or be empty.
         to: "llama4" (of Llama and Mistral), exact; "mixtral" (of the same), "qwen2_moe", "qwen3_moe", whose softmax
-            over experts comes close only; or "dense" (any model: all its neurons, no routers). By default the first
-            of these that has the model's attention.
+            over experts comes close only; "onnx" (encoders, for ONNX Runtime), exact; or "dense" (any model: all its
+            neurons, no routers). By default the first of these that has the model's attention.
         tokenizer: saved beside the weights.
         max_shard_bytes: size of a weights file; beyond the model itself so much memory is needed.
+        int8: of "onnx": whether matrices become 8-bit; routers stay in float32.
+        batches: of "onnx": inputs on which the graph is compared with the model; made up by default.
 
     Returns:
         output_dir.
 
     Raises:
         MoefyError: the model is not MoEfied, or the format cannot express it; says why, and which conversion could be.
+        VerificationError: an ONNX graph gives something else than the model.
         FileExistsError: there is something in output_dir.
 
     Example:
@@ -49,7 +57,11 @@ def export(
     """
     output_dir = Path(output_dir)
     model = check_moefied(model)
-    export_format = None if to == "dense" else choose_format(model, to)
+    if to != "onnx" and (int8 or batches is not None):
+        raise MoefyError(f"int8 and batches belong to to='onnx', not to {to!r}")
+    export_format = None if to in OTHERS else choose_format(model, to)
+    if to == "onnx":
+        check_onnx(model)
     if export_format is not None:
         check_expressible(model, export_format)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
@@ -61,6 +73,9 @@ def export(
             model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if to == "onnx":
+            write_onnx(model, folder, int8, batches)
+            return output_dir
         tensors = own_tensors(model) if export_format is None else export_format.tensors(model)
         write_shards(tensors, folder, max_shard_bytes)
     return output_dir
@@ -75,10 +90,11 @@ def choose_format(model: PreTrainedModel, to: str | None) -> ExportFormat:
     model_type = model.config.model_type
     fitting = [name for name, each in EXPORT_FORMATS.items() if model_type in each.sources]
     if to is not None and to not in EXPORT_FORMATS:
-        raise MoefyError(f"unknown target {to!r}; choose from {', '.join([*EXPORT_FORMATS, 'dense'])}")
+        raise MoefyError(f"unknown target {to!r}; choose from {', '.join([*EXPORT_FORMATS, *OTHERS])}")
     if to is None and not fitting or to is not None and to not in fitting:
         exportable = "; ".join(f"{' and '.join(each.sources)} to {name}" for name, each in EXPORT_FORMATS.items())
-        raise MoefyError(f"a {model_type} model cannot become {to or 'a served MoE'}: {exportable}; any to 'dense'")
+        others = "encoders to 'onnx'; any to 'dense'"
+        raise MoefyError(f"a {model_type} model cannot become {to or 'a served MoE'}: {exportable}; {others}")
     if not model._get_name().endswith("ForCausalLM"):
         raise MoefyError(f"{model._get_name()} is no causal language model, which is what the served MoEs are")
     return EXPORT_FORMATS[to or next(name for name in fitting if EXPORT_FORMATS[name].sliding or not slides(model))]
