@@ -47,14 +47,14 @@ was made as a tiny model with random weights, converted with a random split, and
 
 REAL = """A real model of a type that nothing here was written for is {model}. Its {uses} layers share one FFN of {f}
 neurons. It reads chemical reactions, and predicts hidden characters of molecules here, {dense:.1%} of them rightly.
-Without training, after {tokens:,} tokens of calibration, {rows}. The command is `{command}`."""
+It is converted without training, on {tokens:,} tokens. It keeps {rows}. The command is `{command}`."""
 
 
 def real_model() -> str:
     """A paragraph on the real model, of its facts."""
     facts = json.loads(FACTS.read_text())
     own = [row for row in facts["rows"] if row["router"] == "own"]
-    rows = ", ".join(f"{row['experts']:.0%} of the experts keep {row['relative_quality']:.1%} of that" for row in own)
+    rows = ", ".join(f"{row['relative_quality']:.1%} with {row['experts']:.0%} of the experts" for row in own)
     text = REAL.format(
         model=facts["model"],
         uses=facts["uses"],
