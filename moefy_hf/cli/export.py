@@ -2,11 +2,12 @@
 
 import argparse
 from argparse import Namespace
+from dataclasses import asdict
 from typing import Any
 
 from ..arguments import share_or_count
 from ..conversion.adapters import permute_adapter
-from ..exporters.export import export
+from ..exporters.export import export, export_gguf
 from ..exporters.formats import EXPORT_FORMATS
 from ..loading import check_moefied, load
 from ..modeling.moefied import is_moefied
@@ -15,9 +16,10 @@ from .common import NEW_FOLDER, load_tokenizer, new_folder, of_model, show_outpu
 
 def add_export(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `moefy export`."""
-    of_model(command, export_model, show_output)
-    command.add_argument("output", metavar="OUTPUT", help=NEW_FOLDER)
-    command.add_argument("--to", help=f"{', '.join(EXPORT_FORMATS)} or dense (default: what the attention fits)")
+    of_model(command, export_model, show_export)
+    command.add_argument("output", metavar="OUTPUT", help=f"{NEW_FOLDER}; a file for gguf")
+    command.add_argument("--to", help=f"{', '.join(EXPORT_FORMATS)}, gguf or dense (default: what the attention fits)")
+    command.add_argument("--dense", metavar="GGUF", help="GGUF file of the dense model, for --to gguf")
     command.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
 
 
@@ -29,18 +31,34 @@ def add_adapter(command: argparse.ArgumentParser) -> None:
 
 
 def export_model(args: Namespace) -> dict[str, Any]:
-    """Write MODEL as a served architecture; return the folder."""
+    """Write MODEL as a served architecture; return the folder, and of a GGUF file what is to be known of it."""
     output = new_folder(args.output)
     # on the CPU, where it is written from
     trust = args.trust_remote_code
     model = load(args.model, args.revision, head=args.head, dtype=args.dtype, trust_remote_code=trust)
     if args.k is not None and is_moefied(model):
         check_moefied(model).set_selection(k=args.k, allocation="uniform")
+    if args.to == "gguf":
+        report = asdict(export_gguf(model, output, args.dense))
+        return report | {"output": str(output)}
     try:
         tokenizer = load_tokenizer(args)
     except (ValueError, OSError):  # a checkpoint without one is exported without one
         tokenizer = None
-    return {"output": str(export(model, output, args.to, tokenizer=tokenizer))}
+    return {"output": str(export(model, output, args.to, tokenizer=tokenizer, dense=args.dense))}
+
+
+def show_export(result: dict[str, Any]) -> str:
+    """Return what is printed: the folder or file, and how llama.cpp is told how many experts to compute."""
+    if "budget" not in result:
+        return show_output(result)
+    lines = [f"{result['output']} ({result['architecture']})"]
+    if result["requantised"]:
+        lines.append(
+            f"down projections were quantised anew to {result['requantised']}; all other numbers are the same"
+        )
+    lines.append(f"experts a token computes, up to {result['most_experts']}, in both flags: {result['budget']}")
+    return "\n".join(lines)
 
 
 def permuted_adapter(args: Namespace) -> dict[str, Any]:
