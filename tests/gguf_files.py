@@ -35,7 +35,14 @@ def gguf_name(key: str) -> str:
     return f"{NAMES[path]}.{kind}"
 
 
-def write_dense(model, path: Path, kind: Any = Type.F32, kinds: dict[str, Any] | None = None, **settings) -> Path:
+def write_dense(
+    model,
+    path: Path,
+    kind: Any = Type.F32,
+    kinds: dict[str, Any] | None = None,
+    extra: dict[str, np.ndarray] | None = None,
+    **settings,
+) -> Path:
     """Write the GGUF file of a dense model as llama.cpp's converter does.
 
     Args:
@@ -43,6 +50,7 @@ def write_dense(model, path: Path, kind: Any = Type.F32, kinds: dict[str, Any] |
         path: of the file.
         kind: type of its matrices.
         kinds: of those whose names contain a key.
+        extra: further tensors.
         settings: further metadata, or other values.
     """
     config = model.config
@@ -71,11 +79,14 @@ def write_dense(model, path: Path, kind: Any = Type.F32, kinds: dict[str, Any] |
     add_tokenizer(writer, config.vocab_size)
     if rope["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_factors(width, rope))
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor)
     for key, tensor in model.state_dict().items():
         if ".router." in key or key.endswith("neuron_order") or key == "lm_head.weight" and config.tie_word_embeddings:
             continue
         numbers = tensor.float().numpy()
-        if architecture == "llama" and key.split(".")[-2] in ("q_proj", "k_proj"):  # pairs (i, i + half) to (2i, 2i + 1)
+        if architecture == "llama" and key.split(".")[-2] in ("q_proj", "k_proj"):
+            # pairs (i, i + half) of a head become (2i, 2i + 1)
             heads = len(numbers) // width
             numbers = numbers.reshape(heads, 2, width // 2, -1).swapaxes(1, 2).reshape(numbers.shape)
         name = gguf_name(key)
@@ -195,7 +206,8 @@ class Moe:
             return self.swiglu(x, *(self.get(f"{block}.ffn_{part}.weight") for part in ("gate", "up", "down")))
         gate, up, down = (self.get(f"{block}.ffn_{part}_exps.weight") for part in ("gate", "up", "down"))
         assert self.said("expert_gating_func") == 3 and not self.said("expert_weights_norm")
-        assert gate.shape == up.shape == (self.said("expert_count"), self.said("expert_feed_forward_length"), x.shape[1])
+        sizes = self.said("expert_count"), self.said("expert_feed_forward_length"), x.shape[1]
+        assert gate.shape == up.shape == sizes
         scores = x @ self.get(f"{block}.ffn_gate_inp.weight").T
         chosen = (scores + self.get(f"{block}.exp_probs_b.bias")).topk(k or self.said("expert_used_count")).indices
         weights = scores.gather(-1, chosen).softmax(-1) * (k or self.said("expert_weights_scale"))

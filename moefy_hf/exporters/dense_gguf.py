@@ -14,7 +14,7 @@ from ..modeling.ffn_sites import FfnSite
 from .formats import layer_of
 
 Type = gguf.GGMLQuantizationType
-# architecture -> whether its queries and keys turn pairs (2i, 2i + 1) of a head, not (i, i + half) as transformers does
+# architecture -> whether its queries and keys turn pairs (2i, 2i + 1) of a head; transformers turns (i, i + half)
 SOURCES = {"llama": True, "qwen2": False, "qwen3": False}
 FFN_PARTS = ("ffn_gate", "ffn_up", "ffn_down")
 SETTINGS = (  # all that these architectures may say: another one would change what they compute

@@ -89,8 +89,6 @@ def export_gguf(model: PreTrainedModel, output: Path, dense: str | Path | None) 
         raise MoefyError("to='gguf' needs gguf: pip install 'moefy-hf[gguf]'")
     from .llama_cpp import write_gguf
 
-    if not model._get_name().endswith("ForCausalLM"):
-        raise MoefyError(f"{model._get_name()} is no causal language model, which is what llama.cpp serves")
     check_routing(model, "llama.cpp", model.moe_sites()[0].act.num_experts)
     check_sizes(model)
     return write_gguf(model, output, dense)

@@ -27,6 +27,8 @@ from .gguf_tensors import NUMBERS, Tensor, down_of, ffn_tensors, null_layer, nul
 
 SOFTMAX_OF_SELECTED = 3  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX_WEIGHT
 NULL_WINDOW = 256  # tokens that the layer of zeros sees
+NODES, LEAVES = 53, 16  # of a layer in llama.cpp's graph, beside two nodes for each expert, biases and norms of heads
+TABLES = (1031, 2053, 4099, 8209, 16411, 32771, 65537, 131101)  # sizes of llama.cpp's tables
 MOST_EXPERTS, MOST_LAYERS = 1024, 512  # llama.cpp's LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYERS
 
 
@@ -74,7 +76,7 @@ def write_gguf(model: MoefiedModel, output: Path, dense: str | Path | None) -> G
     tensors = [*other_tensors(source, model, architecture), *null_layer(source, model, architecture)]
     for site in model.moe_sites():
         tensors += ffn_tensors(source, site, orders[site.key])
-    most = check_graph(model, architecture, len(tensors))
+    most = check_graph(source, model, len(tensors))
     write(source, settings_of(source, model, architecture), architecture, tensors, output)
     k = model.moe_sites()[0].act.selection.k
     flags = (f"{architecture}.expert_used_count=int:{k}", f"{architecture}.expert_weights_scale=float:{k}")
@@ -116,7 +118,7 @@ def check_types(source: DenseGguf, model: MoefiedModel) -> None:
                 )
             if kind == Type.Q8_0 and part == "ffn_down" and size % 32:
                 raise MoefyError(
-                    f"Q8_0 rounds numbers in blocks of 32, and {size} neurons of an expert are no multiple: give a dense "
+                    f"Q8_0 rounds numbers in blocks of 32, and an expert has {size} neurons: give a dense "
                     "GGUF file of F32, F16 or BF16, or convert with expert_size=32"
                 )
 
@@ -137,13 +139,38 @@ def check_layers(model: MoefiedModel, architecture: str) -> None:
         raise MoefyError(f"llama.cpp has at most {MOST_LAYERS} layers, this model {layers}")
 
 
-def check_graph(model: MoefiedModel, architecture: str, tensors: int) -> int:
-    """Return the largest number of routed experts that a token may compute in llama.cpp.
+def check_graph(source: DenseGguf, model: MoefiedModel, tensors: int) -> int:
+    """Return the largest number of routed experts that a token may compute in llama.cpp, a lower bound.
+
+    llama.cpp (v0.5.0) has room for 8 nodes per tensor of the file, at least 1,024, and for as many nodes and leaves
+    together as a table has entries. An expert takes two nodes in each layer: its view, and its sum.
+
+    Args:
+        source: the dense file.
+        model: the model.
+        tensors: how many the new file has.
 
     Raises:
         MoefyError: the model computes more.
     """
-    return MOST_EXPERTS
+    layers, k = (
+        model.config.num_hidden_layers + ("rope_freqs.weight" in source.tensors),
+        model.moe_sites()[0].act.selection.k,
+    )
+    own = [name.split(".", 2)[2] for name in source.tensors if name.startswith("blk.0.")]
+    biases, norms = (sum(name.endswith(end) for name in own) for end in (".bias", "_norm.weight"))
+    norms -= 2  # before attention and before the FFN
+    room = max(1024, 8 * tensors)
+    entries = next(size for size in TABLES if size >= room)
+    by_nodes = (room - 8) / layers - (NODES + biases + 2 * norms)
+    by_entries = (entries - 15) / layers - (NODES + LEAVES + 2 * biases + 3 * norms)
+    most = min(int(min(by_nodes, by_entries) // 2), MOST_EXPERTS)
+    if k > most:
+        raise MoefyError(
+            f"llama.cpp's graph of these {layers} layers has room for {most} experts a token, and the model computes "
+            f"{k}: set_selection(k={most}), or convert with a larger expert_size, so that fewer are more"
+        )
+    return most
 
 
 def settings_of(source: DenseGguf, model: MoefiedModel, architecture: str) -> dict[str, Any]:
