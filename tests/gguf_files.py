@@ -5,9 +5,18 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
+from batches import text_batches
+from test_exporting import CAUSAL, TINY
+from tiny import tiny_model
+
+from moefy_hf import MoEficationConfig, export, moefy_
 
 Type = gguf.GGMLQuantizationType
+IDS = torch.randint(3, 99, (12,), generator=torch.Generator().manual_seed(2))
+# sizes that Q8_0 takes, with a head_dim of 8
+DOUBLE = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -219,3 +228,36 @@ class Moe:
 
     def swiglu(self, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def both(tmp_path, source: str = "llama", k=2, *, size: int = 8, kind=Type.F32, kinds=None, layers=None, **changes):
+    """A MoEfied model, and the file of what it was before."""
+    shared = changes.pop("shared", 0)
+    changes = {"sliding_window": None} | changes if source == "mistral" else changes
+    model = tiny_model(TINY.get(source, source), CAUSAL, **changes).eval()
+    if kind in (Type.F16, Type.BF16):  # numbers that these types hold
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.float16 if kind == Type.F16 else torch.bfloat16).float()
+    dense = write_dense(model, tmp_path / "dense.gguf", kind, kinds)
+    selection = {"type": "top_k", "k": k, "allocation": "uniform"}
+    settings = {"expert_size": size, "splitter": "random", "calibration_tokens": 300}
+    config = MoEficationConfig(router="linear", selection=selection, layers=layers, shared_experts=shared, **settings)
+    moefy_(model, config, text_batches(8), progress=False)
+    return model, dense
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS[None]).logits[0]
+
+
+def difference(model, path, k: int | None = None) -> float:
+    ours, theirs = logits(model), Moe(path).logits(IDS, k)
+    return float((ours - theirs).abs().max() / ours.abs().max())
+
+
+def refused(model, dense, message: str, tmp_path) -> None:
+    there = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        export(model, tmp_path / "moe.gguf", "gguf", dense=dense)
+    assert sorted(tmp_path.rglob("*")) == there

@@ -57,7 +57,7 @@ def show_export(result: dict[str, Any]) -> str:
         lines.append(
             f"down projections were quantised anew to {result['requantised']}; all other numbers are the same"
         )
-    lines.append(f"experts a token computes, up to {result['most_experts']}, in both flags: {result['budget']}")
+    lines.append(f"set how many experts run (twice, at most {result['most_experts']}): {result['budget']}")
     return "\n".join(lines)
 
 

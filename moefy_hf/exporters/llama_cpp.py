@@ -27,7 +27,9 @@ from .gguf_tensors import NUMBERS, Tensor, down_of, ffn_tensors, null_layer, nul
 
 SOFTMAX_OF_SELECTED = 3  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX_WEIGHT
 NULL_WINDOW = 256  # tokens that the layer of zeros sees
-NODES, LEAVES = 53, 16  # of a layer in llama.cpp's graph, beside two nodes for each expert, biases and norms of heads
+# llama.cpp's graph, fitted to the limits that were found by trying: nodes and leaves of a layer (beside two nodes for
+# each expert, biases, and norms of heads), those outside of layers, and those of a layer of zeros
+NODES, LEAVES, OTHERS, NULL_LAYER = 52, 17, 15, 38
 TABLES = (1031, 2053, 4099, 8209, 16411, 32771, 65537, 131101)  # sizes of llama.cpp's tables
 MOST_EXPERTS, MOST_LAYERS = 1024, 512  # llama.cpp's LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYERS
 
@@ -39,7 +41,7 @@ class GgufReport:
     Attributes:
         output: the file.
         architecture: llama.cpp's, "glm4moe" or "step35".
-        budget: llama.cpp's flags that set the number of experts, here to what the file has.
+        budget: llama.cpp's flag that sets the number of experts, here to what the file has.
         most_experts: the largest number of routed experts that llama.cpp's graph has room for in this model.
         requantised: the type of the `down` projections whose rows an expert takes in parts: quantised anew from the
             model's own numbers; None: no number has changed.
@@ -82,7 +84,7 @@ def write_gguf(model: MoefiedModel, output: Path, dense: str | Path | None) -> G
     flags = (f"{architecture}.expert_used_count=int:{k}", f"{architecture}.expert_weights_scale=float:{k}")
     downs = {source.tensors[down_of(site)].tensor_type for site in model.moe_sites()} - NUMBERS.keys()
     requantised = Type(downs.pop()).name if downs else None
-    return GgufReport(output, architecture, " ".join(f"--override-kv {each}" for each in flags), most, requantised)
+    return GgufReport(output, architecture, "--override-kv " + ",".join(flags), most, requantised)
 
 
 def check_ffns(model: MoefiedModel) -> None:
@@ -153,17 +155,15 @@ def check_graph(source: DenseGguf, model: MoefiedModel, tensors: int) -> int:
     Raises:
         MoefyError: the model computes more.
     """
-    layers, k = (
-        model.config.num_hidden_layers + ("rope_freqs.weight" in source.tensors),
-        model.moe_sites()[0].act.selection.k,
-    )
+    layers, k = model.config.num_hidden_layers, model.moe_sites()[0].act.selection.k
+    extra = NULL_LAYER if "rope_freqs.weight" in source.tensors else 0
     own = [name.split(".", 2)[2] for name in source.tensors if name.startswith("blk.0.")]
     biases, norms = (sum(name.endswith(end) for name in own) for end in (".bias", "_norm.weight"))
     norms -= 2  # before attention and before the FFN
     room = max(1024, 8 * tensors)
     entries = next(size for size in TABLES if size >= room)
-    by_nodes = (room - 8) / layers - (NODES + biases + 2 * norms)
-    by_entries = (entries - 15) / layers - (NODES + LEAVES + 2 * biases + 3 * norms)
+    by_nodes = (room - OTHERS - extra) / layers - (NODES + biases + 2 * norms)
+    by_entries = (entries - OTHERS - extra) / layers - (NODES + LEAVES + 2 * biases + 3 * norms)
     most = min(int(min(by_nodes, by_entries) // 2), MOST_EXPERTS)
     if k > most:
         raise MoefyError(
