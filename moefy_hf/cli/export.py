@@ -5,6 +5,7 @@ import contextlib
 import json
 from argparse import Namespace
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from transformers import AutoImageProcessor, PreTrainedTokenizerBase
@@ -13,7 +14,7 @@ from ..arguments import share_or_count
 from ..conversion.adapters import permute_adapter
 from ..data import read_texts
 from ..errors import MoefyError
-from ..exporters.export import export
+from ..exporters.export import export, export_gguf
 from ..exporters.formats import EXPORT_FORMATS
 from ..exporters.onnx_export import FACTS
 from ..loading import check_moefied, load
@@ -24,9 +25,10 @@ from .common import DATA, NEW_FOLDER, add_data, load_tokenizer, new_folder, of_m
 def add_export(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `moefy export`."""
     of_model(command, export_model, show_export)
-    command.add_argument("output", metavar="OUTPUT", help=NEW_FOLDER)
-    targets = f"{', '.join(EXPORT_FORMATS)}, onnx or dense"
+    command.add_argument("output", metavar="OUTPUT", help=f"{NEW_FOLDER}; a file for gguf")
+    targets = f"{', '.join(EXPORT_FORMATS)}, onnx, gguf or dense"
     command.add_argument("--to", help=f"{targets} (default: what the attention fits)")
+    command.add_argument("--dense", metavar="GGUF", help="GGUF file of the dense model, for --to gguf")
     command.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
     command.add_argument("--int8", action="store_true", help="with --to onnx: 8-bit matrices")
     help = f"with --to onnx: texts on which it is compared with MODEL (default: random inputs); {DATA}"
@@ -41,7 +43,7 @@ def add_adapter(command: argparse.ArgumentParser) -> None:
 
 
 def export_model(args: Namespace) -> dict[str, Any]:
-    """Write MODEL in another shape; return the folder, and what is known of an ONNX graph."""
+    """Write MODEL in another shape; return the folder or file, and what is known of an ONNX graph or a GGUF file."""
     output = new_folder(args.output)
     if args.to != "onnx" and (args.int8 or args.data):
         raise MoefyError("--int8 and --data belong to --to onnx")
@@ -51,9 +53,11 @@ def export_model(args: Namespace) -> dict[str, Any]:
     model = load(args.model, args.revision, head=args.head, dtype=args.dtype, trust_remote_code=trust)
     if args.k is not None and is_moefied(model):
         check_moefied(model).set_selection(k=args.k, allocation="uniform")
+    if args.to == "gguf":
+        return asdict(export_gguf(model, output, args.dense)) | {"output": str(output)}
     tokenizer = tokenizer_or_none(args)
     if args.to != "onnx":
-        return {"output": str(export(model, output, args.to, tokenizer=tokenizer))}
+        return {"output": str(export(model, output, args.to, tokenizer=tokenizer, dense=args.dense))}
     if texts and tokenizer is None:
         raise MoefyError(f"{args.model} has no tokenizer, which --data needs")
     batches = text_batches(args, model, tokenizer, texts) if texts and tokenizer else None
@@ -62,9 +66,15 @@ def export_model(args: Namespace) -> dict[str, Any]:
 
 
 def show_export(result: dict[str, Any]) -> str:
-    """Return what `moefy export` prints: the folder, and how close an ONNX graph comes."""
+    """Return what `moefy export` prints: where it is, how close an ONNX graph comes, how llama.cpp gets a budget."""
+    if "budget" in result:
+        lines = [f"{result['output']} ({result['architecture']})"]
+        if kind := result["requantised"]:
+            lines.append(f"down projections were quantised anew to {kind}; all other numbers are the same")
+        lines.append(f"set how many experts run (twice, at most {result['most_experts']}): {result['budget']}")
+        return "\n".join(lines)
     if "largest_difference" not in result:
-        return result["output"]
+        return show_output(result)
     operators = Counter(result["operators"].values())
     ffns = ", ".join(f"{count} FFNs as {name}" for name, count in operators.items()) or "no routed FFNs"
     return f"{result['output']}: {ffns}; largest difference {result['largest_difference']:.1e} of the largest output"

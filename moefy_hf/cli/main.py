@@ -53,6 +53,7 @@ EXAMPLES = """examples:
   moefy kernels info
   moefy export smol-moe smol-llama4 --k 0.25 --dtype float32
   moefy export smol-moe smol-dense --to dense
+  moefy export smol-moe smol-moe.gguf --to gguf --dense smol-dense.gguf
   moefy permute-adapter smol-moe my-lora my-lora-for-smol-moe
 
 MODEL is a Hub id or a local directory. Exit code 2: something about the input, said in one line."""

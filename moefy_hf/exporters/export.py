@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,7 +19,10 @@ from ..modeling.selection import selection_facts
 from .formats import EXPORT_FORMATS, ExportFormat, own_tensors
 from .onnx_export import check_onnx, write_onnx
 
-OTHERS = ("onnx", "dense")  # targets that are no served architecture
+OTHERS = ("onnx", "gguf", "dense")  # targets that are no served architecture
+
+if TYPE_CHECKING:
+    from .llama_cpp import GgufReport
 
 
 def export(
@@ -30,25 +34,29 @@ def export(
     max_shard_bytes: int = 5_000_000_000,
     int8: bool = False,
     batches: Iterable[Mapping[str, Any]] | None = None,
+    dense: str | Path | None = None,
 ) -> Path:
     """Write what `model` computes at the budget it has, for engines that know nothing of MoEfication.
 
     Args:
         model: MoEfied. Served architectures want a linear router, `top_k` and one k for all layers.
-        output_dir: must not exist, or be empty.
+        output_dir: must not exist, or be empty; for "gguf" the file, which must not exist.
         to: "llama4" (of Llama and Mistral), exact; "mixtral" (of the same), "qwen2_moe", "qwen3_moe", whose softmax
-            over experts comes close only; "onnx" (encoders, for ONNX Runtime), exact; or "dense" (any model: all its
-            neurons, no routers). By default the first of these that has the model's attention.
+            over experts comes close only; "onnx" (encoders, for ONNX Runtime) and "gguf" (of Llama, Mistral, Qwen2 and
+            Qwen3, for llama.cpp), exact; or "dense" (any model: all its neurons, no routers). By default the first of
+            these that has the model's attention.
         tokenizer: saved beside the weights.
         max_shard_bytes: size of a weights file; beyond the model itself so much memory is needed.
         int8: of "onnx": whether matrices become 8-bit; routers stay in float32.
         batches: of "onnx": inputs on which the graph is compared with the model; made up by default.
+        dense: the GGUF file of the dense model, which "gguf" needs: its metadata, tokenizer and types are kept.
 
     Returns:
         output_dir.
 
     Raises:
         MoefyError: the model is not MoEfied, or the format cannot express it; says why, and which conversion could be.
+            Or `dense` is missing, or not this model's.
         VerificationError: an ONNX graph gives something else than the model.
         FileExistsError: there is something in output_dir.
 
@@ -57,6 +65,10 @@ def export(
     """
     output_dir = Path(output_dir)
     model = check_moefied(model)
+    if to == "gguf":
+        return export_gguf(model, output_dir, dense).output
+    if dense is not None:
+        raise MoefyError("dense is for to='gguf' alone")
     if to != "onnx" and (int8 or batches is not None):
         raise MoefyError(f"int8 and batches belong to to='onnx', not to {to!r}")
     export_format = None if to in OTHERS else choose_format(model, to)
@@ -79,6 +91,23 @@ def export(
         tensors = own_tensors(model) if export_format is None else export_format.tensors(model)
         write_shards(tensors, folder, max_shard_bytes)
     return output_dir
+
+
+def export_gguf(model: PreTrainedModel, output: Path, dense: str | Path | None) -> "GgufReport":
+    """Write a GGUF file for llama.cpp; return what was written, with the flags that set the budget.
+
+    Raises:
+        MoefyError: see `export`; or the package gguf is not installed.
+        FileExistsError: there is something at `output`.
+    """
+    model = check_moefied(model)
+    if find_spec("gguf") is None:
+        raise MoefyError("to='gguf' needs gguf: pip install 'moefy-hf[gguf]'")
+    from .llama_cpp import write_gguf
+
+    check_routing(model, "llama.cpp", model.moe_sites()[0].act.num_experts)
+    check_sizes(model)
+    return write_gguf(model, output, dense)
 
 
 def choose_format(model: PreTrainedModel, to: str | None) -> ExportFormat:
@@ -111,7 +140,7 @@ def check_expressible(model: MoefiedModel, export_format: ExportFormat) -> None:
     Raises:
         MoefyError: it has not; says what to change.
     """
-    check_routing(model, export_format)
+    check_routing(model, export_format.architecture, export_format.most_shared)
     check_layers(model, export_format)
     if (
         "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
@@ -126,8 +155,13 @@ def check_expressible(model: MoefiedModel, export_format: ExportFormat) -> None:
         raise MoefyError("float16 cannot hold the scaled router: export in float32 or bfloat16, e.g. model.float()")
 
 
-def check_routing(model: MoefiedModel, export_format: ExportFormat) -> None:
+def check_routing(model: MoefiedModel, architecture: str, most_shared: int) -> None:
     """Check the router, the selection, and what is added to selected experts.
+
+    Args:
+        model: MoEfied.
+        architecture: what is to express it, which has a place for `most_shared` shared experts.
+        most_shared: see there.
 
     Raises:
         MoefyError: see `check_expressible`.
@@ -142,10 +176,10 @@ def check_routing(model: MoefiedModel, export_format: ExportFormat) -> None:
             f"served MoEs compute the same number of experts for every token, this model selects by "
             f"{section.selection['type']!r}: model.set_selection(type='top_k', k=...) first"
         )
-    if acts[0].shared > export_format.most_shared:
+    if acts[0].shared > most_shared:
         others = [each.architecture for each in EXPORT_FORMATS.values() if each.most_shared >= acts[0].shared]
         remedy = f": {', '.join(others)} has" if others else ""
-        raise MoefyError(f"{export_format.architecture} has no place for {acts[0].shared} shared experts{remedy}")
+        raise MoefyError(f"{architecture} has no place for {acts[0].shared} shared experts{remedy}")
     if section.compensation:
         raise MoefyError("served MoEs have no mean compensation: convert with compensation=False")
     budgets = {act.k for act in acts}
@@ -162,9 +196,8 @@ def check_layers(model: MoefiedModel, export_format: ExportFormat) -> None:
     Raises:
         MoefyError: see `check_expressible`.
     """
+    check_sizes(model)
     sites = model.moe_sites()
-    if len({(site.act.num_experts, site.sizes[1]) for site in sites}) > 1:
-        raise MoefyError("experts differ between layers in number or size; served MoEs have one size for all")
     if len(sites) < model.config.num_hidden_layers and not export_format.dense_layers:
         raise MoefyError(
             f"{len(sites)} of {model.config.num_hidden_layers} layers are MoEfied, and "
@@ -177,6 +210,16 @@ def check_layers(model: MoefiedModel, export_format: ExportFormat) -> None:
     if biased or attention:
         where = "the attention" if attention else f"the FFNs ({', '.join(dict.fromkeys(biased))})"
         raise MoefyError(f"{export_format.architecture} has no biases, this model has some in {where}")
+
+
+def check_sizes(model: MoefiedModel) -> None:
+    """Check that experts are as many and as large in all layers.
+
+    Raises:
+        MoefyError: they are not.
+    """
+    if len({(site.act.num_experts, site.sizes[1]) for site in model.moe_sites()}) > 1:
+        raise MoefyError("experts differ between layers in number or size; served MoEs have one size for all")
 
 
 def dense_config(model: PreTrainedModel) -> PreTrainedConfig:

@@ -1,21 +1,30 @@
 // Generate greedily with llama.cpp from the token ids that check_export.py --prompts wrote.
 //
-//     node llama_cpp.mjs MODEL.gguf PROMPTS.json GENERATIONS.json [THREADS]
+//     node llama_cpp.mjs MODEL.gguf PROMPTS.json GENERATIONS.json [THREADS [EXPERTS]]
 //
+// EXPERTS overrides how many experts a token computes, in a file of `moefy export --to gguf`.
 // Token ids go in and come out, so that no tokenizer and no chat template has a part in the comparison.
 
 import {readFileSync, writeFileSync} from "node:fs";
-import {getLlama, getModuleVersion} from "node-llama-cpp";
+import {getLlama, getModuleVersion, readGgufFileInfo} from "node-llama-cpp";
 
-const [modelPath, promptsPath, outPath, threads = "0"] = process.argv.slice(2);
+const [modelPath, promptsPath, outPath, threads = "0", experts = ""] = process.argv.slice(2);
 if (outPath === undefined) {
-    console.error("usage: node llama_cpp.mjs MODEL.gguf PROMPTS.json GENERATIONS.json [THREADS]");
+    console.error("usage: node llama_cpp.mjs MODEL.gguf PROMPTS.json GENERATIONS.json [THREADS [EXPERTS]]");
     process.exit(2);
 }
 const {prompts, new_tokens: newTokens, stop} = JSON.parse(readFileSync(promptsPath, "utf8"));
 
 const llama = await getLlama({gpu: false, build: "never", maxThreads: Number(threads)});
-const model = await llama.loadModel({modelPath});
+
+async function overrides() {
+    const {architecture} = (await readGgufFileInfo(modelPath)).metadata.general;
+    const used = Number(experts);
+    // a number with a fraction is passed on as a float, and this one is a float32 without
+    return {[architecture]: {expert_used_count: used, expert_weights_scale: used * (1 + 1e-9)}};
+}
+
+const model = await llama.loadModel({modelPath, metadataOverrides: experts === "" ? undefined : await overrides()});
 const context = await model.createContext({
     contextSize: Math.max(...prompts.map((prompt) => prompt.length)) + newTokens,
     threads: Number(threads),
