@@ -73,6 +73,13 @@ def check(types: list[str], seconds: int) -> Iterator[dict[str, dict[str, Any]]]
         yield outcomes
 
 
+def as_json(known: dict[str, dict[str, Any]]) -> str:
+    """Return outcomes as JSON, a line for each type."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(known[name], sort_keys=True)}" for name in sorted(known)]
+    versions = f'"torch": "{torch.__version__}", "transformers": "{transformers.__version__}"'
+    return f'{{{versions}, "types": {{\n' + ",\n".join(lines) + "\n}}\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=[*model_types(), *HEADS_OF], help="model types, by default all")
@@ -88,8 +95,7 @@ def main() -> None:
     types = [name for name in arguments.types if not (arguments.missing and name in known)]
     for outcomes in check(types, arguments.seconds):
         known |= outcomes
-        written = {"transformers": transformers.__version__, "torch": torch.__version__, "types": known}
-        arguments.output.write_text(json.dumps(written, indent=1, sort_keys=True) + "\n")
+        arguments.output.write_text(as_json(known))
     print(f"{sum(map(passes, known.values()))} of {len(known)} types pass all checks: {arguments.output}")
     for model_type in types:
         if not passes(known[model_type]):
