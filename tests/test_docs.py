@@ -143,6 +143,9 @@ def sentences(text: str) -> list[str]:
     return [part for part in parts if len(part.split()) > 1]
 
 
+GENERATED = ("docs/cli.md", "docs/architectures.md")
+
+
 def test_no_file_is_long():
     for page in PAGES:
-        assert len(page.read_text(encoding="utf-8").splitlines()) <= 300 or named(page) == "docs/cli.md"
+        assert len(page.read_text(encoding="utf-8").splitlines()) <= 300 or named(page) in GENERATED

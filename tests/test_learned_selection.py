@@ -114,7 +114,8 @@ def test_one_step_follows_the_loss_of_loops(name, shared, tmp_path):
     total = loss + sum(costs) / len(costs)
     total.backward()
     expected = {key: value for key, value in manual.named_parameters() if ".router" not in key}
-    expected |= {f"{site.name}.{site.spec.act}.router.weight": site.act.router for site in find_sites(manual)}
+    names = [f"{site.name}.{site.spec.act}.router.weight" for site in find_sites(model)]
+    expected |= {name: loop.router for name, loop in zip(names, loops, strict=True)}
     settings = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     settings |= {"max_steps": 1, "per_device_train_batch_size": 4}
     callback = LearnedSelectionCallback(eta=3.0, tau=TAU, lam=0.2, until=1.0)

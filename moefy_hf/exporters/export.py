@@ -79,18 +79,25 @@ def export(
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir} exists and is not empty: choose another output_dir")
     with written_whole(output_dir) as folder:
-        config = dense_config(model) if export_format is None else export_format.config(model)
-        config.save_pretrained(folder)
-        if model.can_generate() and model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        write_settings(model, folder, export_format, tokenizer)
         if to == "onnx":
             write_onnx(model, folder, int8, batches)
             return output_dir
         tensors = own_tensors(model) if export_format is None else export_format.tensors(model)
         write_shards(tensors, folder, max_shard_bytes)
     return output_dir
+
+
+def write_settings(
+    model: MoefiedModel, folder: Path, export_format: ExportFormat | None, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Write what belongs beside the weights: the config of the format, or of the dense model, and the tokenizer."""
+    config = dense_config(model) if export_format is None else export_format.config(model)
+    config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def export_gguf(model: PreTrainedModel, output: Path, dense: str | Path | None) -> "GgufReport":

@@ -76,7 +76,8 @@ class RoutedActivation(nn.Module):
         self.inner, self.router = act, router
         self.num_experts, self.expert_size, self.shared = shared + router.num_experts, expert_size, shared
         self.selection = selection
-        self.soft, self.inline = False, inline
+        self.soft = False
+        self.inline = inline
         self.register_buffer("compensation", None)
         self.register_buffer("neuron_order", None)
         with torch.device("cpu"):  # the model may be under construction on the meta device

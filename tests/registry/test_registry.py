@@ -37,7 +37,7 @@ SPECIAL = {  # what is special about a type
     "nemotron": "squared ReLU",
     "xlnet": "tokens come first",
 }
-TENTH = [name for name in model_types()[::10] if passes(KNOWN[name])]
+TENTH = [name for name in model_types()[1::10] if passes(KNOWN[name])]  # the quickest of the ten
 
 
 @pytest.fixture(scope="module")
