@@ -71,11 +71,7 @@ def export(
         raise MoefyError("dense is for to='gguf' alone")
     if to != "onnx" and (int8 or batches is not None):
         raise MoefyError(f"int8 and batches belong to to='onnx', not to {to!r}")
-    export_format = None if to in OTHERS else choose_format(model, to)
-    if to == "onnx":
-        check_onnx(model)
-    if export_format is not None:
-        check_expressible(model, export_format)
+    export_format = checked_format(model, to)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir} exists and is not empty: choose another output_dir")
     with written_whole(output_dir) as folder:
@@ -86,6 +82,21 @@ def export(
         tensors = own_tensors(model) if export_format is None else export_format.tensors(model)
         write_shards(tensors, folder, max_shard_bytes)
     return output_dir
+
+
+def checked_format(model: MoefiedModel, to: str | None) -> ExportFormat | None:
+    """Return the served format that a model is written in; None for a target that is none.
+
+    Raises:
+        MoefyError: there is none, or it has no place for all that the model does.
+    """
+    if to == "onnx":
+        check_onnx(model)
+    if to in OTHERS:
+        return None
+    export_format = choose_format(model, to)
+    check_expressible(model, export_format)
+    return export_format
 
 
 def write_settings(

@@ -31,7 +31,9 @@ def heads(model_type: str) -> dict[str, type]:
     return {c._auto_class: c for c in classes if issubclass(c, MoefiedMixin) and c is not MoefiedMixin}
 
 
-ALL = [(name, head) for name in TINY for head in heads(name)] + [(name, "AutoModel") for name in VARIANTS]
+# the base model and one head; test_popular_heads has every head of more types
+SOME = {name: dict.fromkeys(["AutoModel", [*heads(name)][-1]]) for name in TINY}
+ALL = [(name, head) for name, some in SOME.items() for head in some] + [(name, "AutoModel") for name in VARIANTS]
 
 
 @dataclass
