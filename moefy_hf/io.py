@@ -35,11 +35,22 @@ def written_whole(folder: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def written_file(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` to write to, which becomes `path` at the end unless something fails."""
+    temporary = path.with_name(f".{path.name}.unfinished")
+    try:
+        yield temporary
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file under a temporary name, and rename it: it is never there in part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
+    with written_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def check_files(*paths: str | None, plot: str | None) -> None:

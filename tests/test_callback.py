@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from moefy_hf import MoEficationCallback, MoEficationConfig, Phase, moefy_, relufy_
+from moefy_hf.errors import UnsupportedModel
 from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.modeling.moefied import is_moefied
 from moefy_hf.training.monitor import RoutingMonitor
@@ -578,3 +579,14 @@ def test_the_order_of_neurons_is_kept_through_a_split(tmp_path):
         order = site.act.neuron_order.long()
         assert not torch.equal(order, torch.arange(len(order)))
         assert torch.equal(site.weights().down, before[:, order])
+
+
+def test_a_model_that_is_taken_for_something_else_stays_dense(tmp_path):
+    """Routers go in when the Trainer is made: an FFN that computes something else is noticed then."""
+    model = dense_model()
+    act = model.bert.encoder.layer[0].intermediate
+    forward = type(act).forward
+    act.forward = lambda x: forward(act, x).square()
+    with pytest.raises(UnsupportedModel, match="^bert.encoder.layer.0: this BertLayer does not compute"):
+        trainer_for(model, tmp_path, callback_for())
+    assert not is_moefied(model) and "moefication" not in vars(model.config)

@@ -132,7 +132,7 @@ def half_of_the_experts(monkeypatch):
 def the_second_cannot_be_permuted(monkeypatch):
     permute, permuted = pipeline.permute_neurons_, []
 
-    def permute_once(site, order):
+    def permute_once(site, order, optimizer=None):
         if len(permuted) == 1:
             permuted.append(None)
             raise UnsupportedModel("enough")
@@ -146,7 +146,7 @@ def the_second_cannot_be_permuted(monkeypatch):
 def one_matrix_is_forgotten(monkeypatch):
     permute = pipeline.permute_neurons_
 
-    def permute_others(site, order):
+    def permute_others(site, order, optimizer=None):
         down = site.down.weight.detach().clone()
         permute(site, order)
         with torch.no_grad():

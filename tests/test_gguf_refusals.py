@@ -1,9 +1,11 @@
 """What llama.cpp cannot compute, and dense GGUF files of other models, are refused before anything is written."""
 
+import re
+
 import numpy as np
 import pytest
 from batches import text_batches
-from gguf_files import DOUBLE, Type, both, refused, write_dense
+from gguf_files import DOUBLE, Type, both, refusal, write_dense
 from test_exporting import CAUSAL, TINY
 from tiny import convert, tiny_model
 
@@ -25,7 +27,7 @@ from moefy_hf import export
 )
 def test_what_the_engine_cannot_compute_is_refused(source, changes, message, tmp_path):
     model, dense = both(tmp_path, source, **changes)
-    refused(model, dense, message, tmp_path)
+    assert re.search(message, refusal(model, dense, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -42,15 +44,15 @@ def test_what_the_engine_cannot_compute_is_refused(source, changes, message, tmp
 def test_files_that_say_something_else_are_refused(settings, message, tmp_path):
     model, _ = both(tmp_path)
     other = write_dense(tiny_model(TINY["llama"], CAUSAL), tmp_path / "other.gguf", **settings)
-    refused(model, other, message, tmp_path)
+    assert re.search(message, refusal(model, other, tmp_path))
 
 
 def test_files_of_other_models_are_refused(tmp_path):
     model, _ = both(tmp_path)
     (tmp_path / "text").write_text("nothing of the kind")
-    refused(model, None, "--to dense", tmp_path)
-    refused(model, tmp_path / "none.gguf", "is no file", tmp_path)
-    refused(model, tmp_path / "text", "is no GGUF file", tmp_path)
+    assert re.search("--to dense", refusal(model, None, tmp_path))
+    assert re.search("is no file", refusal(model, tmp_path / "none.gguf", tmp_path))
+    assert re.search("is no GGUF file", refusal(model, tmp_path / "text", tmp_path))
     own = tiny_model(TINY["llama"], CAUSAL)
     for name, message in [
         ("model.embed_tokens.weight", "token_embd.weight has other numbers"),
@@ -59,43 +61,41 @@ def test_files_of_other_models_are_refused(tmp_path):
     ]:
         kept = own.get_parameter(name).data.clone()
         own.get_parameter(name).data.neg_()
-        refused(model, write_dense(own, tmp_path / "changed.gguf"), message, tmp_path)
+        assert re.search(message, refusal(model, write_dense(own, tmp_path / "changed.gguf"), tmp_path))
         own.get_parameter(name).data.copy_(kept)
     wide = tiny_model(TINY["llama"], CAUSAL, vocab_size=100)
-    refused(
-        model,
-        write_dense(wide, tmp_path / "changed.gguf"),
+    assert re.search(
         r"token_embd.weight is \(100, 16\), and \(99, 16\)",
-        tmp_path,
+        refusal(model, write_dense(wide, tmp_path / "changed.gguf"), tmp_path),
     )
     deep = tiny_model(TINY["llama"], CAUSAL, num_hidden_layers=3)
-    refused(model, write_dense(deep, tmp_path / "changed.gguf"), "block_count is 3, and 2", tmp_path)
+    assert re.search("block_count is 3, and 2", refusal(model, write_dense(deep, tmp_path / "changed.gguf"), tmp_path))
     extra = {"blk.1.attn_q.bias": np.zeros(16, np.float32)}
     changed = write_dense(own, tmp_path / "changed.gguf", extra=extra)
-    refused(model, changed, "the model has no blk.1.attn_q.bias", tmp_path)
+    assert re.search("the model has no blk.1.attn_q.bias", refusal(model, changed, tmp_path))
     changed = write_dense(
         own, tmp_path / "changed.gguf", extra={"blk.1.attn_gate.weight": np.zeros((2, 16), np.float32)}
     )
-    refused(model, changed, "blk.1.attn_gate.weight, which.*do not", tmp_path)
+    assert re.search("blk.1.attn_gate.weight, which.*do not", refusal(model, changed, tmp_path))
 
 
 def test_budgets_beyond_the_engines_graph_are_refused(tmp_path):
     """llama.cpp ends with an assertion there: seen at 36 of 48 experts in 30 layers of Llama."""
     model, dense = both(tmp_path, k=36, size=1, num_hidden_layers=30)
-    refused(model, dense, "room for 30 experts.*a larger expert_size", tmp_path)
+    assert re.search("room for 30 experts.*a larger expert_size", refusal(model, dense, tmp_path))
 
 
 def test_selections_routers_and_layouts_that_are_no_top_k_are_refused(tmp_path):
     model, dense = both(tmp_path)
     model.set_selection(type="top_p", p=0.5)
-    refused(model, dense, "'top_p': model.set_selection", tmp_path)
+    assert re.search("'top_p': model.set_selection", refusal(model, dense, tmp_path))
     for name, message in (("gpt2", "SwiGLU"), ("llama", "has biases")):
         other = tiny_model(name, CAUSAL)
         convert(other, 2, router="similarity")
-        refused(other, dense, "'similarity' one: convert with router='linear'", tmp_path)
+        assert re.search("'similarity' one: convert with router='linear'", refusal(other, dense, tmp_path))
         other = tiny_model(name, CAUSAL)
         convert(other, 2, text_batches(8), router="linear")
-        refused(other, dense, message, tmp_path)
+        assert re.search(message, refusal(other, dense, tmp_path))
     with pytest.raises(ValueError, match="to='gguf' alone"):
         export(model, tmp_path / "out", "llama4", dense=dense)
 

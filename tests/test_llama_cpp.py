@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_files import IDS, both, logits, refused
+from gguf_files import IDS, both, logits, refusal
 from test_exporting import LLAMA3
 
 from moefy_hf import export
@@ -59,4 +59,4 @@ def test_llama_cpp_has_room_for_the_largest_budget(source, layers, rope, tmp_pat
     model.set_selection(k=most)
     assert_served(model, tmp_path / "moe.gguf", tmp_path, k=most)
     model.set_selection(k=most + 1)
-    refused(model, dense, f"room for {most} experts", tmp_path / "none")
+    assert f"room for {most} experts" in refusal(model, dense, tmp_path / "none")

@@ -83,7 +83,7 @@ def test_neurons_that_are_taken_together_stay_masked(model_type, monkeypatch):
         model.set_moe_implementation("torch")
     model.set_moe_implementation("auto")
     assert distance(run(model, inputs), masked) < 1e-5
-    assert len(found) == sum(site.spec.separable for site in model.moe_sites())
+    assert len(found) == sum(site.spec.together is None for site in model.moe_sites())
 
 
 def test_an_interrupted_call_leaves_nothing_to_an_inline_activation():

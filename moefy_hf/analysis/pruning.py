@@ -82,9 +82,9 @@ def check_prunable(model: PreTrainedModel, experts: Mapping[int, Iterable[int]])
                 "same in both"
             )
     for site in sites:
-        if not site.spec.separable:
-            taken = site.spec.norm or site.spec.before
-            raise MoefyError(f"{site.name}: its {taken} takes all neurons of a token together, so that none can go")
+        if site.spec.together is not None:
+            together = f"its {site.spec.together} takes all neurons of a token together"
+            raise MoefyError(f"{site.name}: {together}, so that none can go")
         router = routed(site).router
         for param in router.parameters():
             if tuple(param.shape) != (router.num_experts, site.sizes[0]):

@@ -38,6 +38,7 @@ class Layer:
         indexed, compiled: as the implementations "torch" and "cpu" want it.
         kernel: of "cpu".
         packed: (prepacked weight, bias) of gate, up and down; nothing where oneDNN cannot prepack.
+        fused: oneDNN's name and variant of the activation, where a product can end with it.
     """
 
     site: FfnSite
@@ -46,6 +47,7 @@ class Layer:
     compiled: FfnSite
     kernel: MoeFfn
     packed: list[tuple[torch.Tensor, torch.Tensor | None]]
+    fused: tuple[str, str] | None
 
 
 def preset_layers(settings: Settings, least_bytes: int, nonzero: float | None) -> list[Layer]:
@@ -142,14 +144,15 @@ def layer_of(site: FfnSite) -> Layer:
         matrices = [(weights.gate, weights.gate_bias), (weights.up, weights.up_bias), (weights.down, site.down.bias)]
         pack = torch.ops.mkldnn._reorder_linear_weight
         packed = [(pack(matrix.contiguous()), bias) for matrix, bias in matrices if matrix is not None]
-    return Layer(site, weights, indexed, compiled, backend.prepared(), packed)
+    fused = FUSED.get(backend.activation)
+    return Layer(site, weights, indexed, compiled, backend.prepared(), packed, fused)
 
 
 def copy_of(site: FfnSite, shared: Iterable[torch.Tensor] = ()) -> FfnSite:
     """Return a copy of an FFN alone, in an owner of its own; `shared` parameters are those of the original."""
     owner, memo = nn.Module(), dict[int, torch.Tensor | list]((id(tensor), tensor) for tensor in shared)
     memo[id(site.act.handles)] = []  # of hooks on the owner, which is not copied
-    for path in filter(None, (site.spec.gate, site.spec.up, site.spec.down, site.spec.act)):
+    for path in (*site.spec.linears, site.spec.act):
         *parents, name = path.split(".")
         parent = owner
         for step in parents:
@@ -175,9 +178,8 @@ def prepacked(layer: Layer, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, *packed, act, [], how)
 
     *gate, up, down = layer.packed
-    fused = FUSED.get(kernel_activation(layer.weights.act))
     first = gate[0] if gate else up
-    hidden = layer.weights.act(linear(x, first)) if fused is None else linear(x, first, *fused)
+    hidden = layer.weights.act(linear(x, first)) if layer.fused is None else linear(x, first, *layer.fused)
     return linear(hidden * linear(x, up) if gate else hidden, down)
 
 

@@ -17,7 +17,7 @@ from ..exporters.formats import EXPORT_FORMATS
 from ..hub.card_text import router_settings_of
 from ..io import markdown
 from ..loading import check_moefied, checkpoint_class, heads_of, read_config
-from ..modeling.ffn_sites import FfnSite
+from ..modeling.ffn_sites import FfnSite, starred
 from ..modeling.moefied import is_moefied
 from ..modeling.section import Section
 from .common import of_model
@@ -120,11 +120,6 @@ def grouped(left: Iterable[LeftAlone]) -> list[dict[str, str]]:
             place = place.replace("*", ranged(sorted({*column})), 1)
         result.append({"modules": place, "reason": reason})
     return result
-
-
-def starred(name: str) -> str:
-    """Return a module's name with * for numbers."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def ranged(numbers: Sequence[int]) -> str:

@@ -1,6 +1,7 @@
 """All experts together are the dense model: that is checked by running it, so that no wrong match gets through."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -8,10 +9,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import UnsupportedModel
-from ..measure.contexts import evaluating, hooked
+from ..loading import check_moefied
+from ..measure.contexts import all_experts, evaluating, hooked
 from ..measure.made_up_inputs import made_up_batch
 from ..measure.profile import ModelProfile
 from ..modeling.ffn_sites import FfnSite
+from ..modeling.moefied import is_moefied
 
 logger = logging.get_logger("moefy_hf")
 
@@ -26,7 +29,7 @@ class DenseReference:
     has it is run by itself, on a batch that is made up.
 
     Args:
-        model: the model, dense or with all experts selected.
+        model: the model; where it is MoEfied already, it runs with all experts, whatever its budget.
         sites: the FFNs that are to be converted; each is compared with its formula, too.
         profile: whose first batch is taken; without one, a batch is made up.
 
@@ -35,6 +38,7 @@ class DenseReference:
     """
 
     def __init__(self, model: PreTrainedModel, sites: list[FfnSite], profile: ModelProfile | None):
+        self.moefied = model if is_moefied(model) else None
         self.batches = {model: _first_rows(profile.batches[0]) if profile and profile.batches else _made_up(model)}
         self.missed = list(sites)
         self.outputs = {model: self._run(model)}
@@ -85,9 +89,10 @@ class DenseReference:
         device = next(model.parameters()).device
         batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
         devices = [device] if device.type == "cuda" else []
-        with evaluating(model), hooked(hooks), torch.random.fork_rng(devices):
+        complete = all_experts(check_moefied(model)) if model is self.moefied else nullcontext()
+        with complete, evaluating(model), hooked(hooks), torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            outputs = [tensor.clone() for tensor in _tensors(model(**batch)) if tensor.is_floating_point()]
+            outputs = [tensor.clone() for tensor in tensors_of(model(**batch)) if tensor.is_floating_point()]
         self.missed = [site for position, site in enumerate(sites) if position not in ran]
         return outputs
 
@@ -144,10 +149,10 @@ def _made_up(model: PreTrainedModel) -> Mapping[str, Any] | None:
         return None
 
 
-def _tensors(output: Any) -> list[torch.Tensor]:
+def tensors_of(output: Any) -> list[torch.Tensor]:
     """Return the tensors of a model's output, nested in whatever it consists of."""
     if torch.is_tensor(output):
         return [output]
     if isinstance(output, Mapping):
         output = [*output.values()]
-    return [tensor for each in output for tensor in _tensors(each)] if isinstance(output, list | tuple) else []
+    return [tensor for each in output for tensor in tensors_of(each)] if isinstance(output, list | tuple) else []

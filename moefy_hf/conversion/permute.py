@@ -14,7 +14,7 @@ def check_plain(site: FfnSite) -> None:
         MoefyError: one of the FFN's Linears is more than a weight and a bias (pruning masks, weight or spectral norm,
             adapters): what it holds beside these would stay in the old order of neurons.
     """
-    for path in filter(None, (site.spec.gate, site.spec.up, site.spec.down)):
+    for path in site.spec.linears:
         linear = site.owner.get_submodule(path)
         held = [name for name, _ in (*linear.named_parameters(), *linear.named_buffers())]
         if more := sorted({*held} - {"weight", "bias"}):

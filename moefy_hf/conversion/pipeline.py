@@ -75,11 +75,11 @@ def find_experts_(
         moefied = check_moefied(model) if is_moefied(model) else None
         sites = moefied.moe_sites() if moefied else selected_sites(find_sites(model, config.towers), config.layers)
         result.orders = neuron_orders(sites, config, profile, warm=warm, progress=progress)
-        if moefied is None:
-            moefied = split_dense_(model, config, sites, result.orders, profile)
-        else:
-            for site, order in zip(sites, result.orders, strict=True):
-                permute_neurons_(site, order, optimizer)
+        with restored_on_error(model, sites):
+            reference = DenseReference(model, sites, profile)
+            if moefied is None:
+                moefied = install_checked_(model, config, reference)
+            permute_checked_(moefied.moe_sites(), result.orders, optimizer, reference)
     with timed(result.seconds, "routers"):
         result.fits = start_routers_(moefied, profile, config.seed, progress=progress)
         kind = config.selection_section()["type"]
@@ -92,31 +92,16 @@ def find_experts_(
     return result
 
 
-def split_dense_(
-    model: PreTrainedModel,
-    config: MoEficationConfig,
-    sites: list[FfnSite],
-    orders: list[torch.Tensor],
-    profile: ModelProfile | None,
-) -> MoefiedModel:
-    """Put routers into a dense model and permute its neurons; return the same object.
-
-    Raises:
-        UnsupportedModel: all experts together are not the dense model; the model is as it was then.
-    """
-    reference = DenseReference(model, sites, profile)
-    cls, name, no_split, settings = type(model), model.name_or_path, model._no_split_modules, dict(vars(model.config))
-    permuted = 0
+@contextmanager
+def restored_on_error(model: PreTrainedModel, sites: list[FfnSite]) -> Iterator[None]:
+    """Make a model dense again, as it was, if putting routers into it fails; a MoEfied one stays MoEfied."""
+    dense, cls, name = not is_moefied(model), type(model), model.name_or_path
+    no_split, settings = model._no_split_modules, dict(vars(model.config))
     try:
-        moefied = install_routers_(model, config.section())
-        reference.compare("routers were put into its FFNs")
-        for site, order in zip(moefied.moe_sites(), orders, strict=True):
-            permute_neurons_(site, order)
-            permuted += 1
-        reference.compare("its neurons were permuted")
+        yield
     except Exception:
-        for site, order in zip(sites[:permuted], orders, strict=False):
-            permute_neurons_(site, order.argsort())
+        if not dense:
+            raise
         for site in sites:
             uninstall_(site)
         model.__class__, model._no_split_modules = cls, no_split
@@ -124,7 +109,50 @@ def split_dense_(
         vars(model.config).update(settings)
         model.name_or_path = name
         raise
+
+
+def install_checked_(model: PreTrainedModel, config: MoEficationConfig, reference: DenseReference) -> MoefiedModel:
+    """Put routers into a dense model, and check that it computes what it did; return the same object.
+
+    Raises:
+        UnsupportedModel: all experts together are not the dense model.
+    """
+    moefied = install_routers_(model, config.section())
+    reference.compare("routers were put into its FFNs")
     return moefied
+
+
+def install_alone_(model: PreTrainedModel, config: MoEficationConfig, sites: list[FfnSite]) -> None:
+    """Put routers into a dense model whose neurons are split later, checked on a batch that is made up.
+
+    Raises:
+        UnsupportedModel: all experts together are not the dense model, which is as it was then.
+    """
+    with restored_on_error(model, sites):
+        install_checked_(model, config, DenseReference(model, sites, None))
+
+
+def permute_checked_(
+    sites: list[FfnSite],
+    orders: list[torch.Tensor],
+    optimizer: torch.optim.Optimizer | None,
+    reference: DenseReference,
+) -> None:
+    """Permute the neurons of all FFNs, with what an optimizer remembers of them, or of none.
+
+    Raises:
+        UnsupportedModel: all experts together are no longer what they were; neurons are back in their places then.
+    """
+    permuted = 0
+    try:
+        for site, order in zip(sites, orders, strict=True):
+            permute_neurons_(site, order, optimizer)
+            permuted += 1
+        reference.compare("its neurons were permuted")
+    except Exception:
+        for site, order in zip(sites[:permuted], orders, strict=False):
+            permute_neurons_(site, order.argsort(), optimizer)
+        raise
 
 
 def start_routers_(

@@ -17,11 +17,10 @@ from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from .. import modeling
 from ..errors import UnsupportedModel
-from ..modeling.moefied import model_type_of
+from ..modeling.auto_map import auto_classes, model_type_of
 from .own_code import check_own_code, own_files, own_heads
 
 HOME = Path(modeling.__file__).parent
@@ -58,11 +57,9 @@ def heads_of(model_type: str) -> dict[str, str]:
         'AutoModelForCausalLM'
     """
     found: dict[str, list[str]] = {}
-    for name, auto in vars(modeling_auto).items():
-        if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None:
-            classes = auto._model_mapping._model_mapping.get(model_type, ())
-            for each in (classes,) if isinstance(classes, str) else classes:
-                found.setdefault(each, []).append(name)
+    for name, classes in auto_classes(model_type).items():
+        for each in classes:
+            found.setdefault(each, []).append(name)
     config = CONFIG_MAPPING[model_type]
     own = (each for each in found if _class(each, model_type).config_class is config)  # others wrap any model
     return {each: min(found[each], key=_rank) for each in own}

@@ -19,6 +19,11 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     return (inputs, outputs) if isinstance(inputs, int) and isinstance(outputs, int) else None
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Return whether a module is a Linear and nothing more: neither adapted, quantised nor offloaded."""
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
+
+
 def is_activation(module: nn.Module) -> bool:
     """Return whether a module is an activation: no parameters, no parts, and an elementwise function, not a linear
     one."""

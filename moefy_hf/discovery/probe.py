@@ -65,9 +65,8 @@ def confirmed(owner: nn.Module, candidates: Iterable[FfnSpec], sizes: tuple[int,
 
 def function_of(function: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
     """Return transformers' name of an activation function by its values; None where that is none we know."""
-    x = torch.cat(
-        [torch.linspace(-4, 4, 33, device="cpu"), torch.tensor([-50.0, -9, 9, 50], device="cpu")]
-    )  # ReLU6 is none
+    # also far from 0, where ReLU6 is no ReLU
+    x = torch.tensor([*(i / 4 for i in range(-16, 17)), -50.0, -9.0, 9.0, 50.0], device="cpu")
     for name in FUNCTIONS:
         try:
             if torch.allclose(function(x), ACT2FN[name](x), rtol=1e-5, atol=1e-6):

@@ -19,11 +19,13 @@ from ..modeling.ffn_sites import FfnSite
 from .parts import functions_of, is_activation, is_norm, linear_sizes, words
 from .probe import CannotRun, called_after, confirmed, function_of
 
+NATIVE, BOTTLENECK = "part of a native Mixture of Experts", "a bottleneck"
+OTHERS = ("an adapter", "what connects two towers", "a head")  # no FFNs of layers
 NOT_AN_FFN = {  # word in the name of a module, or of its class -> what it is
-    **dict.fromkeys(["expert", "experts", "router"], "part of a native Mixture of Experts"),
-    **dict.fromkeys(["adapter", "adapters"], "an adapter"),
-    **dict.fromkeys(["merger", "projector", "connector", "resampler", "aligner"], "what connects two towers"),
-    **dict.fromkeys(["head", "heads", "pooler", "classifier"], "a head"),
+    **dict.fromkeys(["expert", "experts", "router"], NATIVE),
+    **dict.fromkeys(["adapter", "adapters"], OTHERS[0]),
+    **dict.fromkeys(["merger", "projector", "connector", "resampler", "aligner"], OTHERS[1]),
+    **dict.fromkeys(["head", "heads", "pooler", "classifier"], OTHERS[2]),
 }
 FFN_WORDS = {"mlp", "ffn", "feedforward", "ffw"}  # of classes that one would expect here: their absence is explained
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -40,8 +42,7 @@ class LeftAlone:
     @property
     def of_a_layer(self) -> bool:
         """Whether it is the FFN of a layer, and not a head, an adapter, a bottleneck or a connection of towers."""
-        others = {f"it is {what}" for word, what in NOT_AN_FFN.items() if what != NOT_AN_FFN["experts"]}
-        return self.reason not in others and "bottleneck" not in self.reason
+        return not self.reason.startswith(tuple(f"it is {what}" for what in (*OTHERS, BOTTLENECK)))
 
 
 @dataclass
@@ -112,7 +113,7 @@ class _Finder:
         is_what = _not_an_ffn(path, type(module).__name__)
         beside = list(within.modules()) if within is not None and "shared" in words(path.rpartition(".")[2]) else []
         if any(map(_has_experts, beside)):
-            is_what = NOT_AN_FFN["expert"]
+            is_what = NATIVE
         if is_what is not None and (specs or _named_like_an_ffn(module)):
             reason, specs = f"it is {is_what}", []
         elif not specs and reason is None and _named_like_an_ffn(module) and not self.inside(module):
@@ -209,7 +210,7 @@ def _mlp(scope: Scope) -> tuple[list[FfnSpec], str | None]:
         return [], None
     f, d = scope.sizes[candidates[0].down]
     if f * 4 <= d:
-        return [], f"it is a bottleneck of {f} neurons in a width of {d}, as adapters are"
+        return [], f"it is {BOTTLENECK} of {f} neurons in a width of {d}, as adapters are"
     if type(scope.owner).forward is nn.ModuleDict.forward:  # BridgeTower's: the layer calls its parts
         return [spec for spec in candidates if spec.function is None][:1], None
     try:
@@ -227,7 +228,7 @@ def _why_none(module: nn.Module) -> str:
         if isinstance(part, CONVOLUTIONS):
             return f"it has a convolution ({type(part).__name__}) in it, for which neurons are not alike"
         if _has_experts(part):
-            return "it is part of a native Mixture of Experts"
+            return f"it is {NATIVE}"
     return "it computes something else than down(act(up(x))) or down(act(gate(x)) * up(x))"
 
 

@@ -9,6 +9,7 @@ Llama 3's scaling of positions needs `rope_freqs`, which `glm4moe` has not. `ste
 attention, and gets one more, of zeros, which adds nothing.
 """
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..errors import MoefyError
+from ..io import written_file
 from ..loading import MoefiedModel
 from .dense_gguf import FFN_PARTS, DenseGguf, Type, check_same_model, neuron_order, open_dense
 from .formats import layer_of
@@ -97,8 +99,8 @@ def check_ffns(model: MoefiedModel) -> None:
         weights, probe = site.weights(), torch.linspace(-4, 4, 33)
         if weights.gate is None or not torch.allclose(weights.act(probe), F.silu(probe), atol=1e-6):
             raise MoefyError(f"{site.name}: llama.cpp's experts are gated by SiLU (SwiGLU), this FFN is not")
-        if not site.spec.separable:
-            raise MoefyError(f"{site.name} has a norm, or drops neurons, between its projections: llama.cpp's do not")
+        if site.spec.together is not None:
+            raise MoefyError(f"{site.name} has a {site.spec.together} between its projections, llama.cpp's have none")
         if any(bias is not None for bias in (weights.gate_bias, weights.up_bias, site.down.bias)):
             raise MoefyError(f"{site.name} has biases, llama.cpp's experts have none")
 
@@ -206,25 +208,17 @@ def settings_of(source: DenseGguf, model: MoefiedModel, architecture: str) -> di
 def write(source: DenseGguf, settings: dict[str, Any], architecture: str, tensors: list[Tensor], output: Path) -> None:
     """Write a GGUF file under a temporary name, one tensor in memory at a time, and rename it."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.unfinished")
-    writer = gguf.GGUFWriter(temporary, architecture)
-    copy_metadata(source, writer, settings)
-    for tensor in tensors:
-        dtype = np.dtype({Type.F32: np.float32, Type.F16: np.float16}.get(tensor.type, np.uint8))
-        nbytes = int(np.prod(tensor.shape)) * dtype.itemsize
-        writer.add_tensor_info(tensor.name, tensor.shape, dtype, nbytes, tensor.type)
-    try:
+    with written_file(output) as temporary, closing(gguf.GGUFWriter(temporary, architecture)) as writer:
+        copy_metadata(source, writer, settings)
+        for tensor in tensors:
+            dtype = np.dtype({Type.F32: np.float32, Type.F16: np.float16}.get(tensor.type, np.uint8))
+            nbytes = int(np.prod(tensor.shape)) * dtype.itemsize
+            writer.add_tensor_info(tensor.name, tensor.shape, dtype, nbytes, tensor.type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in tqdm(tensors, desc="tensors", unit="tensor", disable=None):
             writer.write_tensor_data(np.ascontiguousarray(tensor.make()))
-        writer.close()
-        temporary.rename(output)
-    except BaseException:
-        writer.close()
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def copy_metadata(source: DenseGguf, writer: gguf.GGUFWriter, settings: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from ..discovery.parts import is_plain_linear
 from ..discovery.probe import FUNCTIONS, function_of
 from ..errors import MoefyError
 from ..loading import MoefiedModel
@@ -47,12 +47,12 @@ def check_ffn(site: FfnSite) -> None:
     Raises:
         MoefyError: it cannot; says why.
     """
-    if not site.spec.separable:
-        reason = f"its {site.spec.norm or site.spec.before} takes all neurons of a token together"
+    if site.spec.together is not None:
+        reason = f"its {site.spec.together} takes all neurons of a token together"
         raise MoefyError(f"{site.name} cannot become ONNX experts: {reason}")
     for path in site.spec.linears:
         linear = site.owner.get_submodule(path)
-        if type(linear) not in (nn.Linear, Conv1D) and type(linear).__name__ != "FalconLinear":
+        if not is_plain_linear(linear):
             kind = type(linear).__name__
             raise MoefyError(f"{site.name}.{path} is a {kind}: merge adapters, and export before quantising")
     if function_of(site.act.inner) is None:

@@ -13,6 +13,16 @@ def model_type_of(cls: type[PreTrainedModel]) -> str:
     return cast(type[PreTrainedConfig], cls.config_class).model_type  # only the base class has no config class
 
 
+def auto_classes(model_type: str) -> dict[str, tuple[str, ...]]:
+    """Return the Auto classes that have models of a type: {"AutoModelForMaskedLM": ("BertForMaskedLM",)}."""
+    found = {}
+    for name, auto in vars(modeling_auto).items():
+        if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None:
+            stock = auto._model_mapping._model_mapping.get(model_type, ())
+            found[name] = stock if isinstance(stock, tuple) else (stock,)
+    return {name: stock for name, stock in found.items() if stock}
+
+
 def heads_in(module: ModuleType, mixin: type, own: type[PreTrainedModel]) -> dict[str, str]:
     """Return every MoEfied head that a module has, under all AutoModel names that its stock class has.
 
@@ -26,12 +36,10 @@ def heads_in(module: ModuleType, mixin: type, own: type[PreTrainedModel]) -> dic
     stem = module.__name__.rpartition(".")[2]
     heads = {c.__name__.removeprefix("Moefied"): f"{stem}.{c.__name__}" for c in classes}
     names = {str(vars(c)["_auto_class"]): f"{stem}.{c.__name__}" for c in classes}
-    for name, auto in vars(modeling_auto).items():
-        if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None:
-            stock = auto._model_mapping._model_mapping.get(model_type_of(own))
-            for head in reversed(stock) if isinstance(stock, tuple) else (stock,):
-                if head in heads:
-                    names[name] = heads[head]
+    for name, stock in auto_classes(model_type_of(own)).items():
+        for head in reversed(stock):
+            if head in heads:
+                names[name] = heads[head]
     if own in classes:
         names[str(own._auto_class)] = heads[own.__name__.removeprefix("Moefied")]
     return names

@@ -44,9 +44,9 @@ class FfnSpec:
         return [path for path in (self.gate, self.up, self.down) if path is not None]
 
     @property
-    def separable(self) -> bool:
-        """Whether what a neuron gives does not depend on other neurons."""
-        return self.before is None and self.norm is None
+    def together(self) -> str | None:
+        """What takes all neurons of a token together, so that experts cannot be computed alone; None: nothing does."""
+        return self.norm or self.before
 
     def to_dict(self) -> dict[str, Any]:
         """Return what differs from the defaults, for a config."""

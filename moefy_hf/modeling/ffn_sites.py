@@ -171,7 +171,12 @@ def place_of(model: PreTrainedModel, name: str, *, numbered: bool = False) -> st
     """
     if model.base_model_prefix and model.base_model is not model:
         name = name.removeprefix(f"{model.base_model_prefix}.")
-    return name if numbered else ".".join("*" if part.isdigit() else part for part in name.split("."))
+    return name if numbered else starred(name)
+
+
+def starred(name: str) -> str:
+    """Return a module's name with * for the numbers of layers."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def stacks_of(sites: Iterable[FfnSite]) -> dict[str, list[FfnSite]]:

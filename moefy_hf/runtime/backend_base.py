@@ -52,8 +52,9 @@ class Backend:
 
     def __init__(self, site: FfnSite):
         self.site, self.act = site, site.act
-        paths = filter(None, (site.spec.gate, site.spec.up, site.spec.down))
-        self.linears: list[Any] = [site.owner.get_submodule(path) for path in paths]  # found once: decoding is hurried
+        # found once: decoding is hurried
+        self.linears: list[Any] = [site.owner.get_submodule(path) for path in site.spec.linears]
+        self.activation = kernel_activation(site.act.inner)
         self.cache: tuple[tuple, Any] | None = None
 
     def __getstate__(self) -> dict:
@@ -89,7 +90,7 @@ class Backend:
     def misfit(cls, site: FfnSite) -> str | None:
         """Return why an FFN of plain Linears cannot run by this backend, if it cannot."""
         device, dtype = cls.device_type(), site.down.weight.dtype
-        for path in filter(None, (site.spec.gate, site.spec.up, site.spec.down)):
+        for path in site.spec.linears:
             for parameter in site.owner.get_submodule(path).parameters():
                 if type(parameter) is not torch.nn.Parameter or parameter.device.type != device:
                     where = "the CPU" if device == "cpu" else device

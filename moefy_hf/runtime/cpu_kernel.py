@@ -8,7 +8,7 @@ from moefy_ffn.build import library
 
 from ..modeling.routers import router_facts
 from ..modeling.selection import kernel_name_of, threshold_of
-from .backend_base import Backend, expert_means, kernel_activation
+from .backend_base import Backend, expert_means
 
 
 class CpuKernel(Backend):
@@ -81,7 +81,7 @@ class CpuKernel(Backend):
             weights.up,
             weights.down.t(),
             expert_size=act.expert_size,
-            activation=kernel_activation(weights.act),
+            activation=self.activation,
             shared=act.shared,
             gate=weights.gate,
             up_bias=weights.up_bias,

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from ..discovery.parts import is_plain_linear
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.moefied import base_layer
 from ..modeling.routed_activation import PerThread
@@ -46,7 +47,7 @@ class SparseFfn:
         self.backend, self.auto = backend, auto
         self.site, self.act, self.linears = backend.site, backend.act, backend.linears
         spec = self.site.spec
-        self.places = [self.place(path) for path in (spec.gate, spec.up, spec.down, spec.act) if path]
+        self.places = [self.place(path) for path in (*spec.linears, spec.act)]
         self.width = self.site.sizes[1]
         self.call = Call()
 
@@ -118,9 +119,9 @@ class SparseFfn:
         return type(down).forward(down, h) if y is None else y
 
     def placeholders(self, parts: int = 1) -> torch.Tensor:
-        """Return (..., parts * f) numbers, whatever they are: nothing is made of them."""
+        """Return (..., parts * f) zeros, of which nothing is made: one number in memory, so that they cost nothing."""
         y = cast(torch.Tensor, self.call.y)
-        return y.new_empty(*y.shape[:-1], parts * self.width)
+        return y.new_zeros(()).expand(*y.shape[:-1], parts * self.width)
 
     # When it does not run
 
@@ -164,15 +165,14 @@ def sparse_ffn_of(site: FfnSite) -> SparseFfn | None:
 
 def misfit(site: FfnSite, backend: type[Backend]) -> str | None:
     """Return why an FFN cannot run by a backend, if it cannot."""
-    if not site.spec.separable:
-        return f"its {site.spec.norm or site.spec.before} takes all neurons of a token together"
-    for path in filter(None, (site.spec.gate, site.spec.up, site.spec.down)):
+    if site.spec.together is not None:
+        return f"its {site.spec.together} takes all neurons of a token together"
+    for path in site.spec.linears:
         linear = site.owner.get_submodule(path)
         if is_sharded(linear):
             return f"{path}: {SHARDED}"
         own = getattr(vars(linear).get("forward"), "__self__", None)
-        plain = type(linear) in (nn.Linear, Conv1D) or type(linear).__name__ == "FalconLinear"
-        if not plain or not isinstance(own, SparseFfn | None):
+        if not is_plain_linear(linear) or not isinstance(own, SparseFfn | None):
             return f"{path} is a {type(linear).__name__}, adapted, quantised or offloaded: only plain Linears can"
     return backend.misfit(site)
 

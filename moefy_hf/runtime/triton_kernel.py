@@ -7,7 +7,7 @@ import torch
 
 from ..modeling.routed_activation import RoutedActivation
 from ..modeling.routers import handed_scores
-from .backend_base import Backend, kernel_activation
+from .backend_base import Backend
 
 TRITON_EXTRA = "pip install 'moefy-hf[triton]'"
 
@@ -62,7 +62,7 @@ class TritonKernel(Backend):
             weights.down.t().to(dtype),
             selected_experts(act, x),
             expert_size=act.expert_size,
-            activation=kernel_activation(weights.act),
+            activation=self.activation,
             gate=cast(weights.gate),
             up_bias=cast(weights.up_bias),
             gate_bias=cast(weights.gate_bias),

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from ..config import MoEficationConfig
 from ..conversion.budgets import COMPARING_PREDICTIONS
 from ..conversion.checks import check_convertible, check_predictions, with_allocation
-from ..conversion.pipeline import install_routers_
+from ..conversion.pipeline import install_alone_
 from ..errors import MoefyError, UnsupportedModel
 from ..loading import MoefiedModel
 from ..measure.metrics import unwrapped
@@ -115,8 +115,8 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         if is_moefied(model):
             self.check_same(Section(model.config).values)
         else:
-            check_convertible(model, self.config, True)
-            install_routers_(model, self.config.section())
+            sites, _ = check_convertible(model, self.config, True)
+            install_alone_(model, self.config, sites)
             Section(model.config).splits = 0
         self.section = Section(model.config).values
 

@@ -15,6 +15,7 @@ from moefy_hf.discovery.search import search
 from moefy_hf.discovery.towers import tower_of
 from moefy_hf.measure.contexts import hooked
 from moefy_hf.measure.made_up_inputs import made_up_batch
+from moefy_hf.modeling.ffn_sites import starred
 
 TOLERANCE = 1e-5  # of the largest output
 
@@ -121,7 +122,7 @@ def _training_step(model: PreTrainedModel, part: str, batch: dict[str, torch.Ten
 
 def _reasons(left: list[Any]) -> dict[str, str]:
     """Reason by place, with * for the numbers of layers."""
-    return {".".join("*" if part.isdigit() else part for part in each.name.split(".")): each.reason for each in left}
+    return {starred(each.name): each.reason for each in left}
 
 
 def _why_none(left: dict[str, str]) -> str:
