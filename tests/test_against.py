@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+import speed_blocks
 import torch
 from gguf_files import DOUBLE, write_dense
 from tiny import convert, tiny_model
@@ -29,12 +30,13 @@ MODELS = {  # kind of model -> tiny model, head, changes
     "decoder": ("llama-without-biases", CAUSAL, {**DOUBLE, "use_cache": True, "vocab_size": 259}),
     "encoder-decoder": ("t5", SEQ2SEQ, {"use_cache": True}),
 }
-ERRORS = {"onnxruntime": 1e-4, "onnxruntime-int8": 0.25, "llama.cpp": 1e-4, "llama.cpp-q8_0": 0.1}
-ERRORS |= {"torchao-int8": 0.25, "PyTorch": 1e-4}  # of the largest output; int8 also routes some tokens otherwise
+# of a row's length: of the worst row in float32, of the median one in 8 bits, where some tokens are routed otherwise
+ERRORS = {"PyTorch": 1e-4, "onnxruntime": 1e-4, "llama.cpp": 1e-4}
+MEDIANS = {"onnxruntime-int8": 0.1, "llama.cpp-q8_0": 0.03, "torchao-int8": 0.1}
 
 
 def words_of(number: int) -> str:
-    return " ".join(f"w{3 + (7 * number + place * place) % 90}" for place in range(4 + number % 5))
+    return " ".join(f"w{3 + (7 * number + place * place) % 90}" for place in range(6 + number % 5))
 
 
 @pytest.fixture(params=MODELS)
@@ -119,8 +121,13 @@ def test_engines_compute_what_the_models_do(name, moe, tmp_path):
     torch.testing.assert_close(dense, before[0], rtol=1e-4, atol=1e-4)
     for ours, expected in zip(found, before, strict=True):
         assert ours.shape == expected.shape
-        assert (ours - expected).norm() <= ERRORS[name] * expected.norm()
-    assert (found[0] - found[1]).norm() > 2 * ERRORS[name] * before[0].norm() or ERRORS[name] > 0.01
+        errors = distances(ours, expected)
+        assert errors.max() <= ERRORS[name] if name in ERRORS else 1e-5 < errors.median() <= MEDIANS[name]
+    assert distances(*before).median() > 1.5 * (ERRORS | MEDIANS)[name]  # dense and MoEfied are two things
+
+
+def distances(ours: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    return (ours - expected).norm(dim=-1) / expected.norm(dim=-1)
 
 
 def base_of(made):
@@ -151,7 +158,7 @@ def test_rows(kind, tmp_path):
     quality = {}
     for row in found["rows"]:
         quality.setdefault(row["model"], row["quality"])
-        assert row["quality"] == pytest.approx(quality[row["model"]], rel=1e-3)  # the same in every engine
+        assert row["quality"] == pytest.approx(quality[row["model"]], rel=1e-4)  # the same in every engine
         assert row["rounds"] == 2 and row["milliseconds"] > 0
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["milliseconds"] * 1e3)
         if row["model"] == "dense":
@@ -159,7 +166,7 @@ def test_rows(kind, tmp_path):
     if kind == "hidden states":
         assert quality["dense"] == pytest.approx(1) and quality["MoEfied"] < 0.999
     if kind == "decoder":
-        assert quality["dense"] != pytest.approx(quality["MoEfied"], rel=1e-2)
+        assert quality["dense"] != pytest.approx(quality["MoEfied"], rel=1e-3)
     assert found["settings"]["experts"] == pytest.approx(0.5 if kind == "decoder" else 1 / 3)
 
 
@@ -258,3 +265,21 @@ def test_a_file_after_json_is_an_output(tmp_path, capsys):
     flags = ["--against", "onnxruntime", "--batch_sizes", "1", "--rounds", "1"]
     main(["bench", str(folder), "--data", str(data), *flags, "--json", str(out)])
     assert json.loads(out.read_text())["rows"] and "--json is --output now" in capsys.readouterr().err
+
+
+def test_the_table_of_the_pages(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed_blocks, "SPEED", tmp_path)
+    assert speed_blocks.against() == ""
+    names = [(engine, which) for engine in ("PyTorch", "llama.cpp") for which in ("dense", "MoEfied")]
+    rows = [
+        {"work": work, "batch": 1, "engine": engine, "model": which, "ratio": 1 + place, "quality": 20.5 - place}
+        for work in ("prompt", "generate")
+        for place, (engine, which) in enumerate(names)
+    ]
+    settings = {"quality": "perplexity", "experts": 0.25}
+    found = {"settings": settings, "versions": {"PyTorch": "2", "llama.cpp": "1"}, "rows": rows}
+    (tmp_path / "against_smollm2.json").write_text(json.dumps(found))
+    *_, pytorch, llama = speed_blocks.against().splitlines()
+    prose = "| SmolLM2-135M, prose | 25% |"
+    assert pytorch == f"{prose} PyTorch |  |  | 1.00, 2.00 | 1.00, 2.00 | perplexity 20.5, 19.5 |"
+    assert llama == f"{prose} llama.cpp |  |  | 3.00, 4.00 | 3.00, 4.00 | perplexity 18.5, 17.5 |"

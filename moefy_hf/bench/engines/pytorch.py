@@ -1,5 +1,6 @@
 """PyTorch, which everything is compared with: the dense model by transformers, and the MoEfied one by this package."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -25,14 +26,18 @@ class TorchLanguageModel:
     def __init__(self, model: PreTrainedModel):
         self.model, self.cache = model, None
         self.keeps = cast(Any, model)._supports_logits_to_keep()
+        names = inspect.signature(model.forward).parameters
+        self.cached = "cache" if "cache" in names else "past_key_values"  # as older versions of transformers call it
 
     def forget(self) -> None:
         self.cache = None
 
     def read(self, ids: torch.Tensor, last: bool = False) -> torch.Tensor:
-        few = {"logits_to_keep": 1} if last and self.keeps else {}
-        output = self.model(input_ids=ids[None], past_key_values=self.cache, use_cache=True, **few)
-        self.cache = output.past_key_values
+        given: dict[str, Any] = {self.cached: self.cache, "use_cache": True}
+        if last and self.keeps:
+            given["logits_to_keep"] = 1
+        output = self.model(input_ids=ids[None], **given)
+        self.cache = output[self.cached]
         return output.logits[0, -1:] if last else output.logits[0]
 
 
