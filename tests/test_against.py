@@ -226,6 +226,7 @@ def test_command_line(tmp_path, capsys):
             ["moe", "--data", "x", "--against", "onnxruntime", "--tokens", "1", "--dtype", "float32"],
             "--dtype, --tokens",
         ),
+        (["m", "--data", "x", "--against", "onnxruntime", "--dense", "x"], "is for llama.cpp, llama.cpp-q8_0"),
         (["moe", "--batch_sizes", "1"], "--batch_sizes belong to --against"),
         (["moe", "--data", "x", "--against", "onnxruntime", "--k", "2"], r"(--k) must lie in (0, 1]"),
         (["moe", "--data", "x", "--against", "onnxruntime", "--generate", "0", "2"], "prompt must be positive"),

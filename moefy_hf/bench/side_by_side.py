@@ -37,7 +37,7 @@ class SideBySide:
         threads: of the CPU.
 
     Raises:
-        MoefyError: an unknown engine, one that is not installed, or a number out of range.
+        MoefyError: an unknown engine, one that is not installed, a file that none reads, or a number out of range.
 
     Example:
         >>> given = SideBySide("my-moe", ("onnxruntime",), Reading("test.csv"))
@@ -55,6 +55,9 @@ class SideBySide:
             if name not in ENGINES:
                 raise MoefyError(f"unknown engine {name!r}; choose from {', '.join(ENGINES)}")
             ENGINES[name].check_installed()
+        if self.gguf is not None and not any(ENGINES[name].reads_gguf for name in self.engines):
+            readers = ", ".join(name for name, engine in ENGINES.items() if engine.reads_gguf)
+            raise MoefyError(f"a dense GGUF file (--dense) is for {readers}")
         reading = self.reading
         numbers = {"batch_sizes": min(reading.batch_sizes, default=0), "max_length": reading.max_length}
         numbers |= {"max_rows": reading.max_rows or 1, "prompt": reading.prompt, "new_tokens": reading.new_tokens}

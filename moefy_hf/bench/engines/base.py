@@ -95,12 +95,14 @@ class Engine(ABC):
         distribution: whose version is noted.
         extra: of this package, which installs it.
         kinds: of models that it runs.
+        reads_gguf: whether it wants the dense model's file for llama.cpp.
     """
 
     modules: tuple[str, ...]
     distribution: str
     extra: str
     kinds: tuple[str, ...]
+    reads_gguf = False
 
     def __init__(self, name: str):
         self.name = name

@@ -9,16 +9,17 @@ import numpy as np
 import torch
 
 from ...errors import MoefyError
-from ...exporters.export import export_gguf
+from ...exporters.export import check_routing, check_sizes, export_gguf
 from ...loading import MoefiedModel
 from .base import LANGUAGE_MODEL, Engine, Running, Subject
 
 
 def quiet() -> Any:
-    """Return the module llama_cpp, which from now on prints errors alone."""
+    """Return the module llama_cpp, ready, which from now on prints errors alone."""
     import llama_cpp
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    llama_cpp.llama_backend_init()
     return llama_cpp
 
 
@@ -90,6 +91,7 @@ class LlamaCpp(Engine):
 
     modules, distribution, extra = ("llama_cpp", "gguf"), "llama-cpp-python", "llama-cpp"
     kinds = (LANGUAGE_MODEL,)
+    reads_gguf = True
 
     def __init__(self, name: str, q8_0: bool):
         super().__init__(name)
@@ -99,6 +101,8 @@ class LlamaCpp(Engine):
         super().check(model, gguf)
         from ...exporters.dense_gguf import check_same_model, open_dense
 
+        check_routing(model, self.name, model.moe_sites()[0].act.num_experts)
+        check_sizes(model)
         check_same_model(open_dense(gguf), model)
 
     def dense(self, subject: Subject) -> Running:
