@@ -13,10 +13,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moefy_hf.bench import Reading, SideBySide, bench_against
 from moefy_hf.bench.engines import ENGINES, PYTORCH, base
-from moefy_hf.bench.models import variants
+from moefy_hf.bench.engines.onnx_runtime import OnnxRuntime
+from moefy_hf.bench.engines.pytorch import running
+from moefy_hf.bench.models import checkpoint_models, variants
 from moefy_hf.bench.side_by_side import rows_of
 from moefy_hf.bench.tasks import TASKS, Timed
-from moefy_hf.cli.main import main
+from moefy_hf.cli.main import main, renamed
 from moefy_hf.errors import MoefyError
 from moefy_hf.measure.contexts import all_experts
 
@@ -69,8 +71,6 @@ def given(moe, engines, **changes) -> SideBySide:
 
 
 def subject(moe, folder) -> base.Subject:
-    from moefy_hf.bench.models import checkpoint_models
-
     side = given(moe, ())
     dense, model = checkpoint_models(side.settings)
     task = TASKS[base.kind_of(dense)](side.reading, dense, AutoTokenizer.from_pretrained(moe[0]), progress=False)
@@ -78,18 +78,18 @@ def subject(moe, folder) -> base.Subject:
     return base.Subject(dense, model, auto, task.batches[:1], folder, 64, 1, str(moe[2]) if moe[2] else None)
 
 
-def outputs(running, subject) -> torch.Tensor:
+def outputs(model, subject) -> torch.Tensor:
     """What a model gives for a batch: logits, or hidden states of what is no padding."""
     batch = subject.batches[0]
     if subject.kind == base.ENCODER:
-        output = running(batch)
+        output = model(batch)
         return output["logits"] if "logits" in output else output["last_hidden_state"][batch["attention_mask"] == 1]
     if subject.kind == base.LANGUAGE_MODEL:
         ids = batch["input_ids"][0]
-        running.read(ids)  # which has to be forgotten
-        running.forget()
-        return torch.cat([running.read(ids[:3]), running.read(ids[3:4], last=True), running.read(ids[4:])])
-    return running.encode(batch)[batch["attention_mask"] == 1]
+        model.read(ids)  # which has to be forgotten
+        model.forget()
+        return torch.cat([model.read(ids[:3]), model.read(ids[3:4], last=True), model.read(ids[4:])])
+    return model.encode(batch)[batch["attention_mask"] == 1]
 
 
 def installed(name: str) -> bool:
@@ -132,8 +132,6 @@ def distances(ours: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 
 def base_of(made):
     """The masked model in PyTorch."""
-    from moefy_hf.bench.engines.pytorch import running
-
     return running(made.moefied)
 
 
@@ -146,7 +144,7 @@ WORK |= {base.ENCODER_DECODER: [("forward", 1), ("forward", 3), ("generate", 1),
 @pytest.mark.parametrize("kind", MODELS)
 def test_rows(kind, tmp_path):
     moe = saved(kind, tmp_path)
-    engines = {"decoder": ["llama.cpp"], "encoder-decoder": []}.get(kind, ["onnxruntime"])
+    engines = {"decoder": ("llama.cpp",), "classifier": ("onnxruntime",)}.get(kind, ())
     engines = tuple(name for name in engines if installed(name))
     found = bench_against(given(moe, engines), progress=False)
     assert found["settings"]["quality"] == QUALITY[kind] and {*found["versions"]} == {"PyTorch", *engines}
@@ -203,7 +201,9 @@ def test_texts_without_labels_are_compared_with_dense(tmp_path):
         assert found["settings"]["quality"] == "agreement" and found["rows"][0]["quality"] == 1
 
 
-def test_command_line(tmp_path, capsys):
+def test_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(OnnxRuntime, "dense", lambda engine, subject: PYTORCH.dense(subject))  # which is fast to make
+    monkeypatch.setattr(OnnxRuntime, "moefied", lambda engine, subject: PYTORCH.moefied(subject))
     folder, data, _ = saved("classifier", tmp_path)
     files = [tmp_path / "out.json", tmp_path / "out.csv"]
     flags = ["--batch_sizes", "1", "2", "--rounds", "2", "--output", *map(str, files), "--k", "0.5"]
@@ -260,12 +260,13 @@ def test_what_a_prompt_or_a_dense_file_lacks(tmp_path, monkeypatch):
             bench_against(side, progress=False)
 
 
-def test_a_file_after_json_is_an_output(tmp_path, capsys):
-    folder, data, _ = saved("classifier", tmp_path)
-    out = tmp_path / "old.json"
-    flags = ["--against", "onnxruntime", "--batch_sizes", "1", "--rounds", "1"]
-    main(["bench", str(folder), "--data", str(data), *flags, "--json", str(out)])
-    assert json.loads(out.read_text())["rows"] and "--json is --output now" in capsys.readouterr().err
+def test_a_file_after_json_is_an_output(capsys):
+    """In version 0.1 `--json` of bench named a file."""
+    assert renamed(["bench", "moe", "--json", "out.json"]) == ["bench", "moe", "--output", "out.json"]
+    assert renamed(["bench", "moe", "--json=out.json"]) == ["bench", "moe", "--output=out.json"]
+    assert capsys.readouterr().err.count("--json is --output now") == 2
+    for same in (["bench", "--json", "moe"], ["bench", "moe", "--json"], ["sweep", "--json", "out.json"]):
+        assert renamed(same) == same and not capsys.readouterr().err
 
 
 def test_the_table_of_the_pages(tmp_path, monkeypatch):
