@@ -6,6 +6,7 @@ import json
 import pytest
 import speed_blocks
 import torch
+from batches import text_batches
 from gguf_files import DOUBLE, write_dense
 from tiny import convert, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -51,7 +52,10 @@ def saved(kind: str, tmp_path):
     name, head, changes = MODELS[kind]
     model = tiny_model(name, head, **changes)
     gguf = write_dense(model, tmp_path / "dense.gguf") if kind == "decoder" else None
-    convert(model, 2, expert_size=32 if kind == "decoder" else 8)
+    if kind == "decoder":  # as llama.cpp wants it
+        convert(model, 2, text_batches(8), router="linear", expert_size=32)
+    else:
+        convert(model, 2)
     model.save_pretrained(tmp_path / "moe")
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(99)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
