@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from moefy_hf import export
 from moefy_hf.errors import MoefyError, UnsupportedModel, VerificationError
-from moefy_hf.exporters import onnx_export, onnx_ffn
+from moefy_hf.exporters import onnx_export, onnx_ffn, onnx_graphs
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -183,7 +183,7 @@ def test_int8_rows_are_as_close_as_a_byte():
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_large_models_have_a_second_file(int8, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_export, "LARGEST_FILE", 0)
+    monkeypatch.setattr(onnx_graphs, "LARGEST_FILE", 0)
     model = tiny_model("bert", CLASSIFIER, hidden_act="relu")
     convert(model, 2)
     export(model, tmp_path / "out", "onnx", int8=int8)
