@@ -1,6 +1,7 @@
 """A model as a function of tensors alone, which is what torch.onnx writes: its cache as keys and values, in order."""
 
 import inspect
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -73,7 +74,8 @@ def cache_name(model: nn.Module) -> str:
 
 def tensors_of(cache: DynamicCache) -> list[torch.Tensor]:
     """Return the keys and the values (B, heads, T, width) of every layer in turns."""
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    layers = cast(list[Any], cache.layers)  # of which there are kinds without keys
+    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
 def by_layer(own: DynamicCache, cross: DynamicCache) -> list[torch.Tensor]:

@@ -147,7 +147,7 @@ def axes_of(name: str, value: torch.Tensor) -> dict[int, str]:
 # ---- decoders
 
 
-def decoder_parts(model: MoefiedModel, batches: list[Batch]) -> list[Part]:
+def decoder_parts(model: MoefiedModel, batches: list[Mapping[str, Any]]) -> list[Part]:
     """Return the file of a decoder; it is traced with several tokens after a past."""
     examples = [example for batch in batches for example in decoder_examples(model, batch)]
     inputs = [name for name in examples[0].inputs if not name.startswith("past_")]
@@ -189,7 +189,7 @@ def decoder_examples(model: MoefiedModel, batch: Mapping[str, Any]) -> list[Exam
 # ---- encoder-decoders
 
 
-def encoder_decoder_parts(model: MoefiedModel, batches: list[Batch]) -> list[Part]:
+def encoder_decoder_parts(model: MoefiedModel, batches: list[Mapping[str, Any]]) -> list[Part]:
     """Return the three files of an encoder-decoder."""
     examples = [encoder_decoder_examples(model, batch) for batch in batches]
     encoders, starts = [found[0] for found in examples], [found[1] for found in examples]
@@ -218,8 +218,8 @@ def encoder_decoder_examples(model: MoefiedModel, batch: Mapping[str, Any]) -> l
         UnsupportedModel: the model reads no texts.
     """
     if not {"input_ids", "decoder_input_ids"} <= set(batch):
-        names = ", ".join(batch)
-        raise UnsupportedModel(f"{model._get_name()} reads {names}: ONNX encoder-decoders are written of texts")
+        read = ", ".join(batch)
+        raise UnsupportedModel(f"{model._get_name()} reads {read}: ONNX encoder-decoders are written of texts")
     ids, targets = batch["input_ids"], batch["decoder_input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids))
     own, cross = DynamicCache(), DynamicCache()
