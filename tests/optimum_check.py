@@ -25,6 +25,9 @@ import torch
 TEXTS = ["7 8 9 10 11", "12 13 14 15 16"]  # of equal length: nothing is padded
 NEW = 16  # tokens
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnxruntime", "sentence-transformers")
+ONE = {"num_hidden_layers": 1}
+ONE_EACH = {"encoder_layers": 1, "decoder_layers": 1}
+CHANGES = {"t5": {"num_layers": 1, "num_decoder_layers": 1}, "bart": ONE_EACH, "gpt2": {"n_layer": 1}}
 GENERATES = {"t5": "Seq2SeqLM", "bart": "Seq2SeqLM", "gpt2": "CausalLM", "llama": "CausalLM", "opt": "CausalLM"}
 CLOSE, INT8_CLOSE = 1e-4, 0.3  # of the largest number
 LIMITS = {"do_sample": False, "num_beams": 1, "min_new_tokens": NEW, "max_new_tokens": NEW}
@@ -62,7 +65,7 @@ def write_models(folder: Path, int8: bool) -> None:
     heads = {"classifier": ("bert", "AutoModelForSequenceClassification"), "sentences": ("bert", "AutoModel")}
     heads |= {name: (name, f"AutoModelFor{head}") for name, head in GENERATES.items()}
     for name, (architecture, head) in heads.items():
-        model = tiny_model(architecture, head)
+        model = tiny_model(architecture, head, **CHANGES.get(architecture, ONE))
         convert(model, 2)
         export(model, folder / name, "onnx", tokenizer=tokenizer, int8=int8, timing=False)
         with torch.no_grad():

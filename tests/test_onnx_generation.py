@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from analysis.planted import number_tokenizer
 from tiny import VOCAB, convert, tiny_model
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from moefy_hf import export
 from moefy_hf.errors import MoefyError, UnsupportedModel, VerificationError
-from moefy_hf.exporters import onnx_ffn, onnx_times
+from moefy_hf.exporters import onnx_export, onnx_ffn, onnx_times
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -285,15 +286,11 @@ def test_graphs_are_timed(tmp_path, monkeypatch):
     assert len([*(tmp_path / "out").rglob("*.onnx")]) == 1
 
 
-@pytest.mark.parametrize(
-    ("ratios", "line"),
-    [
-        ({"1": 1.25, "8": 2.0}, "times as fast as dense: one text 1.25, 8 texts 2.00"),
-        ({"1": 0.5, "8": 2.0}, "times as fast as dense: one text 0.50, 8 texts 2.00; slower than dense at one text"),
-    ],
-)
-def test_slow_exports_say_so(ratios, line):
-    assert onnx_times.times_line({"texts": ratios}) == line
+@pytest.mark.parametrize("ratio", [0.5, 1.25])
+def test_slow_exports_say_so(ratio):
+    line = onnx_times.times_line({"texts": {"1": ratio, "8": 2.0}})
+    assert f"{ratio:.2f}" in line and "2.00" in line
+    assert ("slower than dense at one text" in line) == (ratio < 1)
 
 
 def test_a_decoder_that_differs_is_not_written(tmp_path, monkeypatch):
@@ -314,6 +311,20 @@ def test_given_batches_are_compared(tmp_path):
     given = [{"input_ids": ids(2, 9), "attention_mask": mask}]
     found = Exported(model, tmp_path / "out", batches=given).facts
     assert 0 < found["largest_difference"] <= 1e-5
+
+
+def test_tokenizers_are_readable_by_transformers_4(tmp_path):
+    """It knows no TokenizersBackend, and wants a dict where version 5 has a list of further special tokens."""
+    tokenizer = number_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["7"]})
+    tokenizer.save_pretrained(tmp_path)
+    onnx_export.tokenizer_for_optimum(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in settings
+    assert settings["additional_special_tokens"] == ["7"]
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.get_vocab() == tokenizer.get_vocab() and again.all_special_tokens == tokenizer.all_special_tokens
+    assert again("5 7 9").input_ids == tokenizer("5 7 9").input_ids
 
 
 def test_models_that_also_look_are_refused(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from .formats import EXPORT_FORMATS, ExportFormat, own_tensors
 from .onnx_export import check_onnx, write_onnx
 
 OTHERS = ("onnx", "gguf", "dense")  # targets that are no served architecture
+LLAMA_CPP = ("llama", "mistral", "qwen2", "qwen3")  # what "gguf" is written of
 
 if TYPE_CHECKING:
     from .llama_cpp import GgufReport
@@ -86,6 +87,15 @@ def export(
         tensors = own_tensors(model) if export_format is None else export_format.tensors(model)
         write_shards(tensors, folder, max_shard_bytes)
     return output_dir
+
+
+def targets_of(model: PreTrainedModel) -> list[str]:
+    """Return the targets that have an architecture; how a model is routed may still rule some of them out."""
+    kind = model.config.model_type
+    targets = [name for name, each in EXPORT_FORMATS.items() if kind in each.sources]
+    if model.main_input_name in ("input_ids", "pixel_values") and not model.config.sub_configs:
+        targets.append("onnx")
+    return [*targets, *["gguf"] * (kind in LLAMA_CPP), "dense"]
 
 
 def checked_format(model: MoefiedModel, to: str | None) -> ExportFormat | None:

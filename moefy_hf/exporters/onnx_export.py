@@ -58,7 +58,7 @@ def write_onnx(
 
     Args:
         model: it has passed `check_onnx`.
-        folder: that gets the files.
+        folder: that gets the files; it may have a tokenizer, which transformers 4 can read then.
         int8: whether matrices become 8-bit; routers stay in float32.
         batches: inputs on which the graphs are compared with the model; made up by default.
         timing: whether the graphs are timed against those of the dense model.
@@ -72,6 +72,7 @@ def write_onnx(
         UnsupportedModel: torch.onnx cannot write its graph, or its inputs are neither texts nor images.
         VerificationError: a graph gives something else than the model.
     """
+    tokenizer_for_optimum(folder)
     operators: dict[str, str] = {}
     found: dict[str, tuple[float, float]] = {}
     with masked(model), evaluating(model), torch.no_grad():
@@ -94,6 +95,22 @@ def write_onnx(
             facts["times_dense"] = times_of(model, folder, int8, progress)
     (folder / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return facts
+
+
+def tokenizer_for_optimum(folder: Path) -> None:
+    """Let transformers 4, which optimum needs, read the tokenizer in a folder, too.
+
+    Version 5 has one more class of tokenizers, and another name for further special tokens. It reads both.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def differences(path: Path, examples: list[Example]) -> dict[str, tuple[float, float]]:
