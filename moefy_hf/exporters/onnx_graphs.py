@@ -93,14 +93,17 @@ def quantise(graph: Any, path: Path, large: bool) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
+    from .onnx_experts import PREFIX
+
     add_pre_process_metadata(graph)  # torch.onnx has optimised it
     routers = [node.name for node in graph.graph.node if of_router(node)]
+    experts = [node.name for node in graph.graph.node if node.name.startswith(PREFIX)]  # are 8-bit already
     quantize_dynamic(
         graph,
         path,
         op_types_to_quantize=["MatMul", "Gather"],
         weight_type=QuantType.QInt8,
-        nodes_to_exclude=[*routers, *(f"{name}_MatMul" for name in routers)],
+        nodes_to_exclude=[*experts, *routers, *(f"{name}_MatMul" for name in routers)],
         use_external_data_format=large,
         extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what MoE gives, which it cannot know
     )
