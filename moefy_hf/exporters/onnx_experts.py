@@ -1,7 +1,7 @@
 """Experts as products of their own: the tokens of each expert are gathered, computed by themselves, and added.
 
-They are added one expert after the other: ONNX Runtime's ScatterND adds rows in several threads, and loses some where a
-token has more than one.
+They are added one expert after the other. ONNX Runtime's ScatterND adds rows in several threads, and loses some where
+a token has more than one.
 
 This is exact for every selection and activation. No product is made for experts that a token does not run. In float32
 all operators are standard ones. In 8 bits, products are ONNX Runtime's: tokens are quantised once for all experts,
