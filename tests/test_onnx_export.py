@@ -129,14 +129,27 @@ def test_shared_experts_and_means_come_along(act, shared, tmp_path):
     assert difference(model, running, inputs) > 1e-3
 
 
-def test_dynamic_selections_have_their_operators(tmp_path):
-    model = tiny_model("bert", CLASSIFIER, hidden_act="relu")
+@pytest.mark.parametrize(("activation", "operator"), [("relu", "MoE"), ("gelu", "Experts")])
+def test_dynamic_selections_have_their_operators(activation, operator, tmp_path):
+    model = tiny_model("bert", CLASSIFIER, hidden_act=activation)
     convert(model, 2, text_batches(8), router="mlp")
     model.set_selection(type="top_p", p=0.5)
     export(model, tmp_path / "out", "onnx")
     facts = json.loads((tmp_path / "out" / "moefy_onnx.json").read_text())
-    assert {*facts["operators"].values()} == {"Experts"}
+    assert {*facts["operators"].values()} == {operator}
     assert difference(model, session(tmp_path / "out"), inputs_of("bert", CLASSIFIER, 3, 9)) <= 1e-5
+
+
+@pytest.mark.parametrize(("name", "changes"), [("bert", {"hidden_act": "relu"}), ("llama", {})])
+def test_large_experts_are_products(name, changes, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_ffn, "LARGE", 8)
+    model = tiny_model(name, CLASSIFIER, num_hidden_layers=1, **changes)
+    convert(model, 2)
+    export(model, tmp_path / "out", "onnx")
+    facts = json.loads((tmp_path / "out" / "moefy_onnx.json").read_text())
+    assert {*facts["operators"].values()} == {"Experts"}
+    for rows, length in ((1, 1), (3, 13)):
+        assert difference(model, session(tmp_path / "out"), inputs_of(name, CLASSIFIER, rows, length)) <= 1e-5
 
 
 def test_layers_that_compute_all_experts_stay_dense(tmp_path):
@@ -152,7 +165,7 @@ def test_layers_that_compute_all_experts_stay_dense(tmp_path):
     ("name", "changes", "operator"),
     [
         ("bert", {"hidden_act": "relu"}, "QMoE"),
-        ("bert", {"hidden_act": "gelu"}, "MatMulInteger"),
+        ("bert", {"hidden_act": "gelu"}, "MatMulIntegerToFloat"),
         ("modernbert", {"hidden_activation": "silu"}, "QMoE"),
     ],
 )

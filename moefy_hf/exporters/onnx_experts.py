@@ -15,6 +15,7 @@ from onnx import helper, numpy_helper
 from .onnx_ffn import SPLIT
 
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+LARGEST = 63  # of a matrix in 8 bits: processors without VNNI add two products in 16 bits, which 127 overflows
 PREFIX = "moefy_experts"  # of the names of these nodes
 
 
@@ -99,7 +100,7 @@ class Int8Nodes(Nodes):
 
     def hold_int8(self, rows: np.ndarray) -> tuple[str, str]:
         """Add rows.T in 8 bits, and a scale per column; return their names."""
-        scale = np.maximum(np.abs(rows).max(1), 1e-30) / 127
+        scale = np.maximum(np.abs(rows).max(1), 1e-30) / LARGEST
         numbers = np.round(rows / scale[:, None]).astype(np.int8)
         return self.hold(numbers.T), self.hold(scale.astype(np.float32))
 
