@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ...exporters.onnx_export import check_onnx, inputs_for, write_onnx
+from ...exporters.onnx_export import check_onnx, write_onnx
+from ...exporters.onnx_parts import inputs_for
 from ...loading import MoefiedModel
 from ...measure.contexts import all_experts
 from .base import ENCODER, Batch, Engine, Running, Subject
@@ -67,5 +68,5 @@ class OnnxRuntime(Engine):
         """Write the graph of the model as it is now, and load it."""
         folder = subject.folder / f"{self.name}-{name}"
         folder.mkdir()
-        write_onnx(subject.moefied, folder, self.int8, subject.batches)
+        write_onnx(subject.moefied, folder, self.int8, subject.batches, timing=False, progress=False)
         return OnnxEncoder(folder / "model.onnx", subject.moefied, subject.threads)
