@@ -2,8 +2,8 @@
 """MoEfied language models in llama.cpp: are they the same models, how fast are they, and how good?
 
     pip install "moefy-hf[llama-cpp]"
-    python recipes/figures/llama_cpp.py smol-32 smol-128 --dense smol-dense.gguf --texts held_out.txt \\
-        --output model_cards/speed/llama_cpp_smollm2.json
+    python recipes/figures/gguf_speed.py smol-32 smol-128 --dense smol-dense.gguf --texts held_out.txt \\
+        --output model_cards/speed/gguf_smollm2.json
 
 Each checkpoint is exported at each share of its experts, from the dense GGUF file and from its Q8_0. In float32,
 logits and 20 greedy generations are compared with the masked model. Then all files are timed in turns, prompt and new
@@ -27,6 +27,7 @@ from moefy_hf.bench.engines.pytorch import TorchLanguageModel
 from moefy_hf.bench.tasks import Reading
 from moefy_hf.bench.tasks.language_models import LanguageTask, first
 from moefy_hf.bench.timing import against, hardware, quartiles
+from moefy_hf.errors import MoefyError
 from moefy_hf.exporters.export import export_gguf
 from moefy_hf.io import write_whole
 from moefy_hf.loading import MoefiedModel, check_moefied, load
@@ -43,7 +44,7 @@ def main() -> None:
             ENGINES[name].check_installed()
         figures = measure(args)
     except (ValueError, OSError) as error:
-        sys.exit(f"llama_cpp.py: {' '.join(str(error).split())}")
+        sys.exit(f"gguf_speed.py: {' '.join(str(error).split())}")
     write_whole(args.output, json.dumps(figures, indent=1))
     print(table(figures))
 
@@ -55,8 +56,11 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--texts", required=True, help="text that neither training nor calibration has seen")
     added.add_argument("--output", type=Path, required=True, help="JSON file that gets the figures")
     added.add_argument("--k", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="shares of the experts")
+    added.add_argument(
+        "--compare", type=float, nargs="+", default=[0.5], help="those that are compared (default: 0.5)"
+    )
     added.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    added.add_argument("--rows", type=int, default=40, help="lines of the text for perplexity (default: 40)")
+    added.add_argument("--rows", type=int, default=40, help="texts for perplexity, a line each (default: 40)")
     added.add_argument("--rounds", type=int, default=8, help="timings of each model (default: 8)")
     return added
 
@@ -72,25 +76,35 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     one = next(iter(models.values()))
     task = LanguageTask(reading, one, AutoTokenizer.from_pretrained(args.moefied[0]))
     figures: dict[str, Any] = {
-        "command": "python recipes/figures/llama_cpp.py " + " ".join(sys.argv[1:]),
+        "command": "python recipes/figures/gguf_speed.py " + " ".join(sys.argv[1:]),
         "hardware": hardware(),
         "versions": {name: ENGINES[name].version() for name in ENGINE_NAMES.values()},
     }
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         subject = Subject(one, one, one, [], Path(folder), 1024, max(args.threads), args.dense)
-        files = written(models, args.k, subject)
+        files, figures["refused"] = written(models, sorted({*args.k, *args.compare}), subject)
         figures["same"] = [
             {"model": name, "k": share} | same(models[name], share, files["F32", name, share], task)
             for name in models
-            for share in args.k
+            for share in args.compare
+            if ("F32", name, share) in files
         ]
-        figures["rows"] = [row for threads in args.threads for row in timed(files, threads, task)]
+        running = {key: LlamaCppModel(path, 1024, max(args.threads)) for key, path in files.items()}
+        _, quality = task.quality(running)
+        figures["rows"] = [row for threads in args.threads for row in timed(files, threads, task, quality)]
     return figures
 
 
-def written(models: dict[str, MoefiedModel], shares: list[float], subject: Subject) -> dict[Any, Path]:
-    """Write a GGUF file of each model at each share in each type; return (type, model, share) -> file."""
+def written(
+    models: dict[str, MoefiedModel], shares: list[float], subject: Subject
+) -> tuple[dict[Any, Path], dict[str, str]]:
+    """Write a GGUF file of each model at each share in each type.
+
+    Returns:
+        (type, model, share) -> file; and why some cannot be, which is said of each once.
+    """
     found: dict[Any, Path] = {}
+    refused: dict[str, str] = {}
     for kind, engine in ENGINE_NAMES.items():
         source = ENGINES[engine].source(subject)  # type: ignore[attr-defined]
         found[kind, DENSE, 1.0] = source
@@ -98,8 +112,11 @@ def written(models: dict[str, MoefiedModel], shares: list[float], subject: Subje
             for share in shares:
                 model.set_selection(k=share, allocation="uniform")
                 path = subject.folder / f"{Path(name).name}-{share}-{kind}.gguf"
-                found[kind, name, share] = export_gguf(model, path, source).output
-    return found
+                try:
+                    found[kind, name, share] = export_gguf(model, path, source).output
+                except MoefyError as error:
+                    refused[f"{name} at {share:.0%}"] = str(error)
+    return found, refused
 
 
 def same(model: MoefiedModel, share: float, path: Path, task: LanguageTask) -> dict[str, Any]:
@@ -134,10 +151,9 @@ def greedy(model: LanguageModel, ids: torch.Tensor, tokens: int) -> list[int]:
     return found
 
 
-def timed(files: dict[Any, Path], threads: int, task: LanguageTask) -> list[dict[str, Any]]:
-    """Time all files in turns, and measure their perplexity."""
+def timed(files: dict[Any, Path], threads: int, task: LanguageTask, quality: dict[Any, float]) -> list[dict[str, Any]]:
+    """Time all files in turns; `quality` is their perplexity."""
     running = {key: LlamaCppModel(path, 1024, threads) for key, path in files.items()}
-    _, quality = task.quality(running)
     rows = []
     for each in task.times(running):
         for key, seconds in each.taken.items():
