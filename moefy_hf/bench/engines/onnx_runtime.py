@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...exporters.onnx_export import check_onnx, write_onnx
@@ -12,119 +11,99 @@ from ...exporters.onnx_parts import inputs_for
 from ...loading import MoefiedModel
 from ...measure.contexts import all_experts
 from .base import ENCODER, ENCODER_DECODER, LANGUAGE_MODEL, Batch, Engine, Running, Subject
+from .greedy import Writer
 
-PAST, PRESENT = "past_key_values.", "present."
-
-
-class Graph:
-    """An ONNX file in ONNX Runtime; what it returns stays there, so that a cache is not copied.
-
-    Args:
-        path: of the file.
-        threads: of the CPU.
-    """
-
-    def __init__(self, path: Path, threads: int):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        # waiting threads would slow down the engine whose turn is next
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.value = onnxruntime.OrtValue.ortvalue_from_numpy
-        self.outputs = [each.name for each in self.session.get_outputs()]
-        self.shapes = {each.name: each.shape for each in self.session.get_inputs()}
-
-    def __call__(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the outputs by name, of tensors, arrays and earlier outputs."""
-        fed = {}
-        for name, value in given.items():
-            value = value.numpy() if torch.is_tensor(value) else value
-            fed[name] = self.value(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
-        return dict(zip(self.outputs, self.session.run_with_ort_values(self.outputs, fed), strict=True))
+DECODED = 8  # tokens that a decoder reads, where its graph is compared
 
 
-def tensor(value: Any) -> torch.Tensor:
-    """Return an output as a tensor."""
+def session_of(path: Path, threads: int) -> Any:
+    """Open a graph."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # waiting threads would slow down the engine whose turn is next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run_graph(session: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a graph on ONNX Runtime's own tensors, or torch's; return its own, by their names, uncopied."""
+    import onnxruntime
+
+    names = [each.name for each in session.get_outputs()]
+    value_of = onnxruntime.OrtValue.ortvalue_from_numpy
+    fed = {name: value_of(each.numpy()) if torch.is_tensor(each) else each for name, each in given.items()}
+    return dict(zip(names, session.run_with_ort_values(names, fed), strict=True))
+
+
+def tensor_of(value: Any) -> torch.Tensor:
+    """Return one of ONNX Runtime's tensors as torch's."""
     return torch.from_numpy(value.numpy())
 
 
 def past_of(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return keys and values of a graph as the next call takes them."""
-    return {PAST + name.removeprefix(PRESENT): value for name, value in outputs.items() if name.startswith(PRESENT)}
+    """Return the keys and values that a graph gives, by the names that the next call takes them by."""
+    return {f"past_key_values{name[7:]}": each for name, each in outputs.items() if name.startswith("present")}
 
 
 class OnnxEncoder:
-    """A graph of an encoder.
-
-    Args:
-        folder: with its file.
-        model: that it is of.
-        threads: of the CPU.
-    """
+    """A graph of an encoder."""
 
     def __init__(self, folder: Path, model: MoefiedModel, threads: int):
-        self.graph, self.model = Graph(folder / "model.onnx", threads), model
+        self.session, self.model = session_of(folder / "model.onnx", threads), model
 
     def __call__(self, batch: Batch, /) -> Mapping[str, Any]:
-        return {name: tensor(value) for name, value in self.graph(inputs_for(self.model, batch)).items()}
+        outputs = run_graph(self.session, inputs_for(self.model, batch))
+        return {name: tensor_of(value) for name, value in outputs.items()}
 
 
 class OnnxLanguageModel:
-    """A graph of a decoder, and what it has read; arguments as of `OnnxEncoder`."""
+    """A graph of a decoder, with its cache; it has the logits after every token."""
 
     def __init__(self, folder: Path, model: MoefiedModel, threads: int):
-        self.graph = Graph(folder / "model.onnx", threads)
+        self.session = session_of(folder / "model.onnx", threads)
+        self.shapes = {each.name: each.shape for each in self.session.get_inputs()}
         self.forget()
 
     def forget(self) -> None:
-        caches = {name: shape for name, shape in self.graph.shapes.items() if name.startswith(PAST)}
-        self.past = {name: np.zeros((1, s[1], 0, s[3]), np.float32) for name, s in caches.items()}
-        self.seen = 0
+        self.seen, self.past = 0, dict[str, Any]()
+        for name, (_, heads, _, width) in ((name, shape) for name, shape in self.shapes.items() if len(shape) == 4):
+            self.past[name] = torch.zeros(1, heads, 0, width)
 
     def read(self, ids: torch.Tensor, last: bool = False) -> torch.Tensor:
-        positions = torch.arange(self.seen, self.seen + len(ids))[None]
+        places = torch.arange(self.seen, self.seen + len(ids))
         self.seen += len(ids)
-        texts = {"input_ids": ids[None], "attention_mask": torch.ones(1, self.seen, dtype=torch.long)}
-        texts |= {"position_ids": positions} if "position_ids" in self.graph.shapes else {}
-        outputs = self.graph(texts | self.past)
+        texts = {"input_ids": ids, "position_ids": places, "attention_mask": torch.ones(self.seen, dtype=torch.long)}
+        given = {name: value[None] for name, value in texts.items() if name in self.shapes}
+        outputs = run_graph(self.session, given | self.past)
         self.past = past_of(outputs)
-        logits = tensor(outputs["logits"])[0]
+        logits = tensor_of(outputs["logits"])[0]
         return logits[-1:] if last else logits
 
 
-class OnnxEncoderDecoder:
-    """The three graphs of an encoder-decoder; arguments as of `OnnxEncoder`."""
+class OnnxEncoderDecoder(Writer):
+    """The three graphs of an encoder-decoder."""
 
     def __init__(self, folder: Path, model: MoefiedModel, threads: int):
+        super().__init__(model)
         names = ("encoder_model", "decoder_model", "decoder_with_past_model")
-        self.encoder, self.first, self.next = (Graph(folder / f"{name}.onnx", threads) for name in names)
-        settings: Any = model.generation_config
-        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-        self.ends = torch.tensor([end for end in ends if end is not None], dtype=torch.long)
-        self.start, self.pad = settings.decoder_start_token_id, settings.pad_token_id or 0
+        self.encoder, self.first, self.further = (session_of(folder / f"{name}.onnx", threads) for name in names)
+        self.given: dict[str, Any] = {}
+        self.past: dict[str, Any] = {}
 
     def encode(self, batch: Batch) -> torch.Tensor:
-        return tensor(self.encoder(batch)["last_hidden_state"])
+        read = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return tensor_of(run_graph(self.encoder, read)["last_hidden_state"])
 
-    def generate(self, batch: Batch, most: int, least: int = 0) -> torch.Tensor:
-        mask = {"encoder_attention_mask": batch["attention_mask"]}
-        hidden = self.encoder(batch)["last_hidden_state"]
-        found = torch.full((len(batch["input_ids"]), 1), self.start)
-        ended = torch.zeros(len(found), 1, dtype=torch.bool)
-        given: dict[str, Any] = {"encoder_hidden_states": hidden}
-        for written in range(most):
-            outputs = (self.next if written else self.first)({"input_ids": found[:, -1:]} | mask | given)
-            given = given | past_of(outputs) if written else past_of(outputs)  # later steps return the decoder's alone
-            logits = tensor(outputs["logits"])[:, -1]
-            if written < least:
-                logits = logits.index_fill(1, self.ends, -torch.inf)
-            token = logits.argmax(-1, keepdim=True).masked_fill(ended, self.pad)
-            found, ended = torch.cat([found, token], 1), ended | torch.isin(token, self.ends)
-            if ended.all():
-                break
-        return found
+    def begin(self, hidden: torch.Tensor, mask: torch.Tensor) -> None:
+        self.given, self.past = {"encoder_attention_mask": mask, "encoder_hidden_states": hidden}, {}
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        outputs = run_graph(self.further if self.past else self.first, {"input_ids": ids} | self.given | self.past)
+        self.given.pop("encoder_hidden_states", None)  # whose keys and values are known now
+        self.past |= past_of(outputs)
+        return tensor_of(outputs["logits"])[:, -1]
 
 
 KINDS: dict[str, Callable[[Path, MoefiedModel, int], Running]] = {
@@ -161,9 +140,10 @@ class OnnxRuntime(Engine):
         return self.written(subject, "moefied")
 
     def written(self, subject: Subject, name: str) -> Running:
-        """Write the graphs of the model as it is now, and load them."""
-        folder = subject.folder / f"{self.name}-{name}"
+        """Write the graphs of the model as it is now, and open them."""
+        folder, batches = subject.folder / f"{self.name}-{name}", subject.batches
         folder.mkdir()
-        batches = subject.batches if subject.kind != ENCODER_DECODER else None  # whose targets are generated
+        if subject.kind == ENCODER_DECODER:  # graphs are compared on what a decoder reads, too
+            batches = [batch | {"decoder_input_ids": batch["input_ids"][:, :DECODED]} for batch in batches]
         write_onnx(subject.moefied, folder, self.int8, batches, timing=False, progress=False)
         return KINDS[subject.kind](folder, subject.moefied, subject.threads)
