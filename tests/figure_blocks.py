@@ -138,13 +138,13 @@ def removal(name: str) -> str:
 
 def exports() -> str:
     """How close an exported model comes to the model it was exported from."""
-    llama4, mixtral = (facts(f"smollm2_{name}") for name in ("llama4", "mixtral"))
+    granitemoe, mixtral = (facts(f"smollm2_{name}") for name in ("granitemoe", "mixtral"))
     rows = [
         (
-            "Llama 4, in transformers",
-            llama4["logits"],
-            f"{llama4['logits']['tokens']:,} tokens",
-            llama4["generations"],
+            "GraniteMoE, in transformers",
+            granitemoe["logits"],
+            f"{granitemoe['logits']['tokens']:,} tokens",
+            granitemoe["generations"],
         ),
         (
             "Mixtral, in transformers",

@@ -80,7 +80,7 @@ def test_inspect(dense, capsys):
     )
     main(["inspect", str(dense / "dense"), "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found["ffn_parameters"] == 2 * 3 * 16 * 48 and found["export"] == ["llama4", "mixtral", "dense"]
+    assert found["ffn_parameters"] == 2 * 3 * 16 * 48 and found["export"] == ["granitemoe", "mixtral", "dense"]
     assert found["parameters"] == sum(p.numel() for p in tiny_model("llama-without-biases", CAUSAL).parameters())
 
 

@@ -62,7 +62,7 @@ def exact(check, made):
 
 def test_an_export_is_exact(exact):
     facts, out, prompts = exact
-    assert facts["architecture"] == "Llama4ForCausalLM" and facts["experts"] == 6 and facts["k"] == 3
+    assert facts["architecture"] == "GraniteMoeForCausalLM" and facts["experts"] == 6 and facts["k"] == 3
     assert facts["logits"]["tokens"] == 48 and facts["logits"]["relative_difference"] <= 1e-5
     assert facts["generations"]["identical"] == facts["generations"]["prompts"] == 20
     assert "| identical greedy generations, 4 tokens | 20 of 20 |" in out and "engine" not in facts
@@ -74,7 +74,7 @@ def test_an_export_is_exact(exact):
 def test_a_damaged_export_is_found(check, made):
     model = AutoModelForCausalLM.from_pretrained(made / "exported")
     with torch.no_grad():
-        model.model.layers[0].feed_forward.router.weight.neg_()  # the wrong experts
+        model.model.layers[0].block_sparse_moe.router.weight.neg_()  # the wrong experts
     model.save_pretrained(made / "damaged")
     facts, _ = check(exported="damaged")
     assert facts["logits"]["relative_difference"] > 1e-2 and facts["logits"]["same_top_token"] < 1
