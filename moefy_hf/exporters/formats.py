@@ -4,11 +4,13 @@ All weigh their selected experts by a softmax, where a MoEfied FFN weighs each b
 tiny keep their order, and get nearly the same weight from it, 1 / k each. `down` times k makes that 1.
 
 - GraniteMoE selects by the scores themselves, and takes the softmax of those selected. Scores below 1e-10 make its
-  weights 1 / k to the last bit. Exact. In bfloat16 weights are rounded, and scores of 1e-4 do as well. Those suit
-  also engines that select by a softmax of all scores.
+  weights 1 / k to the last bit. Exact.
 - Mixtral and the Qwen MoEs, as transformers and llama.cpp run them, select by a softmax of all scores. Float32 bounds
   this on both sides: weights differ from 1 by as much as the scaled scores differ, and experts whose scaled scores
   differ by less than 6e-8 are equals to the softmax. Not exact.
+
+In bfloat16 weights are rounded, and scores around 2**-12 do in both. They also suit engines that run GraniteMoE with a
+softmax of all scores.
 """
 
 import math
@@ -27,9 +29,9 @@ from ..loading import MoefiedModel
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.routers import router_facts
 
-# standard deviation of the scaled scores
+# standard deviations of scaled scores
 SPREAD = 2.0**-14  # where the softmax selects: ties are then those closer than 1 / 1,000 of it
-HALF_SPREAD = 2.0**-12  # the same in bfloat16, where weights that differ by so little are equal
+HALF_SPREAD = 2.0**-12  # in bfloat16, where weights that differ by so little are equal
 VANISHING = 2.0**-50  # where the scores select
 
 
@@ -42,6 +44,7 @@ class ExportFormat:
         sources: model types whose attention, norms and embeddings it has.
         block: name of the MoE in a layer's checkpoint keys, and `parts` those of (gate, up, down) in an expert.
         exact: whether it computes exactly what the MoEfied model does.
+        spread: standard deviation of the scaled scores.
         dense_layers: whether layers may keep a dense FFN.
         shared_experts: whether it has a place for them.
         sliding: whether attention may be limited to a window of the last tokens.
@@ -55,6 +58,7 @@ class ExportFormat:
     block: ClassVar[str]
     parts: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
     exact: ClassVar[bool] = False
+    spread: ClassVar[float] = SPREAD
     dense_layers: ClassVar[bool] = True
     shared_experts: ClassVar[bool] = False
     sliding: ClassVar[bool] = True
@@ -89,10 +93,16 @@ class ExportFormat:
         """Return key and value of a tensor that is of no routed FFN."""
         return name, tensor
 
+    def router(self, model: MoefiedModel, site: FfnSite) -> torch.Tensor:
+        """Return the router's matrix (E, d), scaled."""
+        norm = model.get_parameter(f"{site.name.rpartition('.')[0]}.post_attention_layernorm.weight").detach()
+        spread = HALF_SPREAD if model.dtype == torch.bfloat16 else self.spread
+        return scaled(router_weight(site), norm, spread).to(model.dtype)
+
     def ffn_tensors(self, model: MoefiedModel, site: FfnSite, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield those of one routed FFN; here of an architecture that selects and weighs by a softmax."""
         act = site.act
-        yield f"{prefix}.gate.weight", scaled(router_weight(site), norm_of(model, site), SPREAD).to(model.dtype)
+        yield f"{prefix}.gate.weight", self.router(model, site)
         gate, up, down = (part.weight.detach() for part in (site.gate, site.up, site.down))
         for expert in range(act.num_experts):
             own = slice(expert * act.expert_size, (expert + 1) * act.expert_size)
@@ -113,6 +123,7 @@ class GraniteMoe(ExportFormat):
     sources = ("llama", "mistral", "qwen2", "granite")
     block = "block_sparse_moe"
     exact = True
+    spread = VANISHING
     dense_layers = False
     shared_experts = True
     sliding = False
@@ -144,10 +155,9 @@ class GraniteMoe(ExportFormat):
                 yield bias, output.detach().new_zeros(len(output))
 
     def ffn_tensors(self, model: MoefiedModel, site: FfnSite, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-        act, spread = site.act, HALF_SPREAD if model.dtype == torch.bfloat16 else VANISHING
+        act = site.act
         gate, up, down = (part.weight.detach() for part in (site.gate, site.up, site.down))
-        router = scaled(router_weight(site), norm_of(model, site), spread)
-        yield f"{prefix}.router.layer.weight", router.to(model.dtype)
+        yield f"{prefix}.router.layer.weight", self.router(model, site)
         first, routed = act.shared * act.expert_size, (-1, act.expert_size)
         both = torch.cat([each[first:].unflatten(0, routed) for each in (gate, up)], 1)  # (E, 2m, d)
         yield f"{prefix}.input_linear.weight", both
@@ -225,11 +235,6 @@ EXPORT_FORMATS: dict[str, ExportFormat] = {each.name: each for each in FORMATS}
 def router_weight(site: FfnSite) -> torch.Tensor:
     """Return the router's matrix (E, d)."""
     return site.act.router.get_parameter(router_facts(site.act.router).export_weight).detach()
-
-
-def norm_of(model: MoefiedModel, site: FfnSite) -> torch.Tensor:
-    """Return the scale (d,) of the normalisation before an FFN."""
-    return model.get_parameter(f"{site.name.rpartition('.')[0]}.post_attention_layernorm.weight").detach()
 
 
 def head_dim(config: PreTrainedConfig) -> int:

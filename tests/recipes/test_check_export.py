@@ -11,29 +11,25 @@ import pytest
 import torch
 from batches import text_batches
 from tiny import VOCAB, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from moefy_hf import MoEficationConfig, export, moefy_
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, word_tokenizer):
     """A MoEfied checkpoint, its export, and sentences of words that the tokenizer has."""
     folder, choose = tmp_path_factory.mktemp("made"), random.Random(0)
-    words = ["[UNK]", "<s>", "</s>", *(f"Word{number}" for number in range(VOCAB - 3))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>")
+    words = [f"Word{number}" for number in range(VOCAB - 3)]
     model = tiny_model("llama-without-biases", "AutoModelForCausalLM").eval()
     settings = {"expert_size": 8, "splitter": "random", "router": "linear", "calibration_tokens": 300}
     selection = {"type": "top_k", "k": 2, "allocation": "uniform"}
     moefy_(model, MoEficationConfig(selection=selection, **settings), text_batches(8), progress=False)
     model.save_pretrained(folder / "moe")
-    tokenizer.save_pretrained(folder / "moe")
+    word_tokenizer.save_pretrained(folder / "moe")
     model.set_selection(k=3)  # another budget than the checkpoint's
-    export(model, folder / "exported", tokenizer=tokenizer)
-    sentences = (" ".join(choose.choices(words[3:], k=7)) + "." for _ in range(30))
+    export(model, folder / "exported", tokenizer=word_tokenizer)
+    sentences = (" ".join(choose.choices(words, k=7)) + "." for _ in range(30))
     (folder / "texts.txt").write_text("\n".join(sentences))
     return folder
 
