@@ -83,6 +83,36 @@ def speed_models() -> str:
     )
 
 
+AGAINST = {"minilm": "MiniLM, movie reviews", "t5": "T5, Reuters R8", "smollm2": "SmolLM2-135M, prose"}
+WORK = {  # column -> (work, texts at once)
+    "one text": ("forward", 1),
+    "32 texts": ("forward", 32),
+    "a prompt": ("prompt", 1),
+    "writing": ("generate", 1),
+}
+
+
+def against() -> str:
+    """Dense and MoEfied models in every engine: a line each, in its cells the two models; nothing without files."""
+    lines = []
+    for name, title in AGAINST.items():
+        path = SPEED / f"against_{name}.json"
+        if not path.exists():
+            continue
+        found = read(path)
+        rows = {(row["engine"], row["model"], row["work"], row["batch"]): row for row in found["rows"]}
+        for engine in found["versions"]:
+            cells: dict[str, str] = {}
+            for column, work in WORK.items():
+                pair = [rows.get((engine, model, *work)) for model in ("dense", "MoEfied")]
+                cells[column] = ", ".join(f"{row['ratio']:.2f}" for row in pair if row)
+            qualities = {row["model"]: f"{row['quality']:.4g}" for row in found["rows"] if row["engine"] == engine}
+            cells["quality"] = f"{found['settings']['quality']} {', '.join(qualities.values())}"
+            experts = f"{found['settings']['experts']:.0%}"
+            lines.append({"model": title, "experts computed": experts, "engine": engine, **cells})
+    return table(lines) if lines else ""
+
+
 def training_step() -> str:
     """What a fine-tuning step costs, relative to a dense one."""
     return table(
@@ -138,5 +168,6 @@ def split_times() -> str:
 
 
 BLOCKS = {
-    function.__name__: function for function in (speed, speed_ffns, speed_models, training_step, costs, split_times)
+    function.__name__: function
+    for function in (against, speed, speed_ffns, speed_models, training_step, costs, split_times)
 }

@@ -192,7 +192,7 @@ def test_turns():
         (["--dtype", "int8"], "unknown dtype 'int8'; choose from float32, bfloat16"),
         (["--implementations", "gpu"], "unknown implementation 'gpu'; choose from masked, torch, cpu"),
         (["--expert_size", "7"], "3072 neurons do not split into experts of size 7"),
-        (["--k", "1.5"], r"share must lie in \(0, 1\]"),
+        (["--k", "1.5"], r"share of experts \(--k\) must lie in \(0, 1\]"),
         (["--tokens", "0"], "tokens must be positive, got 0"),
         (["--threads", "0"], "threads must be positive, got 0"),
         (["--nonzero", "0.9"], r"nonzero must lie in \(0, 0.5\]"),

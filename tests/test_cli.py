@@ -80,7 +80,13 @@ def test_inspect(dense, capsys):
     )
     main(["inspect", str(dense / "dense"), "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found["ffn_parameters"] == 2 * 3 * 16 * 48 and found["export"] == ["granitemoe", "mixtral", "dense"]
+    assert found["ffn_parameters"] == 2 * 3 * 16 * 48 and found["export"] == [
+        "granitemoe",
+        "mixtral",
+        "onnx",
+        "gguf",
+        "dense",
+    ]
     assert found["parameters"] == sum(p.numel() for p in tiny_model("llama-without-biases", CAUSAL).parameters())
 
 
@@ -351,11 +357,13 @@ def test_export_to_onnx(data, dense, tmp_path, capsys):
     convert(model, 2)
     model.save_pretrained(tmp_path / "bert")
     number_tokenizer().save_pretrained(tmp_path / "bert")
-    texts = ["--data", str(dense / "texts.txt")] if data else []
+    texts = ["--data", str(dense / "texts.txt"), "--no_timing"] if data else []
     main(["export", str(tmp_path / "bert"), str(tmp_path / "out"), "--to", "onnx", "--k", "3", *texts])
-    assert "2 FFNs as MoE" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 FFNs as MoE" in printed and ("times as fast as dense: one text" in printed) == (not data)
     assert {"model.onnx", "config.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    assert json.loads((tmp_path / "out" / "moefy_onnx.json").read_text())["largest_difference"] <= 1e-5
+    facts = json.loads((tmp_path / "out" / "moefy_onnx.json").read_text())
+    assert facts["largest_difference"] <= 1e-5 and ("times_dense" in facts) == (not data)
 
 
 def test_export(moe, tmp_path, capsys):

@@ -9,9 +9,9 @@ from batches import text_batches
 from tiny import VOCAB, convert, tiny_inputs, tiny_model
 from transformers import AutoConfig
 
-from moefy_hf import export
+from moefy_hf import export as export_model
 from moefy_hf.errors import MoefyError, UnsupportedModel, VerificationError
-from moefy_hf.exporters import onnx_export, onnx_ffn
+from moefy_hf.exporters import onnx_export, onnx_ffn, onnx_graphs
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -30,6 +30,12 @@ CASES = [  # model, head, its activation, operator
     ("modernbert", WORDS, {"hidden_activation": "silu"}, "MoE"),
     ("modernbert", WORDS, {"hidden_activation": "gelu"}, "Experts"),
 ]
+
+
+def export(model, output, to="onnx", **options):
+    """Without what takes as long again; `test_graphs_are_timed` is for that."""
+    options |= {"timing": False, "progress": False} if to == "onnx" else {}
+    return export_model(model, output, to, **options)
 
 
 def session(folder):
@@ -123,14 +129,27 @@ def test_shared_experts_and_means_come_along(act, shared, tmp_path):
     assert difference(model, running, inputs) > 1e-3
 
 
-def test_dynamic_selections_have_their_operators(tmp_path):
-    model = tiny_model("bert", CLASSIFIER, hidden_act="relu")
+@pytest.mark.parametrize(("activation", "operator"), [("relu", "MoE"), ("gelu", "Experts")])
+def test_dynamic_selections_have_their_operators(activation, operator, tmp_path):
+    model = tiny_model("bert", CLASSIFIER, hidden_act=activation)
     convert(model, 2, text_batches(8), router="mlp")
     model.set_selection(type="top_p", p=0.5)
     export(model, tmp_path / "out", "onnx")
     facts = json.loads((tmp_path / "out" / "moefy_onnx.json").read_text())
-    assert {*facts["operators"].values()} == {"Experts"}
+    assert {*facts["operators"].values()} == {operator}
     assert difference(model, session(tmp_path / "out"), inputs_of("bert", CLASSIFIER, 3, 9)) <= 1e-5
+
+
+@pytest.mark.parametrize(("name", "changes"), [("bert", {"hidden_act": "relu"}), ("llama", {})])
+def test_large_experts_are_products(name, changes, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_ffn, "LARGE", 8)
+    model = tiny_model(name, CLASSIFIER, num_hidden_layers=1, **changes)
+    convert(model, 2)
+    export(model, tmp_path / "out", "onnx")
+    facts = json.loads((tmp_path / "out" / "moefy_onnx.json").read_text())
+    assert {*facts["operators"].values()} == {"Experts"}
+    for rows, length in ((1, 1), (3, 13)):
+        assert difference(model, session(tmp_path / "out"), inputs_of(name, CLASSIFIER, rows, length)) <= 1e-5
 
 
 def test_layers_that_compute_all_experts_stay_dense(tmp_path):
@@ -146,7 +165,7 @@ def test_layers_that_compute_all_experts_stay_dense(tmp_path):
     ("name", "changes", "operator"),
     [
         ("bert", {"hidden_act": "relu"}, "QMoE"),
-        ("bert", {"hidden_act": "gelu"}, "MatMulInteger"),
+        ("bert", {"hidden_act": "gelu"}, "MatMulIntegerToFloat"),
         ("modernbert", {"hidden_activation": "silu"}, "QMoE"),
     ],
 )
@@ -183,7 +202,7 @@ def test_int8_rows_are_as_close_as_a_byte():
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_large_models_have_a_second_file(int8, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_export, "LARGEST_FILE", 0)
+    monkeypatch.setattr(onnx_graphs, "LARGEST_FILE", 0)
     model = tiny_model("bert", CLASSIFIER, hidden_act="relu")
     convert(model, 2)
     export(model, tmp_path / "out", "onnx", int8=int8)
@@ -206,6 +225,15 @@ def test_the_model_is_as_it_was(tmp_path):
     assert [vars(site.first)["forward"] for site in model.moe_sites()] == forwards
     model.set_moe_implementation("masked")
     assert "forward" not in {key for module in model.modules() for key in vars(module)}
+
+
+def test_decoders_with_another_head_are_one_graph(tmp_path):
+    model = tiny_model("llama", CLASSIFIER, use_cache=True, num_hidden_layers=1)
+    convert(model, 2)
+    export(model, tmp_path / "out")
+    running = session(tmp_path / "out")
+    assert [each.name for each in running.get_outputs()] == ["logits"]
+    assert difference(model, running, inputs_of("llama", CLASSIFIER, 3, 9)) <= 1e-5
 
 
 # ---- checks
@@ -239,9 +267,8 @@ def moefied(name: str, head: str, router: str = "random", **changes):
     ("make", "options", "message"),
     [
         (lambda: tiny_model("bert", CLASSIFIER), {}, "is not MoEfied"),
-        (lambda: moefied("gpt2", "AutoModelForCausalLM"), {}, "only encoders"),
-        (lambda: moefied("t5", "AutoModel"), {}, "only encoders"),
-        (lambda: moefied("llama", CLASSIFIER, use_cache=True), {}, "only encoders"),
+        (lambda: moefied("whisper", "AutoModelForSpeechSeq2Seq"), {}, "encoder-decoders are written of texts"),
+        (lambda: moefied("t5", "AutoModel"), {}, "texts or of images"),
         (lambda: moefied("clip", "AutoModel"), {}, "texts or of images"),
         (lambda: moefied("bert", CLASSIFIER).bfloat16(), {}, r"bfloat16.*model.float\(\)"),
         (lambda: moefied("bert", CLASSIFIER, hidden_act="mish"), {}, "relufy_ it first"),

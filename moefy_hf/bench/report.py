@@ -25,10 +25,36 @@ def table(figures: dict[str, Any]) -> str:
     rows = figures["rows"]
     if "bound" not in rows[0]:
         del columns["times best dense"], columns["of the bound"]
+    return "\n".join([described(figures), "", *lines_of(columns, rows)])
+
+
+def side_by_side_table(figures: dict[str, Any]) -> str:
+    """Return a Markdown table of what `bench_against` returned."""
+    measure = figures["settings"]["quality"]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "work": lambda row: f"{row['work']}, {row['batch']} text{'s' if row['batch'] > 1 else ''}",
+        "engine": lambda row: row["engine"],
+        "model": lambda row: row["model"],
+        "times dense": lambda row: f"{row['ratio']:.2f}",
+        "middle half": lambda row: "{:.2f} to {:.2f}".format(*row["spread"]),
+        "times the engine's dense": lambda row: f"{row['ratio_in_engine']:.2f}",
+        "ms": lambda row: f"{row['milliseconds']:.3g}",
+        "tokens per second": lambda row: f"{row['tokens_per_second']:.0f}",
+        measure: lambda row: f"{row['quality']:.4g}",
+    }
+    return "\n".join([described(figures), "", *lines_of(columns, figures["rows"])])
+
+
+def lines_of(columns: dict[str, Callable[[dict[str, Any]], str]], rows: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
+    return lines + [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
+
+
+def described(figures: dict[str, Any]) -> str:
+    """Return the hardware and the settings of figures, in a line."""
     settings = ", ".join(f"{name} {value}" for name, value in figures["settings"].items() if value is not None)
-    return "\n".join([f"{figures['hardware']}; {settings}", "", *lines])
+    return f"{figures['hardware']}; {settings}"
 
 
 def save_csv(figures: dict[str, Any], path: str) -> None:

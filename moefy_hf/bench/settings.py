@@ -69,7 +69,7 @@ class Settings:
                 if name is not None and name not in registry:
                     raise MoefyError(f"unknown {what} {name!r}; choose from {', '.join(registry)}")
         if self.share is not None and not 0 < self.share <= 1:
-            raise MoefyError(f"share must lie in (0, 1], got {self.share}")
+            raise MoefyError(f"the share of experts (--k) must lie in (0, 1], got {self.share}")
         for name in ("threads", "rounds", "seconds"):
             if vars(self)[name] <= 0:
                 raise MoefyError(f"{name} must be positive, got {vars(self)[name]}")

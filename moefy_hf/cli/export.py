@@ -17,6 +17,7 @@ from ..errors import MoefyError
 from ..exporters.export import export, export_gguf
 from ..exporters.formats import EXPORT_FORMATS
 from ..exporters.onnx_export import FACTS
+from ..exporters.onnx_times import times_line
 from ..loading import check_moefied, load
 from ..modeling.moefied import is_moefied
 from .common import DATA, NEW_FOLDER, add_data, load_tokenizer, new_folder, of_model, show_output, text_batches
@@ -31,6 +32,8 @@ def add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dense", metavar="GGUF", help="GGUF file of the dense model, for --to gguf")
     command.add_argument("--k", type=share_or_count, help="experts of every layer (default: those the model has)")
     command.add_argument("--int8", action="store_true", help="with --to onnx: 8-bit matrices")
+    help = "with --to onnx: do not time the graphs against the dense model's, which takes as long as writing them"
+    command.add_argument("--no_timing", action="store_true", help=help)
     help = f"with --to onnx: texts on which it is compared with MODEL (default: random inputs); {DATA}"
     add_data(command, required=False, help=help)
 
@@ -45,8 +48,8 @@ def add_adapter(command: argparse.ArgumentParser) -> None:
 def export_model(args: Namespace) -> dict[str, Any]:
     """Write MODEL in another shape; return the folder or file, and what is known of an ONNX graph or a GGUF file."""
     output = new_folder(args.output)
-    if args.to != "onnx" and (args.int8 or args.data):
-        raise MoefyError("--int8 and --data belong to --to onnx")
+    if args.to != "onnx" and (args.int8 or args.data or args.no_timing):
+        raise MoefyError("--int8, --data and --no_timing belong to --to onnx")
     texts = read_texts(args.data) if args.data else None
     # on the CPU, where it is written from
     trust = args.trust_remote_code
@@ -61,7 +64,8 @@ def export_model(args: Namespace) -> dict[str, Any]:
     if texts and tokenizer is None:
         raise MoefyError(f"{args.model} has no tokenizer, which --data needs")
     batches = text_batches(args, model, tokenizer, texts) if texts and tokenizer else None
-    export(model, output, "onnx", tokenizer=tokenizer or image_processor(args), int8=args.int8, batches=batches)
+    options = {"int8": args.int8, "batches": batches, "timing": not args.no_timing}
+    export(model, output, "onnx", tokenizer=tokenizer or image_processor(args), **options)
     return {"output": str(output)} | json.loads((output / FACTS).read_text(encoding="utf-8"))
 
 
@@ -77,7 +81,9 @@ def show_export(result: dict[str, Any]) -> str:
         return show_output(result)
     operators = Counter(result["operators"].values())
     ffns = ", ".join(f"{count} FFNs as {name}" for name, count in operators.items()) or "no routed FFNs"
-    return f"{result['output']}: {ffns}; largest difference {result['largest_difference']:.1e} of the largest output"
+    by_kind = ", ".join(f"{kind} {each:.1e}" for kind, each in result["differences"].items())
+    line = f"{result['output']}: {ffns}; largest difference, of the largest output: {by_kind}"
+    return f"{line}\n{times_line(result['times_dense'])}" if "times_dense" in result else line
 
 
 def tokenizer_or_none(args: Namespace) -> PreTrainedTokenizerBase | None:

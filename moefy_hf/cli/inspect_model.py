@@ -13,7 +13,7 @@ from ..discovery.probe import function_of
 from ..discovery.search import LeftAlone, search
 from ..discovery.towers import tower_of
 from ..errors import MoefyError
-from ..exporters.formats import EXPORT_FORMATS
+from ..exporters.export import targets_of
 from ..hub.card_text import router_settings_of
 from ..io import markdown
 from ..loading import check_moefied, checkpoint_class, heads_of, read_config
@@ -69,8 +69,7 @@ def inspect_model(args: Namespace) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "ffn_parameters": sum(owned.values()),
         "moefication": section and section.values,
-        "export": [name for name, format_ in EXPORT_FORMATS.items() if config.model_type in format_.sources]
-        + ["dense"],
+        "export": targets_of(dense),
         "ffns": [ffn_facts(dense, site) | {"routed": site.key in routed} for site in found.sites],
         "left": grouped(found.left),
     }

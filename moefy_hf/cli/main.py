@@ -49,6 +49,7 @@ EXAMPLES = """examples:
   moefy push smol-moe me/smol-moe --private
   moefy bench --preset t5-base --threads 1 --tokens 1 128 512 --output bench.json
   moefy bench --preset opt-1.3b --generate 128 32
+  moefy bench my-classifier-moe --data test.csv --against onnxruntime onnxruntime-int8 torchao-int8
   moefy bench smol-moe --dtype bfloat16 --plot speed.png
   moefy kernels info
   moefy export smol-moe smol-granitemoe --k 0.25 --dtype float32
@@ -79,13 +80,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 def renamed(arguments: list[str]) -> list[str]:
     """Return the arguments with flags of version 0.1 as they are now, and say so."""
-    flags = RENAMED | ({"--csv": "--output"} if "bench" in arguments[:1] else {})
+    bench = "bench" in arguments[:1]
+    flags = RENAMED | ({"--csv": "--output"} if bench else {})
     words = []
-    for word in arguments:
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
         flag, equals, value = word.partition("=")
-        if flag in flags:
-            print(f"moefy: {flag} is {flags[flag]} now", file=sys.stderr)
-        words.append(flags.get(flag, flag) + equals + value)
+        now = flags.get(flag, flag)
+        if bench and flag == "--json" and (value or following).endswith(".json"):  # it named a file
+            now = "--output"
+        if now != flag:
+            print(f"moefy: {flag} is {now} now", file=sys.stderr)
+        words.append(now + equals + value)
     return words
 
 

@@ -20,6 +20,7 @@ from .formats import EXPORT_FORMATS, ExportFormat, own_tensors
 from .onnx_export import check_onnx, write_onnx
 
 OTHERS = ("onnx", "gguf", "dense")  # targets that are no served architecture
+LLAMA_CPP = ("llama", "mistral", "qwen2", "qwen3")  # what "gguf" is written of
 
 if TYPE_CHECKING:
     from .llama_cpp import GgufReport
@@ -35,6 +36,8 @@ def export(
     int8: bool = False,
     batches: Iterable[Mapping[str, Any]] | None = None,
     dense: str | Path | None = None,
+    timing: bool = True,
+    progress: bool = True,
 ) -> Path:
     """Write what `model` computes at the budget it has, for engines that know nothing of MoEfication.
 
@@ -42,14 +45,16 @@ def export(
         model: MoEfied. Served architectures want a linear router, `top_k` and one k for all layers.
         output_dir: must not exist, or be empty; for "gguf" the file, which must not exist.
         to: "granitemoe" (of Llama, Mistral, Qwen2 and Granite), exact; "mixtral" (of Llama and Mistral), "qwen2_moe",
-            "qwen3_moe", whose softmax over experts comes close only; "onnx" (encoders, for ONNX Runtime) and "gguf"
-            (of Llama, Mistral, Qwen2 and Qwen3, for llama.cpp), exact; or "dense" (any model: all its neurons, no
-            routers). By default the first of these that has the model's attention.
+            "qwen3_moe", whose softmax over experts comes close only; "onnx" (models of texts or images, for ONNX
+            Runtime) and "gguf" (of Llama, Mistral, Qwen2 and Qwen3, for llama.cpp), exact; or "dense" (any model: all
+            its neurons, no routers). By default the first of these that has the model's attention.
         tokenizer: saved beside the weights.
         max_shard_bytes: size of a weights file; beyond the model itself so much memory is needed.
         int8: of "onnx": whether matrices become 8-bit; routers stay in float32.
-        batches: of "onnx": inputs on which the graph is compared with the model; made up by default.
+        batches: of "onnx": inputs on which the graphs are compared with the model; made up by default.
         dense: the GGUF file of the dense model, which "gguf" needs: its metadata, tokenizer and types are kept.
+        timing: of "onnx": whether its graphs are timed against the dense model's, which are written for that.
+        progress: of "onnx": whether a bar is shown.
 
     Returns:
         output_dir.
@@ -77,11 +82,20 @@ def export(
     with written_whole(output_dir) as folder:
         write_settings(model, folder, export_format, tokenizer)
         if to == "onnx":
-            write_onnx(model, folder, int8, batches)
+            write_onnx(model, folder, int8, batches, timing, progress)
             return output_dir
         tensors = own_tensors(model) if export_format is None else export_format.tensors(model)
         write_shards(tensors, folder, max_shard_bytes)
     return output_dir
+
+
+def targets_of(model: PreTrainedModel) -> list[str]:
+    """Return the targets that have an architecture; how a model is routed may still rule some of them out."""
+    kind = model.config.model_type
+    targets = [name for name, each in EXPORT_FORMATS.items() if kind in each.sources]
+    if model.main_input_name in ("input_ids", "pixel_values") and not model.config.sub_configs:
+        targets.append("onnx")
+    return [*targets, *["gguf"] * (kind in LLAMA_CPP), "dense"]
 
 
 def checked_format(model: MoefiedModel, to: str | None) -> ExportFormat | None:
@@ -140,7 +154,7 @@ def choose_format(model: PreTrainedModel, to: str | None) -> ExportFormat:
         raise MoefyError(f"unknown target {to!r}; choose from {', '.join([*EXPORT_FORMATS, *OTHERS])}")
     if to is None and not fitting or to is not None and to not in fitting:
         exportable = "; ".join(f"{', '.join(each.sources)} to {name}" for name, each in EXPORT_FORMATS.items())
-        others = "encoders to 'onnx'; any to 'dense'"
+        others = "models of texts or of images to 'onnx'; any to 'dense'"
         raise MoefyError(f"a {model_type} model cannot become {to or 'a served MoE'}: {exportable}; {others}")
     if not model._get_name().endswith("ForCausalLM"):
         raise MoefyError(f"{model._get_name()} is no causal language model, which is what the served MoEs are")

@@ -1,6 +1,8 @@
-"""Experts in standard ONNX operators: the tokens of each expert are gathered, computed by themselves, and summed.
+"""Experts as products of their own: the tokens of each expert are gathered, computed by themselves, and summed.
 
-This is exact for every selection and activation. No product is made for experts that a token does not run.
+This is exact for every selection and activation. No product is made for experts that a token does not run. In float32
+all operators are standard ones. In 8 bits, products are ONNX Runtime's: tokens are quantised once for all experts,
+neurons once more for `down`, and matrices have a scale per neuron or output.
 """
 
 from collections.abc import Iterable
@@ -11,6 +13,10 @@ import onnx
 from onnx import helper, numpy_helper
 
 from .onnx_ffn import SPLIT
+
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+LARGEST = 63  # of a matrix in 8 bits: processors without VNNI add two products in 16 bits, which 127 overflows
+PREFIX = "moefy_experts"  # of the names of these nodes
 
 
 class Nodes:
@@ -57,6 +63,47 @@ class Nodes:
         product = self("MatMul", x, self.hold(rows.T))
         return product if bias is None else self("Add", product, self.hold(bias))
 
+    def read(self, x: str, tokens: str, counts: str, experts: int) -> list[str]:
+        """Add the rows of each expert.
+
+        Args:
+            x: all tokens (T, d).
+            tokens: those of the first expert, those of the second, and so on (P,).
+            counts: how many these are (E,).
+            experts: E.
+        """
+        parts = self("Split", self("Gather", x, tokens, axis=0), counts, axis=0, results=experts)
+        return [parts] if experts == 1 else parts
+
+
+class Int8Nodes(Nodes):
+    """Nodes whose matrices are 8-bit."""
+
+    def __init__(self, prefix: str):
+        super().__init__(prefix)
+        self.quantised: dict[str, list[str]] = {}  # rows in 8 bits -> the names of their scale and zero point
+
+    def linear(self, x: str, rows: np.ndarray, bias: np.ndarray | None) -> str:
+        numbers, scale = self.hold_int8(rows)
+        added = "" if bias is None else self.hold(bias)
+        if x in self.quantised:
+            its_scale, zero = self.quantised[x]
+            inputs = (x, numbers, its_scale, scale, zero, "", added)
+            return self("MatMulIntegerToFloat", *inputs, domain=MICROSOFT)
+        return self("DynamicQuantizeMatMul", x, numbers, scale, "", added, domain=MICROSOFT)
+
+    def read(self, x: str, tokens: str, counts: str, experts: int) -> list[str]:
+        x, *how = self("DynamicQuantizeLinear", x, results=3)
+        parts = super().read(x, tokens, counts, experts)
+        self.quantised = dict.fromkeys(parts, how)
+        return parts
+
+    def hold_int8(self, rows: np.ndarray) -> tuple[str, str]:
+        """Add rows.T in 8 bits, and a scale per column; return their names."""
+        scale = np.maximum(np.abs(rows).max(1), 1e-30) / LARGEST
+        numbers = np.round(rows / scale[:, None]).astype(np.int8)
+        return self.hold(numbers.T), self.hold(scale.astype(np.float32))
+
 
 def split_experts(model: onnx.ModelProto) -> None:
     """Replace every `SPLIT` operator of a model, in place."""
@@ -74,7 +121,8 @@ def split_experts(model: onnx.ModelProto) -> None:
     replace_all(graph.node, nodes)
     used = {name for node in nodes for name in node.input} | {each.name for each in graph.output}
     replace_all(graph.initializer, [each for each in graph.initializer if each.name in used])
-    replace_all(model.opset_import, [each for each in model.opset_import if each.domain != domain])
+    imported = {each.domain: each.version for each in model.opset_import if each.domain != domain} | {MICROSOFT: 1}
+    replace_all(model.opset_import, [helper.make_opsetid(*each) for each in imported.items()])
 
 
 def experts_of(node: onnx.NodeProto, matrices: list[np.ndarray | None]) -> Nodes:
@@ -87,22 +135,22 @@ def experts_of(node: onnx.NodeProto, matrices: list[np.ndarray | None]) -> Nodes
     x, mask = node.input[:2]
     up, up_bias, gate, gate_bias, down = matrices
     assert up is not None and down is not None
-    function = helper.get_attribute_value(node.attribute[0]).decode()
-    add = Nodes(node.name)
+    attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+    function = attributes["function"].decode()
+    add = (Int8Nodes if attributes["int8"] else Nodes)(f"{PREFIX}_{node.name}")
     by_expert = add("Transpose", mask, perm=[1, 0])  # (E, T)
     pairs = add("NonZero", by_expert)  # (2, P): experts in order, and for each its tokens
     tokens = add("Gather", pairs, add.hold(np.int64(1)), axis=0)
     counts = add("ReduceSum", add("Cast", by_expert, to=onnx.TensorProto.INT64), add.hold(np.array([1])), keepdims=0)
-    parts = add("Split", add("Gather", x, tokens, axis=0), counts, axis=0, results=len(up))
     outputs = []
-    for expert, rows in enumerate([parts] if len(up) == 1 else parts):
+    for expert, rows in enumerate(add.read(x, tokens, counts, len(up))):
         neurons = add.linear(rows, up[expert], None if up_bias is None else up_bias[expert])
         if gate is None:
             neurons = add.function(function, neurons)
         else:
             open_ = add.linear(rows, gate[expert], None if gate_bias is None else gate_bias[expert])
             neurons = add("Mul", add.function(function, open_), neurons)
-        outputs.append(add("MatMul", neurons, add.hold(down[expert])))
+        outputs.append(add.linear(neurons, down[expert].T, None))
     nothing = add("Expand", add.hold(np.float32(0)), add("Shape", x))
     places = add("Unsqueeze", tokens, add.hold(np.array([1])))
     add("ScatterND", nothing, places, add("Concat", *outputs, axis=0), reduction="add", out=node.output[0])

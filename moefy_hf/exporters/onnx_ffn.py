@@ -5,8 +5,10 @@ returns what that gave. Two operators are written:
 
 - `com.microsoft::MoE` (`QMoE` for int8), which ONNX Runtime has. It weighs experts by a softmax of its logits. Chosen
   experts get 0 and all others `NEVER`, so that every chosen one weighs exactly 1 / k; `down` times k makes that 1.
-- `SPLIT`, which stands for a product per expert in standard operators (`onnx_experts`). It is for what `MoE` cannot
-  compute: it has a fixed number of experts per token, and four activations.
+  Where k depends on the token, the operator is asked for all experts. It passes over those that weigh 0, and what it
+  gives is multiplied by the number of the others.
+- `SPLIT`, which stands for a product per expert (`onnx_experts`). It is for activations that `MoE` does not have, and
+  for experts of `LARGE` neurons and more: matrices that are known beforehand are packed once, which `MoE` does not do.
 """
 
 import contextlib
@@ -28,6 +30,7 @@ from ..runtime.backend_base import expert_means
 
 SPLIT = "moefy_hf::Experts"
 NEVER = -1e9  # the logit of an expert that does not run: exp of it is 0
+LARGE = 64  # neurons; smaller experts are too many products
 # transformers' name of the activation -> the operator's. Its GELU is the tanh form, which `gelu` is not
 MOE_ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "silu": "silu"}
 MOE_GATED = {"silu": "swiglu"}  # on CPUs, with rows of gate and up in turns; it has no third matrix there
@@ -36,7 +39,7 @@ MOE_GATED = {"silu": "swiglu"}  # on CPUs, with rows of gate and up in turns; it
 def operator_of(site: FfnSite, int8: bool = False) -> str:
     """Return which operator a routed FFN becomes: "MoE", "QMoE" or "Experts"."""
     known = MOE_ACTIVATIONS if site.weights().gate is None else MOE_GATED
-    if site.act.selection.dynamic or function_of(site.act.inner) not in known:
+    if site.act.expert_size >= LARGE or function_of(site.act.inner) not in known:
         return "Experts"
     return "QMoE" if int8 else "MoE"
 
@@ -68,7 +71,7 @@ class TracedFfn:
 
     Args:
         site: the FFN.
-        int8: whether its experts are 8-bit, where the operator is `QMoE`.
+        int8: whether its experts are 8-bit.
     """
 
     @torch.no_grad()
@@ -77,7 +80,7 @@ class TracedFfn:
         self.bias = None if site.down.bias is None else site.down.bias.detach()
         self.means = None if site.act.compensation is None else expert_means(site)
         # made before tracing, which takes them for constants
-        self.name, self.matrices, self.attributes = self.split() if self.operator == "Experts" else self.moe()
+        self.name, self.matrices, self.attributes = self.split(int8) if self.operator == "Experts" else self.moe()
         self.y: torch.Tensor | None = None
 
     def forwards(self) -> dict[nn.Module, Any]:
@@ -93,6 +96,8 @@ class TracedFfn:
         mask = chosen(handed_scores(act.router, tokens), act.router, act.selection, act.shared)  # (T, E)
         inputs = [tokens, mask if self.operator == "Experts" else torch.where(mask, 0.0, NEVER), *self.matrices]
         y = torch.onnx.ops.symbolic(self.name, inputs, self.attributes, dtype=x.dtype, shape=tokens.shape, version=1)
+        if act.selection.dynamic and self.operator != "Experts":
+            y = y * mask.sum(-1, keepdim=True)  # of experts that weigh 1 / k
         if self.means is not None:
             y = y + (~mask).to(y.dtype) @ self.means
         self.y = (y if self.bias is None else y + self.bias).reshape(x.shape)
@@ -117,7 +122,8 @@ class TracedFfn:
 
     def moe(self) -> tuple[str, list[torch.Tensor | None], dict[str, Any]]:
         """Return the name, the matrices and the attributes of ONNX Runtime's operator."""
-        w, k, function = self.site.weights(), int(self.site.act.k), str(function_of(self.site.act.inner))
+        act, w, function = self.site.act, self.site.weights(), str(function_of(self.site.act.inner))
+        k, scale = (act.num_experts, 1) if act.selection.dynamic else (int(act.k), int(act.k))
         attributes: dict[str, Any] = {"k": k, "normalize_routing_weights": 1}
         rows, biases = [w.up], [w.up_bias]
         if w.gate is None:
@@ -130,18 +136,18 @@ class TracedFfn:
         nothing = w.up.new_zeros(len(w.up))
         biased = any(each is not None for each in biases)
         bias = self.in_turns([nothing if each is None else each for each in biases]) if biased else None
-        down = (self.experts(w.down.t()) * k).transpose(1, 2).contiguous()  # (E, d, m)
+        down = (self.experts(w.down.t()) * scale).transpose(1, 2).contiguous()  # (E, d, m)
         if self.operator == "MoE":
             return "com.microsoft::MoE", [first, bias, down], attributes
         matrices = [*int8_rows(first), bias, *int8_rows(down)]
         return "com.microsoft::QMoE", matrices, attributes | {"expert_weight_bits": 8}
 
-    def split(self) -> tuple[str, list[torch.Tensor | None], dict[str, Any]]:
-        """Return the name, the matrices and the attributes of what standard operators are put in the place of."""
+    def split(self, int8: bool) -> tuple[str, list[torch.Tensor | None], dict[str, Any]]:
+        """Return the name, the matrices and the attributes of what a product per expert is put in the place of."""
         w = self.site.weights()
         rows = [w.up, w.up_bias, w.gate, w.gate_bias, w.down.t()]
         matrices = [None if each is None else self.experts(each) for each in rows]
-        return SPLIT, matrices, {"function": str(function_of(self.site.act.inner))}
+        return SPLIT, matrices, {"function": str(function_of(self.site.act.inner)), "int8": int(int8)}
 
 
 def int8_rows(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moefy_hf.bench.models import Batch, check, checkpoint_models, compare, forward, model_rows, variants
 from moefy_hf.bench.settings import Settings
@@ -62,18 +62,16 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """
     if min(args.batch, args.length, args.threads, args.rounds) < 1 or args.new_tokens < 0:
         raise ValueError("batch, length, threads and rounds must be positive")
-    settings = Settings(checkpoint=str(args.moefied), threads=args.threads, implementations=OURS)
-    dense, model = checkpoint_models(settings)
-    batches = read_batches(args)
-    served = {
-        f"exported, {name}": AutoModelForCausalLM.from_pretrained(
-            args.exported, dtype=torch.float32, experts_implementation=name
-        ).eval()
-        for name in IMPLEMENTATIONS
-    }
-    budget = next(iter(served.values())).config.to_dict().get("num_experts_per_tok")
+    budget = AutoConfig.from_pretrained(args.exported).to_dict().get("num_experts_per_tok")
     if budget is None:
         raise ValueError(f"{args.exported} is no served MoE: make it with moefy export --to granitemoe")
+    batches = read_batches(args)
+    settings = Settings(checkpoint=str(args.moefied), threads=args.threads, implementations=OURS)
+    dense, model = checkpoint_models(settings)
+    served = {}
+    for name in IMPLEMENTATIONS:
+        each = AutoModelForCausalLM.from_pretrained(args.exported, dtype=torch.float32, experts_implementation=name)
+        served[f"exported, {name}"] = each.eval()
     model.set_selection(k=budget, allocation="uniform")
     with threads_set(args.threads):
         ours = {"dense": dense, **variants(model, OURS)}

@@ -1,0 +1,84 @@
+"""A forward pass of an encoder, with or without a head."""
+
+from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...data import read_labelled
+from ...measure.metrics import Quality, counted
+from ..engines.base import Batch, Encoder
+from .base import CHECKED_AT_ONCE, Task, Timed, is_csv, median_tokens, unlabelled
+
+
+class Cosine:
+    """Running mean of the cosine between a model's hidden states and the dense model's."""
+
+    def __init__(self) -> None:
+        self.cosines: list[torch.Tensor] = []
+
+    def update_(self, states: torch.Tensor, dense: torch.Tensor, labels: None) -> None:
+        """Add states (N, d)."""
+        self.cosines.append(F.cosine_similarity(states, dense, -1))
+
+    def figures(self) -> dict[str, float]:
+        return {"cosine": float(torch.cat(self.cosines).mean())}
+
+
+class EncoderTask(Task):
+    """A forward pass: accuracy where classes are known, else how alike best guesses or hidden states are to dense."""
+
+    def read(self) -> None:
+        given, labels = self.reading, None
+        if self.model._get_name().endswith("SequenceClassification") and is_csv(given.data):
+            texts, labels = read_labelled(given.data, self.model.config)
+            texts, labels = texts[: given.max_rows], labels[: given.max_rows]
+        else:
+            texts = self.texts()
+        self.labelled = list(self.in_batches(texts, CHECKED_AT_ONCE, labels))
+        self.sized = {size: self.full_batches(texts, size) for size in given.batch_sizes}
+
+    @property
+    def batches(self) -> list[Batch]:
+        return [unlabelled(batch) for batch in self.labelled]
+
+    def quality(self, running: Mapping[str, Encoder], most: int | None = None) -> tuple[str, dict[str, float]]:
+        sums: dict[str, Any] = {}
+        for batch in self.bar(self.labelled[:most]):
+            outputs = {name: model(unlabelled(batch)) for name, model in running.items()}
+            reference, labels = self.compared(next(iter(outputs.values())), batch)
+            for name, output in outputs.items():
+                sums.setdefault(name, Quality() if has_head(output) else Cosine())
+                sums[name].update_(self.compared(output, batch)[0], reference, labels)
+        found = {name: each.figures() for name, each in sums.items()}
+        known = next(iter(found.values()))
+        measure = next(name for name in ("accuracy", "agreement", "cosine") if name in known)
+        return measure, {name: figures[measure] for name, figures in found.items()}
+
+    def compared(self, output: Mapping[str, Any], batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return logits (N, C) and labels (N,), if there are any; of models without a head hidden states (N, d)."""
+        if has_head(output):
+            return counted(self.model, SimpleNamespace(**output), batch)
+        return states(output, batch), None
+
+    def times(self, running: Mapping[str, Encoder]) -> list[Timed]:
+        found = []
+        for size, batches in self.sized.items():
+            work = [{name: partial(model, batch) for name, model in running.items()} for batch in batches]
+            found.append(Timed("forward", size, median_tokens(batches), self.turns(f"batches of {size}", work)))
+        return found
+
+
+def has_head(output: Mapping[str, Any]) -> bool:
+    """Return whether a model predicts something."""
+    return bool({"logits", "start_logits"} & {*output})
+
+
+def states(output: Mapping[str, Any], batch: Batch) -> torch.Tensor:
+    """Return hidden states (N, d), of an output's first tensor (B, L, d) those that are no padding."""
+    found = next(iter(output.values()))
+    mask = batch.get("decoder_attention_mask", batch["attention_mask"])
+    return found[mask.bool()] if found.shape[:2] == mask.shape else found.flatten(0, -2)
