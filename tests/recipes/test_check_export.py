@@ -11,9 +11,9 @@ import pytest
 import torch
 from batches import text_batches
 from tiny import VOCAB, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from moefy_hf import MoEficationConfig, export, moefy_
+from moefy_hf import MoEficationConfig, export, load, moefy_
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,7 @@ def test_an_export_is_exact(exact):
     facts, out, prompts = exact
     assert facts["architecture"] == "GraniteMoeForCausalLM" and facts["experts"] == 6 and facts["k"] == 3
     assert facts["logits"]["tokens"] == 48 and facts["logits"]["relative_difference"] <= 1e-5
+    assert facts["logits"]["ties"] == [] and facts["logits"]["tokens_before_ties"] == 48
     assert facts["generations"]["identical"] == facts["generations"]["prompts"] == 20
     assert "| identical greedy generations, 4 tokens | 20 of 20 |" in out and "engine" not in facts
     assert {len(prompt) for prompt in prompts["prompts"]} == {5} and prompts["stop"] == [2]
@@ -76,6 +77,25 @@ def test_a_damaged_export_is_found(check, made):
     assert facts["logits"]["relative_difference"] > 1e-2 and facts["logits"]["same_top_token"] < 1
     assert facts["generations"]["identical"] == 20 - len(facts["generations"]["differing"]) < 20
     assert all(each["token"] < 4 and each["margin"] >= 0 for each in facts["generations"]["differing"])
+
+
+def test_ties_are_found_and_named(check, made):
+    """Two experts with the same scores, between which the export chooses otherwise."""
+    model = load(made / "moe")
+    router = model.moe_sites()[1].act.router
+    router.weight.data[4] = router.weight.data[3]
+    model.save_pretrained(made / "tied")
+    PreTrainedTokenizerFast.from_pretrained(made / "moe").save_pretrained(made / "tied")
+    model.set_selection(k=3)
+    export(model, made / "tied-exported")
+    served = AutoModelForCausalLM.from_pretrained(made / "tied-exported")
+    served.model.layers[1].block_sparse_moe.router.weight.data[3] *= 1 - 1e-6
+    served.save_pretrained(made / "tied-exported")
+    facts, _ = check(moefied="tied", exported="tied-exported")
+    (tie,) = facts["logits"]["ties"]
+    assert tie["layer"] == 1 and tie["margin"] == 0 and facts["logits"]["tokens_before_ties"] == tie["token"] < 48
+    assert facts["logits"]["relative_difference"] > 1e-4
+    assert facts["logits"]["relative_difference_before_ties"] < 1e-5
 
 
 def test_an_engine_is_compared(check, exact, made):
