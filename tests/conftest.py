@@ -1,5 +1,6 @@
 """Shared by all tests: no network, no progress bars, one thread (tiny models only lose by more)."""
 
+import gc
 import os
 import tempfile
 
@@ -17,6 +18,12 @@ from moefy_hf.conversion import checks as convertible  # noqa: E402
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+
+
+def pytest_collection_finish():
+    """Modules stay: every Trainer ends with a collection of garbage, which need not look through them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Models whose FFNs compute the selected experts alone give what they give masked."""
 
 import copy
+import functools
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,7 @@ from batches import text_batches
 from moefy_ffn import BuildError, build
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny import NAMES, convert, distance, run, tiny_inputs, tiny_model
+from tiny import NAMES, convert, distance, run, tiny_inputs, tiny_model, tiny_moefied
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -27,10 +28,8 @@ CLASSIFIER = "AutoModelForSequenceClassification"
 SIGMOID = "bert-sigmoid"  # an activation that no kernel has
 
 
-def moefied(name: str, k: int = 2, **settings):
-    model = tiny_model(name, **settings)
-    convert(model, k)
-    return model.requires_grad_(False)
+def moefied(name: str):
+    return tiny_moefied(name).requires_grad_(False)
 
 
 def calls(monkeypatch) -> list[tuple]:
@@ -134,6 +133,16 @@ def select(model, selection: str, router: str = "random") -> None:
     model.set_selection(type=selection, **settings)
 
 
+@functools.cache
+def calibrated(name: str, router: str, shared: int = 0):
+    model = tiny_model(name)
+    config = MoEficationConfig(
+        expert_size=8, splitter="random", router=router, selection={"type": "top_k", "k": 3}, shared_experts=shared
+    )
+    moefy_(model, config, text_batches(2))
+    return model.requires_grad_(False)
+
+
 @pytest.mark.parametrize("implementation", ["cpu", "torch"])
 @pytest.mark.parametrize("compensated", [False, True])
 @pytest.mark.parametrize("shared", [0, 2])
@@ -142,12 +151,8 @@ def select(model, selection: str, router: str = "random") -> None:
 def test_selections_shared_experts_and_compensation(
     name, router, selection, shared, compensated, implementation, monkeypatch
 ):
-    model = tiny_model(name)
-    config = MoEficationConfig(
-        expert_size=8, splitter="random", router=router, selection={"type": "top_k", "k": 3}, shared_experts=shared
-    )
-    moefy_(model, config, text_batches(2))
-    select(model.requires_grad_(False), selection, router)
+    model = copy.deepcopy(calibrated(name, router, shared))
+    select(model, selection, router)
     for site in model.moe_sites() if compensated else ():
         site.act.compensate_(torch.randn(site.sizes[1]))
     inputs = {"input_ids": tiny_inputs(name)["input_ids"][:1, :4]}
@@ -166,9 +171,8 @@ def test_selections_shared_experts_and_compensation(
 @pytest.mark.parametrize("selection", [name for name in SELECTIONS if name != "top_k"])
 def test_every_router_and_dynamic_selection(selection, router, monkeypatch):
     """In the kernel's call where the router is one or two matrices, by torch otherwise; each token scored once."""
-    model, inputs = tiny_model("llama"), tiny_inputs("llama")
-    moefy_(model, MoEficationConfig(expert_size=8, splitter="random", router=router), text_batches(2))
-    select(model.requires_grad_(False), selection, router)
+    model, inputs = copy.deepcopy(calibrated("llama", router)), tiny_inputs("llama")
+    select(model, selection, router)
     masked, found, scored = run(model, inputs), calls(monkeypatch), scorings(monkeypatch)
     model.set_moe_implementation("cpu")
     assert distance(run(model, inputs), masked) < 1e-5 and len(found) == 2

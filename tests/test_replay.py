@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import NAMES, convert, tiny, tiny_inputs, tiny_model
+from tiny import NAMES, tiny, tiny_inputs, tiny_model, tiny_moefied
 from torch import nn
 
 from moefy_hf.conversion.replay import before, block_of, recorded, replayed
@@ -21,8 +21,7 @@ def first(output) -> torch.Tensor:
 def test_replaying_changes_nothing(name, cache):
     if cache and name not in CACHING:
         pytest.skip("has no cache of keys and values")
-    model, inputs = tiny_model(name), tiny_inputs(name)
-    convert(model)
+    model, inputs = tiny_moefied(name, k=1.0), tiny_inputs(name)
     model.config.use_cache = cache
     sites = model.moe_sites()
     blocks = [block_of(model, site) for site in sites]

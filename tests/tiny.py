@@ -4,7 +4,9 @@
 Biases and norms are random, because a permutation that forgets a bias of zeros, or a norm of ones, would go unnoticed.
 """
 
+import copy
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -170,6 +172,19 @@ def convert(model: nn.Module, k: int | float | list = 1.0, calibration=None, **s
     settings = {"expert_size": EXPERT_SIZE, "splitter": "random", "router": "random", "towers": "all", **settings}
     selection = {"type": "top_k", "k": k, "allocation": "uniform"}
     return moefy_(model, MoEficationConfig(selection=selection, **settings), calibration, progress=False)
+
+
+@cache
+def _converted(name: str, head: str) -> nn.Module:
+    convert(model := tiny_model(name, head))
+    return model
+
+
+def tiny_moefied(name: str, k: int | float = 2, head: str = "AutoModel") -> nn.Module:
+    """A model that was converted without data, as a copy: each is converted once in a process."""
+    model = copy.deepcopy(_converted(name, head))
+    model.set_selection(type="top_k", k=k, allocation="uniform")
+    return model
 
 
 def tiny_inputs(name: str, head: str = "AutoModel", seed: int = 1) -> dict[str, torch.Tensor]:

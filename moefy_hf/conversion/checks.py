@@ -109,8 +109,9 @@ def check_unwrapped(model: Any) -> None:
         )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(f"what is converted is a transformers model, got a {type(model).__name__}")
-    if whole_around(model) is not None:
-        gc.collect()  # a whole that was deleted may linger
+    if whole_around(model) is None:
+        return
+    gc.collect()  # a whole that was deleted may linger
     if (whole := whole_around(model)) is not None:
         raise UnsupportedModel(
             f"this {type(model).__name__} is part of a {type(whole).__name__}, which would be saved with routers and "

@@ -96,7 +96,7 @@ def moefy_(
             check_profile(config, sites, sizes, dense)
             if config.allocation in COMPARING_PREDICTIONS:
                 check_predictions(model, dense.batches)
-        experts = find_experts_(model, config, dense, progress=progress)
+        experts = find_experts_(model, sites, config, dense, progress=progress)
         (moefied := check_moefied(model)).set_selection(**config.selection_section())
         seconds |= experts.seconds
         if config.compensation and dense is not None:

@@ -19,7 +19,7 @@ from ..measure.profile import ModelProfile, SiteProfile
 from ..modeling.adapters import IN_MEMORY
 from ..modeling.ffn_sites import FfnSite, find_sites
 from ..modeling.ffn_weights import FfnWeights
-from ..modeling.install import install_, selected_sites, split_sizes, uninstall_
+from ..modeling.install import install_, split_sizes, uninstall_
 from ..modeling.moefied import is_moefied
 from ..modeling.section import ALL_EXPERTS, Section
 from ..modeling.selection_config import setting_name
@@ -30,6 +30,8 @@ from .equality import DenseReference
 from .expert_matching import matched_orders
 from .fit_routers import RouterFit, fit_routers_
 from .thresholds import calibrate_thresholds_
+
+_MADE: set[type[PreTrainedModel]] = set()  # MoEfied classes of which this process has made a model
 
 
 @dataclass
@@ -52,6 +54,7 @@ def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
 
 def find_experts_(
     model: PreTrainedModel,
+    sites: list[FfnSite],
     config: MoEficationConfig,
     profile: ModelProfile | None,
     *,
@@ -65,6 +68,7 @@ def find_experts_(
     afterwards, so that the model computes what it did.
 
     Args:
+        sites: the FFNs to split, all that are routed where the model is MoEfied.
         config: its allocation is decided, not "auto" (`with_allocation`).
         profile: of this model, with a sample; None where nothing in `config.needs()`.
         optimizer: what it remembers of neurons is permuted with them.
@@ -73,7 +77,6 @@ def find_experts_(
     result = Experts()
     with timed(result.seconds, "split"):
         moefied = check_moefied(model) if is_moefied(model) else None
-        sites = moefied.moe_sites() if moefied else selected_sites(find_sites(model, config.towers), config.layers)
         result.orders = neuron_orders(sites, config, profile, warm=warm, progress=progress)
         with restored_on_error(model, sites):
             reference = DenseReference(model, sites, profile)
@@ -216,8 +219,10 @@ def install_routers_(model: PreTrainedModel, section: dict[str, Any]) -> Moefied
     view.selection, view.compensation, view.neuron_order = dict(ALL_EXPERTS), False, True
     view.ffns = remembered(model, find_sites(model, view.towers))
     model.__class__ = moefied_class(type(model), model.config)
-    with torch.device("meta"):  # transformers learns which outputs a class can record when one is made
-        type(model)(copy.deepcopy(model.config))
+    if type(model) not in _MADE:  # transformers learns which outputs a class can record when one is made
+        with torch.device("meta"):
+            type(model)(copy.deepcopy(model.config))
+        _MADE.add(type(model))
     install_(model)
     if not (model.name_or_path or "").endswith(IN_MEMORY):
         model.name_or_path = (model.name_or_path or "") + IN_MEMORY  # by which adapters know what they are trained on

@@ -160,8 +160,8 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def _not_an_ffn(path: str, kind: str) -> str | None:
-    found = [what for word, what in NOT_AN_FFN.items() if word in words(kind) or word in words(path)]
-    return found[0] if found else None
+    named = words(kind) | words(path)
+    return next((what for word, what in NOT_AN_FFN.items() if word in named), None)
 
 
 def _named_like_an_ffn(module: nn.Module) -> bool:

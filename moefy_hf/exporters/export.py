@@ -68,8 +68,7 @@ def export(
     Example:
         >>> export(model, "served", to="mixtral", tokenizer=tokenizer)
     """
-    output_dir = Path(output_dir)
-    model = check_moefied(model)
+    output_dir, model = Path(output_dir), check_moefied(model)
     if to == "gguf":
         return export_gguf(model, output_dir, dense).output
     if dense is not None:

@@ -1,4 +1,7 @@
-"""Experts as products of their own: the tokens of each expert are gathered, computed by themselves, and summed.
+"""Experts as products of their own: the tokens of each expert are gathered, computed by themselves, and added.
+
+They are added one expert after the other. ONNX Runtime's ScatterND adds rows in several threads, and loses some where
+a token has more than one.
 
 This is exact for every selection and activation. No product is made for experts that a token does not run. In float32
 all operators are standard ones. In 8 bits, products are ONNX Runtime's: tokens are quantised once for all experts,
@@ -63,17 +66,9 @@ class Nodes:
         product = self("MatMul", x, self.hold(rows.T))
         return product if bias is None else self("Add", product, self.hold(bias))
 
-    def read(self, x: str, tokens: str, counts: str, experts: int) -> list[str]:
-        """Add the rows of each expert.
-
-        Args:
-            x: all tokens (T, d).
-            tokens: those of the first expert, those of the second, and so on (P,).
-            counts: how many these are (E,).
-            experts: E.
-        """
-        parts = self("Split", self("Gather", x, tokens, axis=0), counts, axis=0, results=experts)
-        return [parts] if experts == 1 else parts
+    def rows(self, x: str, tokens: list[str]) -> list[str]:
+        """Add the rows of x (T, d) for each expert, of whose tokens these are the numbers."""
+        return [self("Gather", x, each, axis=0) for each in tokens]
 
 
 class Int8Nodes(Nodes):
@@ -92,11 +87,11 @@ class Int8Nodes(Nodes):
             return self("MatMulIntegerToFloat", *inputs, domain=MICROSOFT)
         return self("DynamicQuantizeMatMul", x, numbers, scale, "", added, domain=MICROSOFT)
 
-    def read(self, x: str, tokens: str, counts: str, experts: int) -> list[str]:
+    def rows(self, x: str, tokens: list[str]) -> list[str]:
         x, *how = self("DynamicQuantizeLinear", x, results=3)
-        parts = super().read(x, tokens, counts, experts)
-        self.quantised = dict.fromkeys(parts, how)
-        return parts
+        found = super().rows(x, tokens)
+        self.quantised = dict.fromkeys(found, how)
+        return found
 
     def hold_int8(self, rows: np.ndarray) -> tuple[str, str]:
         """Add rows.T in 8 bits, and a scale per column; return their names."""
@@ -140,20 +135,22 @@ def experts_of(node: onnx.NodeProto, matrices: list[np.ndarray | None]) -> Nodes
     add = (Int8Nodes if attributes["int8"] else Nodes)(f"{PREFIX}_{node.name}")
     by_expert = add("Transpose", mask, perm=[1, 0])  # (E, T)
     pairs = add("NonZero", by_expert)  # (2, P): experts in order, and for each its tokens
-    tokens = add("Gather", pairs, add.hold(np.int64(1)), axis=0)
+    every = add("Gather", pairs, add.hold(np.int64(1)), axis=0)
     counts = add("ReduceSum", add("Cast", by_expert, to=onnx.TensorProto.INT64), add.hold(np.array([1])), keepdims=0)
-    outputs = []
-    for expert, rows in enumerate(add.read(x, tokens, counts, len(up))):
+    split = add("Split", every, counts, axis=0, results=len(up))
+    tokens = [split] if len(up) == 1 else split
+    sum_ = add("Expand", add.hold(np.float32(0)), add("Shape", x))
+    for expert, rows in enumerate(add.rows(x, tokens)):
         neurons = add.linear(rows, up[expert], None if up_bias is None else up_bias[expert])
         if gate is None:
             neurons = add.function(function, neurons)
         else:
             open_ = add.linear(rows, gate[expert], None if gate_bias is None else gate_bias[expert])
             neurons = add("Mul", add.function(function, open_), neurons)
-        outputs.append(add.linear(neurons, down[expert].T, None))
-    nothing = add("Expand", add.hold(np.float32(0)), add("Shape", x))
-    places = add("Unsqueeze", tokens, add.hold(np.array([1])))
-    add("ScatterND", nothing, places, add("Concat", *outputs, axis=0), reduction="add", out=node.output[0])
+        output = add.linear(neurons, down[expert].T, None)
+        places = add("Unsqueeze", tokens[expert], add.hold(np.array([1])))
+        last = node.output[0] if expert == len(up) - 1 else None
+        sum_ = add("ScatterND", sum_, places, output, reduction="add", out=last)
     return add
 
 

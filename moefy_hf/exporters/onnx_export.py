@@ -80,7 +80,7 @@ def write_onnx(
         parts = parts_of(model, [made_up_batch(model), *given])
         for part in tqdm(parts, desc="ONNX", unit="file", disable=not progress):
             operators |= write_part(model, part, folder, int8)
-            for kind, each in differences(folder / part.file, part.examples).items():
+            for kind, each in differences(folder / part.file, part.compared).items():
                 found[kind] = tuple(map(max, each, found.get(kind, each)))  # type: ignore[assignment]
         largest, mean = (max(numbers) for numbers in zip(*found.values(), strict=True))
         if not (mean <= INT8_CLOSE if int8 else largest <= CLOSE):

@@ -30,7 +30,7 @@ from ..runtime.backend_base import expert_means
 
 SPLIT = "moefy_hf::Experts"
 NEVER = -1e9  # the logit of an expert that does not run: exp of it is 0
-LARGE = 64  # neurons; smaller experts are too many products
+LARGE = 128  # neurons; smaller experts are too many products
 # transformers' name of the activation -> the operator's. Its GELU is the tanh form, which `gelu` is not
 MOE_ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "silu": "silu"}
 MOE_GATED = {"silu": "swiglu"}  # on CPUs, with rows of gate and up in turns; it has no third matrix there

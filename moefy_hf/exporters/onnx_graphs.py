@@ -50,7 +50,7 @@ def graph_of(model: MoefiedModel, part: Part, int8: bool) -> tuple[Any, dict[str
     """
     from .onnx_experts import split_experts
 
-    example = part.examples[0]
+    example = part.traced
     shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in part.axes[name]} for name in example.inputs)
     with traced_as_operators(model, int8) as operators, quiet_exporter():
         try:

@@ -57,14 +57,26 @@ class Part:
     Attributes:
         file: its name.
         module: takes the inputs in order, and returns the outputs in order.
-        examples: at least one; the first is traced.
+        examples: of each batch as many.
         axes: of inputs, and of outputs that do not get them from the inputs.
+        batches: how many there are.
     """
 
     file: str
     module: nn.Module
     examples: list[Example]
     axes: Axes
+    batches: int
+
+    @property
+    def traced(self) -> Example:
+        """Return the first example."""
+        return self.examples[0]
+
+    @property
+    def compared(self) -> list[Example]:
+        """Return the examples of all batches but the first, which only is for tracing."""
+        return self.examples[len(self.examples) // self.batches :]
 
 
 def parts_of(model: MoefiedModel, batches: Iterable[Mapping[str, Any]]) -> list[Part]:
@@ -100,7 +112,7 @@ def single_part(model: MoefiedModel, batches: list[Batch]) -> Part:
     kind = "texts" if "input_ids" in batches[0] else "images"
     examples = [Example(kind, batch, named_outputs(model, batch), {}) for batch in batches]
     names, axes = list(batches[0]), {name: axes_of(name, value) for name, value in batches[0].items()}
-    return Part("model.onnx", Positional(model, names, list(examples[0].outputs)), examples, axes)
+    return Part("model.onnx", Positional(model, names, list(examples[0].outputs)), examples, axes, len(examples))
 
 
 def inputs_for(model: MoefiedModel, batch: Mapping[str, Any]) -> Batch:
@@ -156,7 +168,7 @@ def decoder_parts(model: MoefiedModel, batches: list[Mapping[str, Any]]) -> list
     for name in (*examples[0].inputs, *examples[0].outputs):
         if name not in axes:
             axes[name] = {0: ROWS, 2: past if name.startswith("past_") else present}
-    return [Part("model.onnx", Decoder(model, inputs), examples, axes)]
+    return [Part("model.onnx", Decoder(model, inputs), examples, axes, len(batches))]
 
 
 def decoder_examples(model: MoefiedModel, batch: Mapping[str, Any]) -> list[Example]:
@@ -204,11 +216,13 @@ def encoder_decoder_parts(model: MoefiedModel, batches: list[Mapping[str, Any]])
             axes[name] = source if ".encoder." in name else {0: ROWS, 2: past}
     first = axes | {name: {0: ROWS, 2: TARGET} for name in axes if name.startswith("present.") and ".decoder." in name}
     encoder = Positional(model.get_encoder(), list(encoders[0].inputs), list(encoders[0].outputs))
-    return [
-        Part("encoder_model.onnx", encoder, encoders, axes | {"input_ids": text}),
-        Part("decoder_model.onnx", DecoderOfTwo(model, False, width), starts, first | {"input_ids": target}),
-        Part("decoder_with_past_model.onnx", DecoderOfTwo(model, True, width), steps, axes | {"input_ids": target}),
+    decoders = DecoderOfTwo(model, False, width), DecoderOfTwo(model, True, width)
+    files: list[tuple[str, nn.Module, list[Example], Axes]] = [
+        ("encoder_model.onnx", encoder, encoders, axes | {"input_ids": text}),
+        ("decoder_model.onnx", decoders[0], starts, first | {"input_ids": target}),
+        ("decoder_with_past_model.onnx", decoders[1], steps, axes | {"input_ids": target}),
     ]
+    return [Part(*file, len(batches)) for file in files]
 
 
 def encoder_decoder_examples(model: MoefiedModel, batch: Mapping[str, Any]) -> list[Example]:

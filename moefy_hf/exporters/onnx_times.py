@@ -48,7 +48,7 @@ def times_of(model: MoefiedModel, folder: Path, int8: bool, progress: bool = Tru
         for part in tqdm(parts, desc="dense ONNX, to compare times", unit="file", disable=not progress):
             write_part(model, part, Path(dense), int8)
             sessions = [session_of(Path(where) / part.file) for where in (dense, folder)]
-            for example in part.examples:
+            for example in part.compared:
                 rows = len(next(iter(example.inputs.values())))
                 if example.kind in WORDS and rows in ROWS:
                     cases.append((example.kind, rows, sessions, example.inputs))

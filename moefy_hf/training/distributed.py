@@ -98,7 +98,7 @@ def split_here_(
             if config.allocation in COMPARING_PREDICTIONS:
                 check_predictions(model, stats.batches)
         warm = bool(section.splits)
-        experts = find_experts_(model, config, stats, optimizer=optimizer, warm=warm, progress=progress)
+        experts = find_experts_(model, sites, config, stats, optimizer=optimizer, warm=warm, progress=progress)
     report, fits = (
         f"{len(sites)} FFNs split, {sizes[0][0]} experts of {sizes[0][1]} neurons in the first",
         experts.fits,

@@ -10,7 +10,19 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import EXPERT_SIZE, NAMES, TINY, VARIANTS, convert, distance, run, tiny, tiny_inputs, tiny_model
+from tiny import (
+    EXPERT_SIZE,
+    NAMES,
+    TINY,
+    VARIANTS,
+    convert,
+    distance,
+    run,
+    tiny,
+    tiny_inputs,
+    tiny_model,
+    tiny_moefied,
+)
 from torch import nn
 from transformers.models.auto import modeling_auto
 
@@ -217,8 +229,7 @@ def test_the_file_holds_the_dense_names(name, head, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_new_model_has_initialised_routers(name):
     """Built from a config, not from a checkpoint: T5 would use a standard deviation of 1, `empty` is garbage."""
-    model = tiny_model(name)
-    convert(model)
+    model = tiny_moefied(name, k=1.0)
     auto_map = model.config.__dict__.pop("auto_map")
     torch.manual_seed(0)
     new = type(model)(model.config)

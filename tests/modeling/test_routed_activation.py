@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tiny import NAMES, convert, distance, run, tensors, tiny_inputs, tiny_model
+from tiny import NAMES, convert, distance, run, tensors, tiny_inputs, tiny_model, tiny_moefied
 from torch import nn
 
 from moefy_hf.modeling.routed_activation import RoutedActivation
@@ -58,12 +58,6 @@ def ffn(request) -> FFN:
     act, gated = request.param
     torch.manual_seed(0)
     return FFN(copy.deepcopy(ACTS[act]), gated)
-
-
-def converted(name: str, k: int | float = 2) -> nn.Module:
-    model = tiny_model(name)
-    convert(model, k)
-    return model
 
 
 @pytest.mark.parametrize("shape", [(D,), (5, D), (2, 3, D), (2, 3, 4, D), (0, D)])
@@ -119,7 +113,7 @@ def test_gradients_reach_kept_neurons_only(ffn):
 @pytest.mark.parametrize("name", ["bert", "t5-gated", "gpt2", "phi3", "bert-sigmoid"])
 def test_gradients_equal_masking_by_hand(name):
     """The whole model's gradient at k < E is that of a dense model whose `down` inputs are masked likewise."""
-    model, inputs = converted(name), tiny_inputs(name)
+    model, inputs = tiny_moefied(name), tiny_inputs(name)
     routed = model.moe_sites()
     masks = []
     handles = [site.down.register_forward_pre_hook(lambda m, args: masks.append(args[0] != 0)) for site in routed]
@@ -153,7 +147,7 @@ def test_an_input_it_did_not_see_is_an_error(ffn):
 
 def test_a_replaced_linear_is_followed():
     """At the next call of its FFN; an activation that runs before that is an error until `connect_` is called."""
-    model, inputs = converted("bert"), tiny_inputs("bert")
+    model, inputs = tiny_moefied("bert"), tiny_inputs("bert")
     expected = run(model, inputs)
     layer = model.encoder.layer[0].intermediate
     old, layer.dense = layer.dense, nn.Linear(16, 48)
@@ -167,7 +161,7 @@ def test_a_replaced_linear_is_followed():
 
 
 def test_connecting_twice_observes_once():
-    model, inputs = converted("llama"), tiny_inputs("llama")
+    model, inputs = tiny_moefied("llama"), tiny_inputs("llama")
     model.connect_()
     model.connect_()
     for site in model.moe_sites():
@@ -192,7 +186,7 @@ def test_activations_with_parameters_are_refused():
 @pytest.mark.parametrize("name", ["llama", "t5", "bert", "gpt2", "modernbert"])
 def test_a_bypassed_activation_is_an_error(name):
     """A fused MLP (Liger's, say) computes everything in one kernel; without a check, the model would be dense."""
-    model, inputs = converted(name), tiny_inputs(name)
+    model, inputs = tiny_moefied(name), tiny_inputs(name)
     expected = run(model, inputs)
     site = model.moe_sites()[1]
     routed = site.act
@@ -219,7 +213,7 @@ def test_a_bypassed_activation_is_an_error(name):
 
 
 def test_a_fused_forward_is_an_error():
-    model, inputs = converted("llama"), tiny_inputs("llama")
+    model, inputs = tiny_moefied("llama"), tiny_inputs("llama")
 
     def fused(self, x):
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -232,13 +226,13 @@ def test_a_fused_forward_is_an_error():
 def test_a_chunked_ffn_routes_every_chunk():
     """BERT can run its FFN on a few tokens at a time: several hand-overs in one call of the layer."""
     inputs = tiny_inputs("bert")
-    whole, chunked = converted("bert"), tiny_model("bert", chunk_size_feed_forward=1)
+    whole, chunked = tiny_moefied("bert"), tiny_model("bert", chunk_size_feed_forward=1)
     convert(chunked, 2)
     assert distance(run(chunked, inputs), run(whole, inputs)) < 1e-6
 
 
 def test_nothing_is_held_after_the_call():
-    model, inputs = converted("bert"), tiny_inputs("bert")
+    model, inputs = tiny_moefied("bert"), tiny_inputs("bert")
     seen = []
     model.moe_sites()[0].first.register_forward_pre_hook(lambda m, args: seen.append(weakref.ref(args[0])))
     run(model, inputs)
@@ -249,7 +243,7 @@ def test_nothing_is_held_after_the_call():
 
 def test_threads_share_a_model():
     """Eight threads, each with inputs of its own; with the hand-over in a plain attribute they would mix them up."""
-    model = converted("bert")
+    model = tiny_moefied("bert")
     inputs = [tiny_inputs("bert", seed=seed) for seed in range(8)]
     expected = [run(model, each) for each in inputs]
     start = threading.Barrier(8)
@@ -275,7 +269,7 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dum
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("name", ["bert", "llama", "t5", "gpt2"])
 def test_copies_are_independent(name, how):
-    model, inputs = converted(name), tiny_inputs(name)
+    model, inputs = tiny_moefied(name), tiny_inputs(name)
     expected = run(model, inputs)
     other = COPIES[how](model)
     assert type(other) is type(model) and distance(run(other, inputs), expected) == 0
@@ -297,7 +291,7 @@ def test_copies_are_independent(name, how):
 
 @pytest.mark.parametrize("name", ["bert", "llama", "t5-gated"])
 def test_autocast(name):
-    model, inputs = converted(name), tiny_inputs(name)
+    model, inputs = tiny_moefied(name), tiny_inputs(name)
     full, scores = run(model, inputs), []
     for site in model.moe_sites():
         site.act.router.register_forward_hook(lambda module, args, output: scores.append(output))
@@ -312,7 +306,7 @@ def test_autocast(name):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["bert", "llama", "t5", "gpt2", "vit"])
 def test_gradient_checkpointing_changes_nothing(name, reentrant):
-    model, inputs = converted(name).train(), tiny_inputs(name)
+    model, inputs = tiny_moefied(name).train(), tiny_inputs(name)
     losses, gradients = [], []
     for checkpointing in (False, True):
         if checkpointing:
@@ -337,7 +331,7 @@ def test_gradient_checkpointing_changes_nothing(name, reentrant):
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_compiles_without_graph_breaks(name):
     """The graph is captured whole and run without code generation, which would only test the compiler."""
-    model, inputs = converted(name), tiny_inputs(name)
+    model, inputs = tiny_moefied(name), tiny_inputs(name)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
@@ -351,7 +345,7 @@ def test_compiles_without_graph_breaks(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_at_few_experts(name):
     """A few steps at k < E lower a loss on every architecture, and routers stay as they are."""
-    model, inputs = converted(name).train(), tiny_inputs(name)
+    model, inputs = tiny_moefied(name).train(), tiny_inputs(name)
     routers = {key: value.clone() for key, value in model.state_dict().items() if ".router." in key}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []

@@ -1,40 +1,116 @@
 """ONNX Runtime, on graphs that `moefy export --to onnx` writes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...exporters.onnx_export import check_onnx, inputs_for, write_onnx
+from ...exporters.onnx_export import check_onnx, write_onnx
+from ...exporters.onnx_parts import inputs_for
 from ...loading import MoefiedModel
 from ...measure.contexts import all_experts
-from .base import ENCODER, Batch, Engine, Running, Subject
+from .base import ENCODER, ENCODER_DECODER, LANGUAGE_MODEL, Batch, Engine, Running, Subject
+from .greedy import Writer
+
+DECODED = 8  # tokens that a decoder reads, where its graph is compared
+
+
+def session_of(path: Path, threads: int) -> Any:
+    """Open a graph."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # waiting threads would slow down the engine whose turn is next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run_graph(session: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a graph on ONNX Runtime's own tensors, or torch's; return its own, by their names, uncopied."""
+    import onnxruntime
+
+    names = [each.name for each in session.get_outputs()]
+    value_of = onnxruntime.OrtValue.ortvalue_from_numpy
+    fed = {name: value_of(each.numpy()) if torch.is_tensor(each) else each for name, each in given.items()}
+    return dict(zip(names, session.run_with_ort_values(names, fed), strict=True))
+
+
+def tensor_of(value: Any) -> torch.Tensor:
+    """Return one of ONNX Runtime's tensors as torch's."""
+    return torch.from_numpy(value.numpy())
+
+
+def past_of(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys and values that a graph gives, by the names that the next call takes them by."""
+    return {f"past_key_values{name[7:]}": each for name, each in outputs.items() if name.startswith("present")}
 
 
 class OnnxEncoder:
-    """A graph of an encoder.
+    """A graph of an encoder."""
 
-    Args:
-        path: of the graph.
-        model: that it is of.
-        threads: of the CPU.
-    """
-
-    def __init__(self, path: Path, model: MoefiedModel, threads: int):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        # waiting threads would slow down the engine whose turn is next
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.outputs = [each.name for each in self.session.get_outputs()]
-        self.model = model
+    def __init__(self, folder: Path, model: MoefiedModel, threads: int):
+        self.session, self.model = session_of(folder / "model.onnx", threads), model
 
     def __call__(self, batch: Batch, /) -> Mapping[str, Any]:
-        fed = {name: value.numpy() for name, value in inputs_for(self.model, batch).items()}
-        return dict(zip(self.outputs, map(torch.from_numpy, self.session.run(self.outputs, fed)), strict=True))
+        outputs = run_graph(self.session, inputs_for(self.model, batch))
+        return {name: tensor_of(value) for name, value in outputs.items()}
+
+
+class OnnxLanguageModel:
+    """A graph of a decoder, with its cache; it has the logits after every token."""
+
+    def __init__(self, folder: Path, model: MoefiedModel, threads: int):
+        self.session = session_of(folder / "model.onnx", threads)
+        self.shapes = {each.name: each.shape for each in self.session.get_inputs()}
+        self.forget()
+
+    def forget(self) -> None:
+        self.seen, self.past = 0, dict[str, Any]()
+        for name, (_, heads, _, width) in ((name, shape) for name, shape in self.shapes.items() if len(shape) == 4):
+            self.past[name] = torch.zeros(1, heads, 0, width)
+
+    def read(self, ids: torch.Tensor, last: bool = False) -> torch.Tensor:
+        places = torch.arange(self.seen, self.seen + len(ids))
+        self.seen += len(ids)
+        texts = {"input_ids": ids, "position_ids": places, "attention_mask": torch.ones(self.seen, dtype=torch.long)}
+        given = {name: value[None] for name, value in texts.items() if name in self.shapes}
+        outputs = run_graph(self.session, given | self.past)
+        self.past = past_of(outputs)
+        logits = tensor_of(outputs["logits"])[0]
+        return logits[-1:] if last else logits
+
+
+class OnnxEncoderDecoder(Writer):
+    """The three graphs of an encoder-decoder."""
+
+    def __init__(self, folder: Path, model: MoefiedModel, threads: int):
+        super().__init__(model)
+        names = ("encoder_model", "decoder_model", "decoder_with_past_model")
+        self.encoder, self.first, self.further = (session_of(folder / f"{name}.onnx", threads) for name in names)
+        self.given: dict[str, Any] = {}
+        self.past: dict[str, Any] = {}
+
+    def encode(self, batch: Batch) -> torch.Tensor:
+        read = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return tensor_of(run_graph(self.encoder, read)["last_hidden_state"])
+
+    def begin(self, hidden: torch.Tensor, mask: torch.Tensor) -> None:
+        self.given, self.past = {"encoder_attention_mask": mask, "encoder_hidden_states": hidden}, {}
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        outputs = run_graph(self.further if self.past else self.first, {"input_ids": ids} | self.given | self.past)
+        self.given.pop("encoder_hidden_states", None)  # whose keys and values are known now
+        self.past |= past_of(outputs)
+        return tensor_of(outputs["logits"])[:, -1]
+
+
+KINDS: dict[str, Callable[[Path, MoefiedModel, int], Running]] = {
+    ENCODER: OnnxEncoder,
+    LANGUAGE_MODEL: OnnxLanguageModel,
+    ENCODER_DECODER: OnnxEncoderDecoder,
+}
 
 
 class OnnxRuntime(Engine):
@@ -46,7 +122,7 @@ class OnnxRuntime(Engine):
     """
 
     modules, distribution, extra = ("onnx", "onnxruntime", "onnxscript"), "onnxruntime", "onnx"
-    kinds = (ENCODER,)
+    kinds = tuple(KINDS)
 
     def __init__(self, name: str, int8: bool):
         super().__init__(name)
@@ -64,8 +140,10 @@ class OnnxRuntime(Engine):
         return self.written(subject, "moefied")
 
     def written(self, subject: Subject, name: str) -> Running:
-        """Write the graph of the model as it is now, and load it."""
-        folder = subject.folder / f"{self.name}-{name}"
+        """Write the graphs of the model as it is now, and open them."""
+        folder, batches = subject.folder / f"{self.name}-{name}", subject.batches
         folder.mkdir()
-        write_onnx(subject.moefied, folder, self.int8, subject.batches)
-        return OnnxEncoder(folder / "model.onnx", subject.moefied, subject.threads)
+        if subject.kind == ENCODER_DECODER:  # graphs are compared on what a decoder reads, too
+            batches = [batch | {"decoder_input_ids": batch["input_ids"][:, :DECODED]} for batch in batches]
+        write_onnx(subject.moefied, folder, self.int8, batches, timing=False, progress=False)
+        return KINDS[subject.kind](folder, subject.moefied, subject.threads)

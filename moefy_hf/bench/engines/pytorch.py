@@ -1,13 +1,15 @@
 """PyTorch, which everything is compared with: the dense model by transformers, and the MoEfied one by this package."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
+from ...exporters.onnx_modules import cache_name
 from .base import ENCODER, ENCODER_DECODER, LANGUAGE_MODEL, Batch, Engine, Running, Subject, kind_of
+from .greedy import Writer
 
 
 class TorchEncoder:
@@ -26,8 +28,7 @@ class TorchLanguageModel:
     def __init__(self, model: PreTrainedModel):
         self.model, self.cache = model, None
         self.keeps = cast(Any, model)._supports_logits_to_keep()
-        names = inspect.signature(model.forward).parameters
-        self.cached = "cache" if "cache" in names else "past_key_values"  # as older versions of transformers call it
+        self.cached = cache_name(model)
 
     def forget(self) -> None:
         self.cache = None
@@ -41,17 +42,25 @@ class TorchLanguageModel:
         return output.logits[0, -1:] if last else output.logits[0]
 
 
-class TorchEncoderDecoder:
-    """An encoder-decoder of transformers."""
+class TorchEncoderDecoder(Writer):
+    """An encoder-decoder of transformers, with its own cache."""
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
+        super().__init__(model)
+        self.model, self.cached = model, cache_name(model)
+        self.given: dict[str, Any] = {}
 
     def encode(self, batch: Batch) -> torch.Tensor:
         return self.model.get_encoder()(**batch)[0]
 
-    def generate(self, batch: Batch, most: int, least: int = 0) -> torch.Tensor:
-        return cast(Any, self.model).generate(**batch, do_sample=False, max_new_tokens=most, min_new_tokens=least)
+    def begin(self, hidden: torch.Tensor, mask: torch.Tensor) -> None:
+        encoded = BaseModelOutput(last_hidden_state=hidden)  # type: ignore[arg-type]
+        self.given = {"encoder_outputs": encoded, "attention_mask": mask, "use_cache": True}
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        output = self.model(decoder_input_ids=ids, **self.given)
+        self.given[self.cached] = output[self.cached]
+        return output.logits[:, -1]
 
 
 KINDS: dict[str, Callable[[PreTrainedModel], Running]] = {
