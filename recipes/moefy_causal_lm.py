@@ -155,7 +155,7 @@ def serve(run: ProseRun) -> None:
     if not target.exact:
         print(f"not exported: {target.architecture} would come close only (moefy export writes it)")
         return
-    path = run.stages.run("served", lambda path: export(model, path, "llama4", tokenizer=run.processor))
+    path = run.stages.run("served", lambda path: export(model, path, target.name, tokenizer=run.processor))
     print(f"exported: {path}")
 
 

@@ -138,32 +138,37 @@ def removal(name: str) -> str:
 
 def exports() -> str:
     """How close an exported model comes to the model it was exported from."""
-    llama4, mixtral = (facts(f"smollm2_{name}") for name in ("llama4", "mixtral"))
+    granitemoe, mixtral = (facts(f"smollm2_{name}") for name in ("granitemoe", "mixtral"))
+    logits, vllm, llama_cpp = granitemoe["logits"], granitemoe["engine"], mixtral["engine"]
+    exact = f"{logits['relative_difference_before_ties']:.1e}"
+    if ties := len(logits["ties"]):
+        exact += f"; {logits['relative_difference']:.2f} with {ties} ties"
     rows = [
-        (
-            "Llama 4, in transformers",
-            llama4["logits"],
-            f"{llama4['logits']['tokens']:,} tokens",
-            llama4["generations"],
-        ),
+        ("GraniteMoE, in transformers", f"{logits['tokens']:,} tokens", exact, granitemoe["generations"]),
+        first_step(f"GraniteMoE, in {vllm['name']}", vllm),
         (
             "Mixtral, in transformers",
-            mixtral["logits"],
             f"{mixtral['logits']['tokens']:,} tokens",
+            f"{mixtral['logits']['relative_difference']:.2g}",
             mixtral["generations"],
         ),
+        first_step("Mixtral, in llama.cpp", llama_cpp),
     ]
-    engine = mixtral["engine"]
-    rows.append(("Mixtral, in llama.cpp", engine["first_step"], f"{engine['prompts']} prompts, one step", engine))
     return table(
         {
             "export": name,
-            "compared on": data,
-            "largest difference / largest logit": f"{found['relative_difference']:.2g}".replace("e-0", "e-"),
+            "compared on": on,
+            "largest difference / largest logit": difference,
             "identical generations": f"{generations['identical']} of {generations['prompts']}",
         }
-        for name, found, data, generations in rows
+        for name, on, difference, generations in rows
     )
+
+
+def first_step(name: str, engine: dict) -> tuple[str, str, str, dict]:
+    """An engine's row: it generates, and gives the logits of the first step."""
+    difference = f"{engine['first_step']['relative_difference']:.2g}"
+    return name, f"{engine['prompts']} prompts, one step", difference, engine
 
 
 def headline() -> str:

@@ -81,7 +81,7 @@ def test_inspect(dense, capsys):
     main(["inspect", str(dense / "dense"), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["ffn_parameters"] == 2 * 3 * 16 * 48 and found["export"] == [
-        "llama4",
+        "granitemoe",
         "mixtral",
         "onnx",
         "gguf",

@@ -97,7 +97,7 @@ def test_selections_routers_and_layouts_that_are_no_top_k_are_refused(tmp_path):
         convert(other, 2, text_batches(8), router="linear")
         assert re.search(message, refusal(other, dense, tmp_path))
     with pytest.raises(ValueError, match="to='gguf' alone"):
-        export(model, tmp_path / "out", "llama4", dense=dense)
+        export(model, tmp_path / "out", "granitemoe", dense=dense)
 
 
 def test_nothing_is_overwritten_and_nothing_is_left(tmp_path, monkeypatch):

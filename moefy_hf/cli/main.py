@@ -52,7 +52,7 @@ EXAMPLES = """examples:
   moefy bench my-classifier-moe --data test.csv --against onnxruntime onnxruntime-int8 torchao-int8
   moefy bench smol-moe --dtype bfloat16 --plot speed.png
   moefy kernels info
-  moefy export smol-moe smol-llama4 --k 0.25 --dtype float32
+  moefy export smol-moe smol-granitemoe --k 0.25 --dtype float32
   moefy export smol-moe smol-dense --to dense
   moefy export smol-moe smol-moe.gguf --to gguf --dense smol-dense.gguf
   moefy permute-adapter smol-moe my-lora my-lora-for-smol-moe

@@ -44,10 +44,10 @@ def export(
     Args:
         model: MoEfied. Served architectures want a linear router, `top_k` and one k for all layers.
         output_dir: must not exist, or be empty; for "gguf" the file, which must not exist.
-        to: "llama4" (of Llama and Mistral), exact; "mixtral" (of the same), "qwen2_moe", "qwen3_moe", whose softmax
-            over experts comes close only; "onnx" (models of texts or images, for ONNX Runtime) and "gguf" (of Llama,
-            Mistral, Qwen2 and Qwen3, for llama.cpp), exact; or "dense" (any model: all its neurons, no routers). By
-            default the first of these that has the model's attention.
+        to: "granitemoe" (of Llama, Mistral, Qwen2 and Granite), exact; "mixtral" (of Llama and Mistral), "qwen2_moe",
+            "qwen3_moe", whose softmax over experts comes close only; "onnx" (models of texts or images, for ONNX
+            Runtime) and "gguf" (of Llama, Mistral, Qwen2 and Qwen3, for llama.cpp), exact; or "dense" (any model: all
+            its neurons, no routers). By default the first of these that has the model's attention.
         tokenizer: saved beside the weights.
         max_shard_bytes: size of a weights file; beyond the model itself so much memory is needed.
         int8: of "onnx": whether matrices become 8-bit; routers stay in float32.
@@ -136,7 +136,7 @@ def export_gguf(model: PreTrainedModel, output: Path, dense: str | Path | None) 
         raise MoefyError("to='gguf' needs gguf: pip install 'moefy-hf[gguf]'")
     from .llama_cpp import write_gguf
 
-    check_routing(model, "llama.cpp", model.moe_sites()[0].act.num_experts)
+    check_routing(model, "llama.cpp", shared_experts=True)
     check_sizes(model)
     return write_gguf(model, output, dense)
 
@@ -152,7 +152,7 @@ def choose_format(model: PreTrainedModel, to: str | None) -> ExportFormat:
     if to is not None and to not in EXPORT_FORMATS:
         raise MoefyError(f"unknown target {to!r}; choose from {', '.join([*EXPORT_FORMATS, *OTHERS])}")
     if to is None and not fitting or to is not None and to not in fitting:
-        exportable = "; ".join(f"{' and '.join(each.sources)} to {name}" for name, each in EXPORT_FORMATS.items())
+        exportable = "; ".join(f"{', '.join(each.sources)} to {name}" for name, each in EXPORT_FORMATS.items())
         others = "models of texts or of images to 'onnx'; any to 'dense'"
         raise MoefyError(f"a {model_type} model cannot become {to or 'a served MoE'}: {exportable}; {others}")
     if not model._get_name().endswith("ForCausalLM"):
@@ -171,7 +171,7 @@ def check_expressible(model: MoefiedModel, export_format: ExportFormat) -> None:
     Raises:
         MoefyError: it has not; says what to change.
     """
-    check_routing(model, export_format.architecture, export_format.most_shared)
+    check_routing(model, export_format.architecture, export_format.shared_experts)
     check_layers(model, export_format)
     if (
         "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
@@ -186,13 +186,13 @@ def check_expressible(model: MoefiedModel, export_format: ExportFormat) -> None:
         raise MoefyError("float16 cannot hold the scaled router: export in float32 or bfloat16, e.g. model.float()")
 
 
-def check_routing(model: MoefiedModel, architecture: str, most_shared: int) -> None:
+def check_routing(model: MoefiedModel, architecture: str, shared_experts: bool) -> None:
     """Check the router, the selection, and what is added to selected experts.
 
     Args:
         model: MoEfied.
-        architecture: what is to express it, which has a place for `most_shared` shared experts.
-        most_shared: see there.
+        architecture: what is to express it.
+        shared_experts: whether that has a place for them.
 
     Raises:
         MoefyError: see `check_expressible`.
@@ -207,10 +207,11 @@ def check_routing(model: MoefiedModel, architecture: str, most_shared: int) -> N
             f"served MoEs compute the same number of experts for every token, this model selects by "
             f"{section.selection['type']!r}: model.set_selection(type='top_k', k=...) first"
         )
-    if acts[0].shared > most_shared:
-        others = [each.architecture for each in EXPORT_FORMATS.values() if each.most_shared >= acts[0].shared]
-        remedy = f": {', '.join(others)} has" if others else ""
-        raise MoefyError(f"{architecture} has no place for {acts[0].shared} shared experts{remedy}")
+    if acts[0].shared and not shared_experts:
+        fitting = (each for each in EXPORT_FORMATS.values() if model.config.model_type in each.sources)
+        others = ", ".join(repr(each.name) for each in fitting if each.shared_experts)
+        remedy = f"export to {others}, which has" if others else "convert with shared_experts=0"
+        raise MoefyError(f"{architecture} has no place for {acts[0].shared} shared experts: {remedy}")
     if section.compensation:
         raise MoefyError("served MoEs have no mean compensation: convert with compensation=False")
     budgets = {act.k for act in acts}

@@ -1,13 +1,16 @@
 """The served MoE architectures: what their configs and checkpoints hold of a MoEfied model.
 
-Two ways to give every selected expert the weight that it has in a MoEfied FFN, 1, by scaling router scores by a power
-of two, which leaves their order as it is:
+All weigh their selected experts by a softmax, where a MoEfied FFN weighs each by 1. Scores that a power of two makes
+tiny keep their order, and get nearly the same weight from it, 1 / k each. `down` times k makes that 1.
 
-- Llama 4 selects by the scores themselves, and multiplies an expert's input by sigmoid(score). Scores below 1e-10
-  make that exactly 1 / 2, in every dtype; twice the gate and up weights undo it. Exact.
-- Mixtral and the Qwen MoEs select by, and weigh with, a softmax. Tiny scores make the weights nearly equal, 1 / k
-  each; `down` times k makes them nearly 1. Float32 bounds this on both sides: weights differ from 1 by as much as the
-  scaled scores differ, and experts whose scaled scores differ by less than 6e-8 are equals to the softmax. Not exact.
+- GraniteMoE selects by the scores themselves, and takes the softmax of those selected. Scores below 1e-10 make its
+  weights 1 / k to the last bit. Exact.
+- Mixtral and the Qwen MoEs, as transformers and llama.cpp run them, select by a softmax of all scores. Float32 bounds
+  this on both sides: weights differ from 1 by as much as the scaled scores differ, and experts whose scaled scores
+  differ by less than 6e-8 are equals to the softmax. Not exact.
+
+In bfloat16 weights are rounded, and scores around 2**-12 do in both. They also suit engines that run GraniteMoE with a
+softmax of all scores.
 """
 
 import math
@@ -16,7 +19,8 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.llama4 import Llama4TextConfig
+from transformers.models.granitemoe import GraniteMoeConfig
+from transformers.models.granitemoeshared import GraniteMoeSharedConfig
 from transformers.models.mixtral import MixtralConfig
 from transformers.models.qwen2_moe import Qwen2MoeConfig
 from transformers.models.qwen3_moe import Qwen3MoeConfig
@@ -25,9 +29,10 @@ from ..loading import MoefiedModel
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.routers import router_facts
 
-# standard deviation of the scaled scores
-SPREAD = 2.0**-14  # for a softmax: ties are then those closer than 1 / 1,000 of it
-VANISHING = 2.0**-50  # for a sigmoid
+# standard deviations of scaled scores
+SPREAD = 2.0**-14  # where the softmax selects: ties are then those closer than 1 / 1,000 of it
+HALF_SPREAD = 2.0**-12  # in bfloat16, where weights that differ by so little are equal
+VANISHING = 2.0**-50  # where the scores select
 
 
 class ExportFormat:
@@ -39,8 +44,9 @@ class ExportFormat:
         sources: model types whose attention, norms and embeddings it has.
         block: name of the MoE in a layer's checkpoint keys, and `parts` those of (gate, up, down) in an expert.
         exact: whether it computes exactly what the MoEfied model does.
+        spread: standard deviation of the scaled scores.
         dense_layers: whether layers may keep a dense FFN.
-        most_shared: how many shared experts it has a place for.
+        shared_experts: whether it has a place for them.
         sliding: whether attention may be limited to a window of the last tokens.
         sliding_by_layer: whether it may be so in some layers only.
     """
@@ -52,8 +58,9 @@ class ExportFormat:
     block: ClassVar[str]
     parts: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
     exact: ClassVar[bool] = False
+    spread: ClassVar[float] = SPREAD
     dense_layers: ClassVar[bool] = True
-    most_shared: ClassVar[int] = 0
+    shared_experts: ClassVar[bool] = False
     sliding: ClassVar[bool] = True
     sliding_by_layer: ClassVar[bool] = True
 
@@ -86,12 +93,16 @@ class ExportFormat:
         """Return key and value of a tensor that is of no routed FFN."""
         return name, tensor
 
+    def router(self, model: MoefiedModel, site: FfnSite) -> torch.Tensor:
+        """Return the router's matrix (E, d), scaled."""
+        norm = model.get_parameter(f"{site.name.rpartition('.')[0]}.post_attention_layernorm.weight").detach()
+        spread = HALF_SPREAD if model.dtype == torch.bfloat16 else self.spread
+        return scaled(router_weight(site), norm, spread).to(model.dtype)
+
     def ffn_tensors(self, model: MoefiedModel, site: FfnSite, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield those of one routed FFN; here of an architecture that selects and weighs by a softmax."""
         act = site.act
-        norm = model.get_parameter(f"{site.name.rpartition('.')[0]}.post_attention_layernorm.weight")
-        router = scaled(router_weight(site), norm.detach(), SPREAD)
-        yield f"{prefix}.gate.weight", router.to(model.dtype)
+        yield f"{prefix}.gate.weight", self.router(model, site)
         gate, up, down = (part.weight.detach() for part in (site.gate, site.up, site.down))
         for expert in range(act.num_experts):
             own = slice(expert * act.expert_size, (expert + 1) * act.expert_size)
@@ -100,47 +111,62 @@ class ExportFormat:
                 yield f"{prefix}.experts.{expert}.{part}.weight", tensor
 
 
-class Llama4(ExportFormat):
-    """Llama's attention in Llama 4's terms: positions and full attention in every layer, nothing normalised."""
+class GraniteMoe(ExportFormat):
+    """GraniteMoE, an MoE in every layer; GraniteMoE-shared where the model has shared experts.
 
-    name = "llama4"
-    architecture = "Llama4ForCausalLM"
-    config_class = Llama4TextConfig
-    sources = ("llama", "mistral")
-    block = "feed_forward"
+    Its attention may have biases in all four Linears. Queries, keys and values with biases get an output bias of 0.
+    """
+
+    name = "granitemoe"
+    architecture = "GraniteMoeForCausalLM"
+    config_class = GraniteMoeConfig
+    sources = ("llama", "mistral", "qwen2", "granite")
+    block = "block_sparse_moe"
     exact = True
-    most_shared = 1
+    spread = VANISHING
+    dense_layers = False
+    shared_experts = True
     sliding = False
 
+    def config(self, model: MoefiedModel) -> PreTrainedConfig:
+        config, act = super().config(model), model.moe_sites()[0].act
+        if not act.shared:
+            return config
+        settings = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+        settings |= {"architectures": ["GraniteMoeSharedForCausalLM"]}
+        return GraniteMoeSharedConfig(**settings, shared_intermediate_size=act.shared * act.expert_size)
+
     def settings(self, model: MoefiedModel, experts: int, size: int) -> dict[str, Any]:
+        width = head_dim(model.config)
         return {
             "num_local_experts": experts,
             "intermediate_size": size,
-            "intermediate_size_mlp": model.config.intermediate_size,
-            "moe_layers": [layer_of(site) for site in model.moe_sites()],
-            "no_rope_layers": [1] * model.config.num_hidden_layers,
-            "layer_types": ["full_attention"] * model.config.num_hidden_layers,
-            "attention_chunk_size": None,
-            "attn_temperature_tuning": False,
-            "use_qk_norm": False,
-            "head_dim": head_dim(model.config),
+            "head_dim": width,
+            "attention_multiplier": model.config.to_dict().get("attention_multiplier", width**-0.5),
+            "attention_bias": any(name.endswith(".q_proj.bias") for name, _ in own_tensors(model)),
         }
 
-    def renamed(self, model: MoefiedModel, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-        if ".q_proj." in name or ".k_proj." in name:
-            tensor = interleaved(tensor, head_dim(model.config))
-        return name.replace(".mlp.", f".{self.block}."), tensor
+    def tensors(self, model: MoefiedModel) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from super().tensors(model)
+        names = {name for name, _ in own_tensors(model)}
+        for bias in (name.replace(".q_proj.", ".o_proj.") for name in names if name.endswith(".q_proj.bias")):
+            if bias not in names:
+                output = model.get_parameter(bias.replace(".bias", ".weight"))
+                yield bias, output.detach().new_zeros(len(output))
 
     def ffn_tensors(self, model: MoefiedModel, site: FfnSite, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-        size, shared, router = site.act.expert_size, site.act.shared, router_weight(site)
-        yield f"{prefix}.router.weight", scaled(router, router.new_ones(site.sizes[0]), VANISHING).to(model.dtype)
+        act = site.act
         gate, up, down = (part.weight.detach() for part in (site.gate, site.up, site.down))
-        both = torch.cat([gate.unflatten(0, (-1, size)), up.unflatten(0, (-1, size))], 1)  # (E, 2m, d)
-        yield f"{prefix}.experts.gate_up_proj", 2 * both[shared:].transpose(1, 2)
-        yield f"{prefix}.experts.down_proj", down.t().unflatten(0, (-1, size))[shared:]
-        first = gate[:size], up[:size], down[:, :size]
-        for part, tensor in zip(self.parts, first, strict=True):  # which must exist; without one, adds nothing
-            yield f"{prefix}.shared_expert.{part}.weight", tensor if shared else torch.zeros_like(tensor)
+        yield f"{prefix}.router.layer.weight", self.router(model, site)
+        first, routed = act.shared * act.expert_size, (-1, act.expert_size)
+        both = torch.cat([each[first:].unflatten(0, routed) for each in (gate, up)], 1)  # (E, 2m, d)
+        yield f"{prefix}.input_linear.weight", both
+        experts = down[:, first:].t().unflatten(0, routed).transpose(1, 2)  # (E, d, m)
+        yield f"{prefix}.output_linear.weight", experts * act.selection.k
+        if first:
+            prefix = f"{prefix.rpartition('.')[0]}.shared_mlp"
+            yield f"{prefix}.input_linear.weight", torch.cat([gate[:first], up[:first]])
+            yield f"{prefix}.output_linear.weight", down[:, :first]
 
 
 class Mixtral(ExportFormat):
@@ -202,7 +228,8 @@ class Qwen3Moe(QwenMoe):
     sliding_by_layer = False
 
 
-EXPORT_FORMATS: dict[str, ExportFormat] = {each.name: each for each in (Llama4(), Mixtral(), Qwen2Moe(), Qwen3Moe())}
+FORMATS = (GraniteMoe(), Mixtral(), Qwen2Moe(), Qwen3Moe())
+EXPORT_FORMATS: dict[str, ExportFormat] = {each.name: each for each in FORMATS}
 
 
 def router_weight(site: FfnSite) -> torch.Tensor:
@@ -228,11 +255,6 @@ def own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
         if not added and id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor.detach()
-
-
-def interleaved(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """(heads * head_dim, ...): Llama turns pairs (i, i + head_dim / 2) of a head, Llama 4 pairs (2i, 2i + 1)."""
-    return tensor.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def scaled(router: torch.Tensor, norm: torch.Tensor, spread: float) -> torch.Tensor:

@@ -17,7 +17,7 @@ def check_version(version: str) -> None:
         needed = ".".join(map(str, TRANSFORMERS))
         raise ImportError(
             f"MoEfied checkpoints need transformers {needed} or newer, and this is {version}: pip install "
-            f"'transformers>={needed}'; without trust_remote_code=True the checkpoint loads as the dense model"
+            f"'transformers>={needed}'; without trust_remote_code=True transformers loads a dense model"
         )
 
 

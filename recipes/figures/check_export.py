@@ -9,13 +9,15 @@
 
 Compares logits token by token, and greedy generations of 20 beginnings of sentences; with --generations also those of
 an engine that was given the token ids in prompts.json (serving/README.md). The MoEfied model computes as many experts
-as the exported one says.
+as the exported one says. Ties, where rounding lets a router select another expert, are found and named.
 """
 
 import argparse
+import contextlib
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from moefy_hf.loading import MoefiedModel
+from moefy_hf.measure.contexts import hooked
 from moefy_hf.recipes.stages import write_json
 
 WINDOW, PROMPTS = 256, 20
@@ -144,20 +148,73 @@ def read_generations(path: Path, prompts: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def compare_logits(model: PreTrainedModel, served: PreTrainedModel, windows: torch.Tensor) -> dict[str, Any]:
-    difference = scale = agreeing = 0.0
-    for window in windows.split(1):
-        ours, theirs = model(input_ids=window).logits, served(input_ids=window).logits
-        difference = max(difference, float((ours - theirs).abs().max()))
-        scale = max(scale, float(ours.abs().max()))
-        agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+def compare_logits(model: MoefiedModel, served: PreTrainedModel, windows: torch.Tensor) -> dict[str, Any]:
+    """Compare all logits, and those before the first tie of each window: see `first_tie`."""
+    differences, top, same, ties = [], [], [], []
+    for number, window in enumerate(windows.split(1)):
+        with selections(model, served) as (scores, chosen):
+            ours, theirs = model(input_ids=window).logits[0], served(input_ids=window).logits[0]
+        differences.append((ours - theirs).abs().amax(-1))
+        top.append(ours.abs().max())
+        same.append(ours.argmax(-1) == theirs.argmax(-1))
+        if tie := first_tie(scores, chosen):
+            ties.append({"window": number, **tie})
+    difference, scale = torch.stack(differences), float(torch.stack(top).max())
+    before = torch.ones_like(difference, dtype=torch.bool)
+    for tie in ties:
+        before[tie["window"], tie["token"] :] = False
     return {
         "tokens": windows.numel(),
         "largest": scale,
-        "largest_difference": difference,
-        "relative_difference": difference / scale,
-        "same_top_token": agreeing / windows.numel(),
+        "largest_difference": float(difference.max()),
+        "relative_difference": float(difference.max()) / scale,
+        "same_top_token": float(torch.stack(same).float().mean()),
+        "ties": ties,
+        "tokens_before_ties": int(before.sum()),
+        "relative_difference_before_ties": float(difference[before].max()) / scale if before.any() else None,
     }
+
+
+@contextlib.contextmanager
+def selections(
+    model: MoefiedModel, served: PreTrainedModel
+) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Collect our scores (T, E) and the experts that the export selects (T, k), a layer each."""
+    scores: list[torch.Tensor] = []
+    chosen: list[torch.Tensor] = []
+    hooks = [
+        site.act.router.register_forward_hook(lambda router, args, output: scores.append(output.flatten(0, -2)))
+        for site in model.moe_sites()
+    ]
+    hooks += [
+        module.register_forward_pre_hook(
+            lambda experts, args: chosen.append(args[1])
+        )  # hidden states, indices, weights
+        for name, module in served.named_modules()
+        if name.endswith(".experts")
+    ]
+    with hooked(hooks):
+        yield scores, chosen
+
+
+def first_tie(scores: list[torch.Tensor], chosen: list[torch.Tensor]) -> dict[str, Any] | None:
+    """Find the first token whose selection differs, and by how much its scores said so; None where none differs.
+
+    Rounding decides between experts with nearly the same score. All earlier tokens have equal selections.
+
+    Returns:
+        `token`, `layer`, and `margin`: between the last score that is selected and the next, over the scores' standard
+        deviation.
+    """
+    found = []
+    for layer, (ours, theirs) in enumerate(zip(scores, chosen, strict=bool(chosen))):
+        k = theirs.shape[-1]
+        differs = (ours.topk(k).indices.sort().values != theirs.sort().values).any(-1).nonzero()
+        if len(differs):
+            token = int(differs[0])
+            last, following = ours[token].topk(k + 1).values[-2:]
+            found.append({"token": token, "layer": layer, "margin": float((last - following) / ours[token].std())})
+    return min(found, key=lambda tie: (tie["token"], tie["layer"]), default=None)
 
 
 @torch.no_grad()
@@ -210,6 +267,8 @@ def table(facts: dict[str, Any]) -> str:
         "|---|---|",
         f"| largest logit difference / largest logit, {logits['tokens']:,} tokens | "
         f"{logits['relative_difference']:.1e} |",
+        f"| the same, {logits['tokens_before_ties']:,} tokens before one that selects another expert | "
+        f"{logits['relative_difference_before_ties'] or 0:.1e} |",
         f"| same top token | {logits['same_top_token']:.2%} |",
         f"| identical greedy generations, {generations['new_tokens']} tokens | "
         f"{generations['identical']} of {generations['prompts']} |",

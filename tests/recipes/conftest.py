@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from tiny import VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -34,6 +35,15 @@ def refused():
         assert re.search(message, str(ended.value.__cause__)), ended.value.__cause__
 
     return expect
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the words that tests/tiny.py's models know: Word0, Word1, ..."""
+    words = ["[UNK]", "<s>", "</s>", *(f"Word{number}" for number in range(VOCAB - 3))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>")
 
 
 @pytest.fixture(scope="module")

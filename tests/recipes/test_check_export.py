@@ -11,29 +11,25 @@ import pytest
 import torch
 from batches import text_batches
 from tiny import VOCAB, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from moefy_hf import MoEficationConfig, export, moefy_
+from moefy_hf import MoEficationConfig, export, load, moefy_
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, word_tokenizer):
     """A MoEfied checkpoint, its export, and sentences of words that the tokenizer has."""
     folder, choose = tmp_path_factory.mktemp("made"), random.Random(0)
-    words = ["[UNK]", "<s>", "</s>", *(f"Word{number}" for number in range(VOCAB - 3))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>")
+    words = [f"Word{number}" for number in range(VOCAB - 3)]
     model = tiny_model("llama-without-biases", "AutoModelForCausalLM").eval()
     settings = {"expert_size": 8, "splitter": "random", "router": "linear", "calibration_tokens": 300}
     selection = {"type": "top_k", "k": 2, "allocation": "uniform"}
     moefy_(model, MoEficationConfig(selection=selection, **settings), text_batches(8), progress=False)
     model.save_pretrained(folder / "moe")
-    tokenizer.save_pretrained(folder / "moe")
+    word_tokenizer.save_pretrained(folder / "moe")
     model.set_selection(k=3)  # another budget than the checkpoint's
-    export(model, folder / "exported", tokenizer=tokenizer)
-    sentences = (" ".join(choose.choices(words[3:], k=7)) + "." for _ in range(30))
+    export(model, folder / "exported", tokenizer=word_tokenizer)
+    sentences = (" ".join(choose.choices(words, k=7)) + "." for _ in range(30))
     (folder / "texts.txt").write_text("\n".join(sentences))
     return folder
 
@@ -62,8 +58,9 @@ def exact(check, made):
 
 def test_an_export_is_exact(exact):
     facts, out, prompts = exact
-    assert facts["architecture"] == "Llama4ForCausalLM" and facts["experts"] == 6 and facts["k"] == 3
+    assert facts["architecture"] == "GraniteMoeForCausalLM" and facts["experts"] == 6 and facts["k"] == 3
     assert facts["logits"]["tokens"] == 48 and facts["logits"]["relative_difference"] <= 1e-5
+    assert facts["logits"]["ties"] == [] and facts["logits"]["tokens_before_ties"] == 48
     assert facts["generations"]["identical"] == facts["generations"]["prompts"] == 20
     assert "| identical greedy generations, 4 tokens | 20 of 20 |" in out and "engine" not in facts
     assert {len(prompt) for prompt in prompts["prompts"]} == {5} and prompts["stop"] == [2]
@@ -74,12 +71,31 @@ def test_an_export_is_exact(exact):
 def test_a_damaged_export_is_found(check, made):
     model = AutoModelForCausalLM.from_pretrained(made / "exported")
     with torch.no_grad():
-        model.model.layers[0].feed_forward.router.weight.neg_()  # the wrong experts
+        model.model.layers[0].block_sparse_moe.router.weight.neg_()  # the wrong experts
     model.save_pretrained(made / "damaged")
     facts, _ = check(exported="damaged")
     assert facts["logits"]["relative_difference"] > 1e-2 and facts["logits"]["same_top_token"] < 1
     assert facts["generations"]["identical"] == 20 - len(facts["generations"]["differing"]) < 20
     assert all(each["token"] < 4 and each["margin"] >= 0 for each in facts["generations"]["differing"])
+
+
+def test_ties_are_found_and_named(check, made):
+    """Two experts with the same scores, between which the export chooses otherwise."""
+    model = load(made / "moe")
+    router = model.moe_sites()[1].act.router
+    router.weight.data[4] = router.weight.data[3]
+    model.save_pretrained(made / "tied")
+    PreTrainedTokenizerFast.from_pretrained(made / "moe").save_pretrained(made / "tied")
+    model.set_selection(k=3)
+    export(model, made / "tied-exported")
+    served = AutoModelForCausalLM.from_pretrained(made / "tied-exported")
+    served.model.layers[1].block_sparse_moe.router.weight.data[3] *= 1 - 1e-6
+    served.save_pretrained(made / "tied-exported")
+    facts, _ = check(moefied="tied", exported="tied-exported")
+    (tie,) = facts["logits"]["ties"]
+    assert tie["layer"] == 1 and tie["margin"] == 0 and facts["logits"]["tokens_before_ties"] == tie["token"] < 48
+    assert facts["logits"]["relative_difference"] > 1e-4
+    assert facts["logits"]["relative_difference_before_ties"] < 1e-5
 
 
 def test_an_engine_is_compared(check, exact, made):
