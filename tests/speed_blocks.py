@@ -13,12 +13,6 @@ BENCHMARKS = ROOT / "kernels" / "moefy_ffn" / "benchmarks"
 TOKENS = (1, 2, 4, 8, 128, 512, 2048)  # per call: the columns of the table of speeds
 
 
-def one_token(preset: str) -> float:
-    """Return how many times as fast as `F.linear` the kernel computes a token."""
-    rows = read(BENCHMARKS / f"{preset}.json")["rows"]
-    return next(row["ratio"] for row in rows if (row["implementation"], row["tokens"]) == ("cpu", 1))
-
-
 def generation(preset: str) -> float:
     rows = read(SPEED / f"{preset}_generate.json")["rows"]
     return next(row["ratio"] for row in rows if row["implementation"] == "cpu")
@@ -27,18 +21,6 @@ def generation(preset: str) -> float:
 def measured(name: str) -> list[dict[str, str]]:
     with open(SPEED / f"{name}.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def speed() -> str:
-    """Six speeds relative to dense."""
-    rows = [(f"{preset} FFN, one token", "20%", one_token(preset)) for preset in ("t5-base", "opt-1.3b", "llama-1b")]
-    rows += [(f"{preset}, generating", "20%", generation(preset)) for preset in ("t5-base", "opt-1.3b")]
-    batch = next(row for row in measured("minilm_batch_32") if row["implementation"] == "cpu")
-    rows.append(("MiniLM with GELU, 32 reviews", f"{float(batch['share']):.0%}", float(batch["times_dense"])))
-    return table(
-        {"what": what, "experts computed": share, "times as fast as dense": f"{ratio:.2f}"}
-        for what, share, ratio in rows
-    )
 
 
 def speed_ffns() -> str:
@@ -114,7 +96,8 @@ def against(suffix: str = "") -> str:
             cells["quality"] = f"{found['settings']['quality']} {', '.join(qualities.values())}"
             experts = f"{found['settings']['experts']:.0%}"
             lines.append({"model": title, "experts computed": experts, "engine": engine, **cells})
-    return table(lines) if lines else ""
+    used = [name for name in (lines[0] if lines else ()) if any(line[name] for line in lines)]
+    return table([{name: line[name] for name in used} for line in lines]) if lines else ""
 
 
 def training_step() -> str:
@@ -204,7 +187,6 @@ BLOCKS = {
         against,
         gguf_same,
         gguf_speed,
-        speed,
         speed_ffns,
         speed_models,
         training_step,
