@@ -49,7 +49,7 @@ def add_against(command: argparse.ArgumentParser) -> None:
     command.add_argument("--against", nargs="+", choices=list(ENGINES), metavar="ENGINE", help=engines)
     command.add_argument("--data", metavar="FILE", help=f"of --against: {DATA}")
     command.add_argument("--dense", metavar="GGUF", help="of --against: GGUF file of the dense model, for llama.cpp")
-    sizes = "of --against: texts at once, of encoders (default: 1 8 32)"
+    sizes = "of --against: texts at once, of encoders and encoder-decoders (default: 1 8 32)"
     command.add_argument("--batch_sizes", type=positive, nargs="+", help=sizes)
     command.add_argument("--max_length", type=positive, help="of --against: tokens of a text (default: 256)")
     command.add_argument("--max_rows", type=positive, help="of --against: texts, at most (default: all)")

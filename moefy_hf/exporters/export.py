@@ -47,7 +47,7 @@ def export(
         to: "granitemoe" (of Llama, Mistral, Qwen2 and Granite), exact; "mixtral" (of Llama and Mistral), "qwen2_moe",
             "qwen3_moe", whose softmax over experts comes close only; "onnx" (models of texts or images, for ONNX
             Runtime) and "gguf" (of Llama, Mistral, Qwen2 and Qwen3, for llama.cpp), exact; or "dense" (any model: all
-            its neurons, no routers). By default the first of these that has the model's attention.
+            its neurons, no routers). By default the first served one that has its attention.
         tokenizer: saved beside the weights.
         max_shard_bytes: size of a weights file; beyond the model itself so much memory is needed.
         int8: of "onnx": whether matrices become 8-bit; routers stay in float32.
@@ -73,8 +73,8 @@ def export(
         return export_gguf(model, output_dir, dense).output
     if dense is not None:
         raise MoefyError("dense is for to='gguf' alone")
-    if to != "onnx" and (int8 or batches is not None):
-        raise MoefyError(f"int8 and batches belong to to='onnx', not to {to!r}")
+    if to != "onnx" and (int8 or batches is not None or not timing):
+        raise MoefyError(f"int8, batches and timing belong to to='onnx', not to {to!r}")
     export_format = checked_format(model, to)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir} exists and is not empty: choose another output_dir")

@@ -85,13 +85,9 @@ class ExportFormat:
         sites = {f"{site.name}.": site for site in model.moe_sites()}
         for name, tensor in own_tensors(model):
             if not name.startswith(tuple(sites)):
-                yield self.renamed(model, name, tensor)
+                yield name, tensor
         for site in sites.values():
             yield from self.ffn_tensors(model, site, f"{site.name.rpartition('.')[0]}.{self.block}")
-
-    def renamed(self, model: MoefiedModel, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-        """Return key and value of a tensor that is of no routed FFN."""
-        return name, tensor
 
     def router(self, model: MoefiedModel, site: FfnSite) -> torch.Tensor:
         """Return the router's matrix (E, d), scaled."""

@@ -106,16 +106,18 @@ def split_experts(model: onnx.ModelProto) -> None:
     graph = model.graph
     held = {each.name: each for each in graph.initializer}
     nodes: list[onnx.NodeProto] = []
+    taken: set[str] = set()  # names of what experts were cut from
     for node in graph.node:
         if node.domain != domain:
             nodes.append(node)
             continue
+        taken |= set(node.input[2:])
         split = experts_of(node, [numpy_helper.to_array(held[name]) if name else None for name in node.input[2:]])
         nodes += split.nodes
         graph.initializer.extend(split.held)
     replace_all(graph.node, nodes)
     used = {name for node in nodes for name in node.input} | {each.name for each in graph.output}
-    replace_all(graph.initializer, [each for each in graph.initializer if each.name in used])
+    replace_all(graph.initializer, [each for each in graph.initializer if each.name in used or each.name not in taken])
     imported = {each.domain: each.version for each in model.opset_import if each.domain != domain} | {MICROSOFT: 1}
     replace_all(model.opset_import, [helper.make_opsetid(*each) for each in imported.items()])
 

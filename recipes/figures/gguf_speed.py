@@ -29,7 +29,7 @@ from moefy_hf.bench.tasks.language_models import LanguageTask, first
 from moefy_hf.bench.timing import against, hardware, quartiles
 from moefy_hf.errors import MoefyError
 from moefy_hf.exporters.export import export_gguf
-from moefy_hf.io import write_whole
+from moefy_hf.io import check_files, write_whole
 from moefy_hf.loading import MoefiedModel, check_moefied, load
 
 ENGINE_NAMES = {"F32": "llama.cpp", "Q8_0": "llama.cpp-q8_0"}
@@ -42,6 +42,7 @@ def main() -> None:
     try:
         for name in ENGINE_NAMES.values():
             ENGINES[name].check_installed()
+        check_files(str(args.output), plot=None)
         figures = measure(args)
     except (ValueError, OSError) as error:
         sys.exit(f"gguf_speed.py: {' '.join(str(error).split())}")
@@ -75,6 +76,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     reading = Reading(args.texts, prompt=64, new_tokens=32, rounds=args.rounds, max_rows=args.rows)
     one = next(iter(models.values()))
     task = LanguageTask(reading, one, AutoTokenizer.from_pretrained(args.moefied[0]))
+    if sum(map(len, task.ids)) < PROMPTS * reading.prompt:
+        raise ValueError(
+            f"{args.texts} has too few tokens in {args.rows} texts: {PROMPTS * reading.prompt} are needed"
+        )
     figures: dict[str, Any] = {
         "command": "python recipes/figures/gguf_speed.py " + " ".join(sys.argv[1:]),
         "hardware": hardware(),
@@ -91,6 +96,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ]
         running = {key: LlamaCppModel(path, 1024, max(args.threads)) for key, path in files.items()}
         _, quality = task.quality(running)
+        del running
         figures["rows"] = [row for threads in args.threads for row in timed(files, threads, task, quality)]
     return figures
 

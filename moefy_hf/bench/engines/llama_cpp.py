@@ -101,7 +101,7 @@ class LlamaCpp(Engine):
         super().check(model, gguf)
         from ...exporters.dense_gguf import check_same_model, open_dense
 
-        check_routing(model, self.name, model.moe_sites()[0].act.num_experts)
+        check_routing(model, self.name, shared_experts=True)
         check_sizes(model)
         check_same_model(open_dense(gguf), model)
 

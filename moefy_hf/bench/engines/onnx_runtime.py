@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ...errors import MoefyError
 from ...exporters.onnx_export import check_onnx, write_onnx
 from ...exporters.onnx_parts import inputs_for
 from ...loading import MoefiedModel
@@ -130,6 +131,8 @@ class OnnxRuntime(Engine):
 
     def check(self, model: MoefiedModel, gguf: str | None) -> None:
         super().check(model, gguf)
+        if model.config.is_encoder_decoder and not model.can_generate():
+            raise MoefyError(f"{self.name} runs encoder-decoders that generate, which {model._get_name()} does not")
         check_onnx(model)
 
     def dense(self, subject: Subject) -> Running:

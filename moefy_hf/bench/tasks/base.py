@@ -25,7 +25,7 @@ class Reading:
 
     Args:
         data: csv file with columns text and label, or text file with a text per line.
-        batch_sizes: texts at once, of encoders.
+        batch_sizes: texts at once, of encoders and encoder-decoders.
         max_length: tokens of a text.
         max_rows: texts, at most; None: all.
         prompt, new_tokens: what a language model reads, and how many tokens it or an encoder-decoder writes.
