@@ -100,9 +100,11 @@ class LlamaCpp(Engine):
     def check(self, model: MoefiedModel, gguf: str | None) -> None:
         super().check(model, gguf)
         from ...exporters.dense_gguf import check_same_model, open_dense
+        from ...exporters.llama_cpp import check_ffns
 
         check_routing(model, self.name, shared_experts=True)
         check_sizes(model)
+        check_ffns(model)
         check_same_model(open_dense(gguf), model)
 
     def dense(self, subject: Subject) -> Running:
