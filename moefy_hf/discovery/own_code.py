@@ -75,8 +75,10 @@ def own_files(cls: type) -> list[Path]:
     """Return the file that defines a class, then those that it imports.
 
     Raises:
-        UnsupportedModel: it imports from another folder.
+        UnsupportedModel: it imports from another folder, or its module was taken from `sys.modules`.
     """
+    if cls.__module__ not in sys.modules:
+        raise UnsupportedModel(f"the module {cls.__module__} of {cls.__name__} is not imported any more")
     file = Path(str(sys.modules[cls.__module__].__file__))
     try:
         return [file, *map(Path, get_relative_import_files(file))]

@@ -11,6 +11,7 @@ import pytest
 import transformers
 
 from moefy_hf.discovery.code import heads_of, module_of
+from moefy_hf.discovery.own_code import own_files
 from moefy_hf.errors import UnsupportedModel
 from moefy_hf.loading import moefied_class
 from moefy_hf.modeling import moefied
@@ -80,3 +81,10 @@ def test_a_head_that_no_auto_class_has_is_refused():
 def test_other_names_are_no_modules(name):
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module(f"{PACKAGE}.{name}")
+
+
+def test_code_whose_module_is_gone_has_no_files():
+    """So that who asks all modules for their files, as `inspect` does, is not stopped."""
+    gone = type("Gone", (), {"__module__": "a_module_that_was_taken_away"})
+    with pytest.raises(UnsupportedModel, match="a_module_that_was_taken_away of Gone is not imported any more"):
+        own_files(gone)
