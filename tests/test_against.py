@@ -31,7 +31,7 @@ MODELS = {  # kind of model -> tiny model, head, changes
     "classifier": ("bert", CLASSIFIER, {"hidden_act": "relu", "num_labels": 2}),
     "hidden states": ("bert", HIDDEN, {"hidden_act": "relu"}),
     "decoder": ("llama-without-biases", CAUSAL, {**DOUBLE, "use_cache": True, "vocab_size": 259}),
-    "encoder-decoder": ("t5", SEQ2SEQ, {"use_cache": True}),
+    "encoder-decoder": ("t5", SEQ2SEQ, {"use_cache": True, "num_layers": 1, "num_decoder_layers": 1}),
 }
 # of a row's length: of the worst row in float32, of the median one in 8 bits, where some tokens are routed otherwise
 ERRORS = {"PyTorch": 1e-4, "onnxruntime": 1e-4, "llama.cpp": 1e-4}
