@@ -29,18 +29,6 @@ def measured(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def speed() -> str:
-    """Six speeds relative to dense."""
-    rows = [(f"{preset} FFN, one token", "20%", one_token(preset)) for preset in ("t5-base", "opt-1.3b", "llama-1b")]
-    rows += [(f"{preset}, generating", "20%", generation(preset)) for preset in ("t5-base", "opt-1.3b")]
-    batch = next(row for row in measured("minilm_batch_32") if row["implementation"] == "cpu")
-    rows.append(("MiniLM with GELU, 32 reviews", f"{float(batch['share']):.0%}", float(batch["times_dense"])))
-    return table(
-        {"what": what, "experts computed": share, "times as fast as dense": f"{ratio:.2f}"}
-        for what, share, ratio in rows
-    )
-
-
 def speed_ffns() -> str:
     """Every benchmark of FFNs: a line each."""
     rows = []
@@ -92,11 +80,15 @@ WORK = {  # column -> (work, texts at once)
 }
 
 
-def against() -> str:
-    """Dense and MoEfied models in every engine: a line each, in its cells the two models; nothing without files."""
+def against(suffix: str = "") -> str:
+    """Dense and MoEfied models in every engine: a line each, in its cells the two models; nothing without files.
+
+    Args:
+        suffix: of the files' names.
+    """
     lines = []
     for name, title in AGAINST.items():
-        path = SPEED / f"against_{name}.json"
+        path = SPEED / f"against_{name}{suffix}.json"
         if not path.exists():
             continue
         found = read(path)
@@ -110,7 +102,8 @@ def against() -> str:
             cells["quality"] = f"{found['settings']['quality']} {', '.join(qualities.values())}"
             experts = f"{found['settings']['experts']:.0%}"
             lines.append({"model": title, "experts computed": experts, "engine": engine, **cells})
-    return table(lines) if lines else ""
+    used = [name for name in (lines[0] if lines else ()) if any(line[name] for line in lines)]
+    return table([{name: line[name] for name in used} for line in lines]) if lines else ""
 
 
 def training_step() -> str:
@@ -167,7 +160,43 @@ def split_times() -> str:
     )
 
 
+def gguf_same() -> str:
+    """Whether files for llama.cpp are the models that they were made of."""
+    return table(
+        {
+            "experts": f"{each['k']:.0%} of {each['model'].rpartition('-')[2]} neurons each",
+            "largest difference / largest logit": f"{each['largest_difference']:.1e}",
+            "tokens that ran another expert": f"{each['tokens_that_differ']} of {each['tokens']}",
+            "identical generations": f"{each['identical_generations']} of {each['generations']}",
+        }
+        for each in read(SPEED / "gguf_smollm2.json")["same"]
+    )
+
+
+def gguf_speed() -> str:
+    """Tokens a second in llama.cpp, and the perplexity that goes with them: a line for each type and model."""
+    lines: dict[tuple[str, str, float], dict[str, str]] = {}
+    for row in read(SPEED / "gguf_smollm2.json")["rows"]:
+        key = row["type"], row["model"], row["k"]
+        what = "dense" if row["model"] == "dense" else f"{row['k']:.0%}, of {row['model'].rpartition('-')[2]} neurons"
+        line = lines.setdefault(key, {"type": row["type"], "experts": what})
+        work = {"prompt": "prompt", "generate": "new tokens"}[row["work"]]
+        threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+        line[f"{work}, {threads}"] = f"{row['tokens_per_second']:.0f} ({row['ratio']:.2f})"
+        line["perplexity"] = f"{row['perplexity']:.1f}"
+    return table([{**line, "perplexity": line.pop("perplexity")} for line in lines.values()])
+
+
 BLOCKS = {
     function.__name__: function
-    for function in (against, speed, speed_ffns, speed_models, training_step, costs, split_times)
+    for function in (
+        against,
+        gguf_same,
+        gguf_speed,
+        speed_ffns,
+        speed_models,
+        training_step,
+        costs,
+        split_times,
+    )
 }

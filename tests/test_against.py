@@ -294,5 +294,5 @@ def test_the_table_of_the_pages(tmp_path, monkeypatch):
     (tmp_path / "against_smollm2.json").write_text(json.dumps(found))
     *_, pytorch, llama = speed_blocks.against().splitlines()
     prose = "| SmolLM2-135M, prose | 25% |"
-    assert pytorch == f"{prose} PyTorch |  |  | 1.00, 2.00 | 1.00, 2.00 | perplexity 20.5, 19.5 |"
-    assert llama == f"{prose} llama.cpp |  |  | 3.00, 4.00 | 3.00, 4.00 | perplexity 18.5, 17.5 |"
+    assert pytorch == f"{prose} PyTorch | 1.00, 2.00 | 1.00, 2.00 | perplexity 20.5, 19.5 |"
+    assert llama == f"{prose} llama.cpp | 3.00, 4.00 | 3.00, 4.00 | perplexity 18.5, 17.5 |"
