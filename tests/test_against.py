@@ -255,6 +255,13 @@ def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_encoder_decoders_without_words_to_write_are_refused():
+    model = tiny_model("t5", CLASSIFIER)
+    convert(model, 2)
+    with pytest.raises(MoefyError, match="runs encoder-decoders that generate, which T5ForSequence"):
+        ENGINES["onnxruntime"].check(model, None)
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_engines_that_are_not_installed_say_so_first(name, monkeypatch):
     monkeypatch.setattr(base, "find_spec", lambda name: None)

@@ -274,6 +274,7 @@ def moefied(name: str, head: str, router: str = "random", **changes):
         (lambda: moefied("bert", CLASSIFIER, hidden_act="mish"), {}, "relufy_ it first"),
         (lambda: moefied("bert", CLASSIFIER, "pre_gated"), {}, "router='linear'"),
         (lambda: moefied("bert", CLASSIFIER), {"to": "dense", "int8": True}, "belong to to='onnx'"),
+        (lambda: moefied("bert", CLASSIFIER), {"to": "dense", "timing": False}, "belong to to='onnx'"),
     ],
 )
 def test_what_cannot_be_written_is_refused(make, options, message, tmp_path):

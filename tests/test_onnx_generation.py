@@ -303,12 +303,14 @@ def test_a_decoder_that_differs_is_not_written(tmp_path, monkeypatch):
 
 
 def test_given_batches_are_compared(tmp_path):
-    """Also those that are padded on the left."""
+    """Also those that are padded on the left, and those whose last tokens all are padding."""
     model = tiny_model("gpt2", CAUSAL, n_layer=1)
     convert(model, 2)
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[0, :5] = 0
-    given = [{"input_ids": ids(2, 9), "attention_mask": mask}]
+    right = torch.ones(2, 9, dtype=torch.long)
+    right[:, 3:] = 0
+    given = [{"input_ids": ids(2, 9), "attention_mask": each} for each in (mask, right)]
     found = Exported(model, tmp_path / "out", batches=given).facts
     assert 0 < found["largest_difference"] <= 1e-5
 

@@ -4,7 +4,7 @@ what a user would pick instead (`bench_against`)."""
 from .ffns import bench_ffns
 from .models import bench_model
 from .presets import PRESETS
-from .report import side_by_side_table, table
+from .report import table
 from .settings import Settings
 from .side_by_side import SideBySide, bench_against
 from .tasks import Reading
@@ -17,6 +17,5 @@ __all__ = [
     "bench_against",
     "bench_ffns",
     "bench_model",
-    "side_by_side_table",
     "table",
 ]

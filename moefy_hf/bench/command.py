@@ -10,7 +10,7 @@ from ..evaluation.plots import plot_bench
 from ..io import check_files, write_whole
 from .ffns import TOKENS, bench_ffns
 from .models import bench_model
-from .report import save_csv, side_by_side_table, table
+from .report import save_csv, table
 from .settings import NAMES, Settings
 from .side_by_side import SideBySide, bench_against
 from .tasks import Reading
@@ -43,7 +43,7 @@ def run_bench(args: Namespace) -> dict[str, Any]:
             write_whole(Path(path), json.dumps(figures, indent=1))
     if args.plot:
         plot_bench(figures, args.plot)
-    return figures | {"table": side_by_side_table(figures) if args.against else table(figures)}
+    return figures | {"table": table(figures)}
 
 
 def check_together(args: Namespace) -> None:

@@ -1,54 +1,45 @@
 """The results of a benchmark as a table, and as a csv file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..io import write_csv
+from ..io import markdown, write_csv
+
+CELLS: dict[str, Callable[[dict[str, Any]], str]] = {  # column -> what it shows of a row
+    "tokens": lambda row: str(row["tokens"]),
+    "implementation": lambda row: row["implementation"],
+    "work": lambda row: f"{row['work']}, {row['batch']} text{'s' if row['batch'] > 1 else ''}",
+    "engine": lambda row: row["engine"],
+    "model": lambda row: row["model"],
+    "times dense": lambda row: f"{row['ratio']:.2f}",
+    "middle half": lambda row: "{:.2f} to {:.2f}".format(*row["spread"]),
+    "times the engine's dense": lambda row: f"{row['ratio_in_engine']:.2f}",
+    "times best dense": lambda row: f"{row['ratio_best_dense']:.2f} ({row['best_dense']})",
+    "of the bound": lambda row: f"{row['fraction_of_bound']:.0%} ({row['bound']})",
+    "ms": lambda row: f"{row['milliseconds']:.3g}",
+    "tokens per second": lambda row: f"{row['tokens_per_second']:.0f}",
+    "quality": lambda row: f"{row['quality']:.4g}",
+    "rounds": lambda row: str(row["rounds"]),
+}
+OF_FFNS = ("times best dense", "of the bound")  # which whole models have no figures for
+ALONE = ("tokens", "implementation", "times dense", "middle half", *OF_FFNS, "ms", "rounds")
+SPEEDS = ("times dense", "middle half", "times the engine's dense", "ms", "tokens per second")
+AGAINST = ("work", "engine", "model", *SPEEDS, "quality")
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Return a Markdown table; what whole models have no figures for is left out.
-
-    Args:
-        figures: what `bench_ffns` or `bench_model` returned.
-    """
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "tokens": lambda row: str(row["tokens"]),
-        "implementation": lambda row: row["implementation"],
-        "times dense": lambda row: f"{row['ratio']:.2f}",
-        "middle half": lambda row: "{:.2f} to {:.2f}".format(*row["spread"]),
-        "times best dense": lambda row: f"{row['ratio_best_dense']:.2f} ({row['best_dense']})",
-        "of the bound": lambda row: f"{row['fraction_of_bound']:.0%} ({row['bound']})",
-        "ms": lambda row: f"{row['milliseconds']:.3g}",
-        "rounds": lambda row: str(row["rounds"]),
-    }
-    rows = figures["rows"]
-    if "bound" not in rows[0]:
-        del columns["times best dense"], columns["of the bound"]
-    return "\n".join([described(figures), "", *lines_of(columns, rows)])
+    """Return a Markdown table of what `bench_ffns`, `bench_model` or `bench_against` returned."""
+    row = figures["rows"][0]
+    if "engine" in row:
+        return shown(figures, AGAINST)
+    return shown(figures, ALONE if "bound" in row else (name for name in ALONE if name not in OF_FFNS))
 
 
-def side_by_side_table(figures: dict[str, Any]) -> str:
-    """Return a Markdown table of what `bench_against` returned."""
-    measure = figures["settings"]["quality"]
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "work": lambda row: f"{row['work']}, {row['batch']} text{'s' if row['batch'] > 1 else ''}",
-        "engine": lambda row: row["engine"],
-        "model": lambda row: row["model"],
-        "times dense": lambda row: f"{row['ratio']:.2f}",
-        "middle half": lambda row: "{:.2f} to {:.2f}".format(*row["spread"]),
-        "times the engine's dense": lambda row: f"{row['ratio_in_engine']:.2f}",
-        "ms": lambda row: f"{row['milliseconds']:.3g}",
-        "tokens per second": lambda row: f"{row['tokens_per_second']:.0f}",
-        measure: lambda row: f"{row['quality']:.4g}",
-    }
-    return "\n".join([described(figures), "", *lines_of(columns, figures["rows"])])
-
-
-def lines_of(columns: dict[str, Callable[[dict[str, Any]], str]], rows: list[dict[str, Any]]) -> list[str]:
-    """Return the lines of a Markdown table."""
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return lines + [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
+def shown(figures: dict[str, Any], columns: Iterable[str]) -> str:
+    """Return what was measured where, and some columns; a quality has the name of its measure."""
+    names = {name: figures["settings"]["quality"] if name == "quality" else name for name in columns}
+    rows = [{title: CELLS[name](row) for name, title in names.items()} for row in figures["rows"]]
+    return f"{described(figures)}\n\n{markdown(rows)}"
 
 
 def described(figures: dict[str, Any]) -> str:

@@ -96,7 +96,7 @@ def bench_against(given: SideBySide, *, progress: bool = True) -> dict[str, Any]
 
     Example:
         >>> figures = bench_against(SideBySide("my-moe", ("onnxruntime",), Reading("test.csv")))
-        >>> print(side_by_side_table(figures))
+        >>> print(table(figures))
     """
     engines = [PYTORCH, *(ENGINES[name] for name in given.engines)]
     with torch.no_grad(), threads_set(given.threads), TemporaryDirectory() as folder:

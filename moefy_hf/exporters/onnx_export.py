@@ -15,7 +15,7 @@ from ..loading import MoefiedModel
 from ..measure.contexts import evaluating
 from ..measure.made_up_inputs import made_up_batch
 from .onnx_ffn import check_ffn
-from .onnx_graphs import write_part
+from .onnx_graphs import session_of, write_part
 from .onnx_parts import Example, made_up_batches, parts_of
 from .onnx_times import times_of
 
@@ -118,9 +118,7 @@ def differences(path: Path, examples: list[Example]) -> dict[str, tuple[float, f
 
     They are shares of the largest and of the mean output, and those of the output that is worst.
     """
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = session_of(path)
     found: dict[str, tuple[float, float]] = {}
     for example in examples:
         results = session.run(list(example.outputs), {name: value.numpy() for name, value in example.inputs.items()})

@@ -33,7 +33,7 @@ def write_part(model: MoefiedModel, part: Part, folder: Path, int8: bool) -> dic
     import onnx
 
     graph, operators = graph_of(model, part, int8)
-    large = sum(each.numel() * each.element_size() for each in model.parameters()) > LARGEST_FILE
+    large = sum(len(each.raw_data) for each in graph.graph.initializer) > LARGEST_FILE
     beside: dict[str, Any] = {"save_as_external_data": large, "location": f"{part.file}_data"} if large else {}
     if int8:
         quantise(graph, folder / part.file, large)
@@ -107,6 +107,19 @@ def quantise(graph: Any, path: Path, large: bool) -> None:
         use_external_data_format=large,
         extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what MoE gives, which it cannot know
     )
+
+
+def session_of(path: Path, threads: int = 0) -> Any:
+    """Open a file in ONNX Runtime, on so many threads; 0: a thread per core.
+
+    They sleep between two runs. Those of a model that is not running would slow down the one that is.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def of_router(node: Any) -> bool:

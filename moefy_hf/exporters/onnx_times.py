@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..loading import MoefiedModel
 from ..measure.contexts import all_experts
 from ..measure.made_up_inputs import Batch, made_up_batch
-from .onnx_graphs import write_part
+from .onnx_graphs import session_of, write_part
 from .onnx_parts import made_up_batches, parts_of
 
 ROWS = (1, 8)
@@ -56,15 +56,6 @@ def times_of(model: MoefiedModel, folder: Path, int8: bool, progress: bool = Tru
         for kind, rows, sessions, inputs in cases:
             found.setdefault(kind, {})[str(rows)] = ratio_of(sessions, inputs, SECONDS / len(cases))
     return found
-
-
-def session_of(path: Path) -> Any:
-    """Open a file in ONNX Runtime, whose threads sleep while the other model runs."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def ratio_of(sessions: list[Any], inputs: Batch, seconds: float) -> float:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from moefy_hf.bench.engines import ENGINES
@@ -29,7 +30,7 @@ from moefy_hf.bench.tasks.language_models import LanguageTask, first
 from moefy_hf.bench.timing import against, hardware, quartiles
 from moefy_hf.errors import MoefyError
 from moefy_hf.exporters.export import export_gguf
-from moefy_hf.io import check_files, write_whole
+from moefy_hf.io import check_files, markdown, write_whole
 from moefy_hf.loading import MoefiedModel, check_moefied, load
 
 ENGINE_NAMES = {"F32": "llama.cpp", "Q8_0": "llama.cpp-q8_0"}
@@ -89,7 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         subject = Subject(one, one, one, [], Path(folder), 1024, max(args.threads), args.dense)
         files, figures["refused"] = written(models, sorted({*args.k, *args.compare}), subject)
         figures["same"] = [
-            {"model": name, "k": share} | same(models[name], share, files["F32", name, share], task)
+            same(name, models[name], share, files["F32", name, share], task)
             for name in models
             for share in args.compare
             if ("F32", name, share) in files
@@ -125,27 +126,34 @@ def written(
     return found, refused
 
 
-def same(model: MoefiedModel, share: float, path: Path, task: LanguageTask) -> dict[str, Any]:
+def same(name: str, model: MoefiedModel, share: float, path: Path, task: LanguageTask) -> dict[str, Any]:
     """Compare a file with the masked model: logits after each token of the prompts, and what they write."""
     model.set_selection(k=share, allocation="uniform")
-    masked, engine = TorchLanguageModel(model), LlamaCppModel(path, 256, torch.get_num_threads())
-    off, identical = [], 0
-    size = len(task.prompts[0])
-    stream = torch.cat(task.ids)
-    for ids in stream[: PROMPTS * size].view(PROMPTS, size):
-        logits = [reader.read(ids) for reader in (masked, engine) if reader.forget() is None]
-        off.append((logits[0] - logits[1]).abs().amax(-1) / logits[0].abs().max())
-        identical += greedy(masked, ids, task.reading.new_tokens) == greedy(engine, ids, task.reading.new_tokens)
-    all_off = torch.cat(off)
-    same_route = all_off[all_off <= SAME]
+    readers = TorchLanguageModel(model), LlamaCppModel(path, 256, torch.get_num_threads())
+    size, new = task.reading.prompt, task.reading.new_tokens
+    prompts = torch.cat(task.ids)[: PROMPTS * size].view(PROMPTS, size)
+    differences, identical = [], 0
+    for ids in tqdm(prompts, desc=f"{name} at {share:.0%} and its file", unit="prompt"):
+        ours, theirs = (everywhere(reader, ids) for reader in readers)
+        differences.append((ours - theirs).abs().amax(-1) / ours.abs().max())
+        written, read = (greedy(reader, ids, new) for reader in readers)
+        identical += written == read
+    difference = torch.cat(differences)
     return {
-        "largest_difference": float(all_off.max()),
-        "largest_where_the_same_experts_run": float(same_route.max()) if len(same_route) else None,
-        "tokens": len(all_off),
-        "tokens_that_differ": int((all_off > SAME).sum()),
+        "model": name,
+        "k": share,
+        "largest_difference": float(difference.max()),
+        "tokens": len(difference),
+        "tokens_that_differ": int((difference > SAME).sum()),
         "identical_generations": identical,
         "generations": PROMPTS,
     }
+
+
+def everywhere(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits (n, V) after each token of a new text."""
+    model.forget()
+    return model.read(ids)
 
 
 def greedy(model: LanguageModel, ids: torch.Tensor, tokens: int) -> list[int]:
@@ -172,20 +180,8 @@ def timed(files: dict[Any, Path], threads: int, task: LanguageTask, quality: dic
 
 def table(figures: dict[str, Any]) -> str:
     """Return the figures as markdown: what is the same, then speeds."""
-    lines = ["| model | experts | largest difference | tokens that differ | generations |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {each['model']} | {each['k']:.0%} | {each['largest_difference']:.1e} | {each['tokens_that_differ']} of "
-        f"{each['tokens']} | {each['identical_generations']} of {each['generations']} |"
-        for each in figures["same"]
-    ]
-    lines += ["", "| threads | type | model | experts | work | tokens/s | times dense | perplexity |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    lines += [
-        f"| {row['threads']} | {row['type']} | {row['model']} | {row['k']:.0%} | {row['work']} | "
-        f"{row['tokens_per_second']:.1f} | {row['ratio']:.2f} | {row['perplexity']:.1f} |"
-        for row in figures["rows"]
-    ]
-    return "\n".join(lines)
+    rows = [{name: value for name, value in row.items() if name != "spread"} for row in figures["rows"]]
+    return f"{markdown(figures['same'])}\n\n{markdown(rows)}"
 
 
 if __name__ == "__main__":

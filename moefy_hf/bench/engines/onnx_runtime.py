@@ -8,6 +8,7 @@ import torch
 
 from ...errors import MoefyError
 from ...exporters.onnx_export import check_onnx, write_onnx
+from ...exporters.onnx_graphs import session_of
 from ...exporters.onnx_parts import inputs_for
 from ...loading import MoefiedModel
 from ...measure.contexts import all_experts
@@ -15,17 +16,6 @@ from .base import ENCODER, ENCODER_DECODER, LANGUAGE_MODEL, Batch, Engine, Runni
 from .greedy import Writer
 
 DECODED = 8  # tokens that a decoder reads, where its graph is compared
-
-
-def session_of(path: Path, threads: int) -> Any:
-    """Open a graph."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    # waiting threads would slow down the engine whose turn is next
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def run_graph(session: Any, given: Mapping[str, Any]) -> dict[str, Any]:
