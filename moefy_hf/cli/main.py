@@ -11,6 +11,7 @@ COMMANDS = {  # in the order of work: where its arguments are, which take torch 
     "inspect": ("inspect_model:add_arguments", "What can be MoEfied in a model: its FFNs, and the sizes of experts."),
     "profile": ("profile_model:add_arguments", "How sparse a model's FFNs are on texts, layer by layer."),
     "convert": ("convert:add_arguments", "Split a dense model's FFNs and fit routers."),
+    "train": ("train:add_arguments", "Fine-tune, convert, recover and measure a model on a task, in one run."),
     "sweep": ("sweep:add_arguments", "Quality against compute of a MoEfied model, beside its dense self."),
     "card": ("hub:add_card", "Write the card of a MoEfied checkpoint's folder."),
     "push": ("hub:add_push", "Verify a MoEfied checkpoint's folder and upload it."),
@@ -39,6 +40,7 @@ EXAMPLES = """examples:
   moefy convert HuggingFaceTB/SmolLM2-135M smol-moe --data train.txt --expert_size 8 --k 0.75
   moefy convert my-model my-moe --data train.csv --config settings.yaml --k 0.3
   moefy convert my-model my-moe --splitter parameter_clustering --router similarity --allocation uniform
+  moefy train classification --config settings.yaml --k 0.3
   moefy sweep smol-moe --data held_out.txt --k 0.5 0.75 --controls oracle wina --calibration train.txt
   moefy sweep my-classifier-moe --data test.csv --plot quality.png
   moefy sweep my-classifier-moe --data test.csv --quality 0.98
@@ -75,7 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (MoefyError, OSError) as error:  # what users can mend; anything else is a bug and shows its traceback
         print(f"moefy {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    print(json.dumps(result, indent=1) if args.json else args.show(result))
+    if result is not None:  # one of several processes has none
+        print(json.dumps(result, indent=1) if args.json else args.show(result))
 
 
 def renamed(arguments: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Arguments of the recipes, as dataclasses: each is what some stage of a run reads, and is cached by."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..evaluation.controls import BASELINES, CONTROLS
 from ..modeling.selection import SELECTIONS
@@ -21,11 +22,20 @@ def needed(help: str):
     return field(metadata={"help": help})
 
 
+class Group:
+    """Settings that `--help` shows together, under the first line of their class' docstring."""
+
+    _argument_group_name: ClassVar[str]  # which HfArgumentParser reads
+
+    def __init_subclass__(cls) -> None:
+        cls._argument_group_name = (cls.__doc__ or cls.__name__).partition("\n")[0].rstrip(".")
+
+
 # ---- models
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(Group):
     """The dense model to start from."""
 
     model_name_or_path: str = needed(INPUT)
@@ -44,7 +54,7 @@ class ClassifierArguments(ModelArguments):
 
 
 @dataclass
-class Seq2SeqModelArguments:
+class Seq2SeqModelArguments(Group):
     """The dense encoder-decoder to start from."""
 
     model_name_or_path: str | None = about("Hub id or local directory; nothing trains a new T5", None)
@@ -55,7 +65,7 @@ class Seq2SeqModelArguments:
 
 
 @dataclass
-class ImageModelArguments:
+class ImageModelArguments(Group):
     """The dense vision model to start from."""
 
     model_name_or_path: str | None = about("Hub id or local directory; nothing trains a new model", None)
@@ -70,7 +80,7 @@ class ImageModelArguments:
 
 
 @dataclass
-class DatasetArguments:
+class DatasetArguments(Group):
     """A data set with splits."""
 
     dataset_name: str = needed(DATASET)
@@ -112,7 +122,7 @@ class ImageDataArguments(DatasetArguments):
 
 
 @dataclass
-class ProseDataArguments:
+class ProseDataArguments(Group):
     """Texts to calibrate and train on."""
 
     dataset_name: list[str] = needed("Hub ids, local .txt files, directories of .txt, csv or parquet, or package:NAME")
@@ -125,7 +135,7 @@ class ProseDataArguments:
 
 
 @dataclass
-class HeldOutArguments:
+class HeldOutArguments(Group):
     """Texts to measure on."""
 
     held_out_name: list[str] = about("like dataset_name, or none; by default the other splits of dataset_name", [])
@@ -139,7 +149,7 @@ class HeldOutArguments:
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(Group):
     """What is measured of every MoEfied model."""
 
     budgets: list[float] = about("shares of the experts to measure at", [0.05, 0.1, 0.2, 0.3])
@@ -149,14 +159,14 @@ class EvaluationArguments:
 
 
 @dataclass
-class ControlArguments:
+class ControlArguments(Group):
     """What stands beside the converted model."""
 
     controls: list[str] = about(f"of {', '.join((*CONTROLS, *BASELINES))}; or none", ["oracle", "random"])
 
 
 @dataclass
-class MetricArguments:
+class MetricArguments(Group):
     """Metrics of the library evaluate."""
 
     metrics: list[str] = about(
@@ -171,21 +181,21 @@ class MetricArguments:
 
 
 @dataclass
-class TimingArguments:
+class TimingArguments(Group):
     """How long a batch takes, dense and MoEfied."""
 
     timed_batches: int = about("held-out batches to time on this machine; 0 times nothing", 8)
 
 
 @dataclass
-class GenerationArguments:
+class GenerationArguments(Group):
     """Targets that models generate."""
 
     generated_rows: int = about("rows of validation and test to generate for", 200)
 
 
 @dataclass
-class ContinuationArguments:
+class ContinuationArguments(Group):
     """Texts that models go on with."""
 
     generated_rows: int = about("beginnings of held-out blocks that are continued", 4)
@@ -193,7 +203,7 @@ class ContinuationArguments:
 
 
 @dataclass
-class ExportArguments:
+class ExportArguments(Group):
     """The converted model in an architecture that serving engines know."""
 
     export: bool = about("also write a served architecture, where that is exact", True)
@@ -203,7 +213,7 @@ class ExportArguments:
 
 
 @dataclass
-class SparsityArguments:
+class SparsityArguments(Group):
     """A penalty in every training."""
 
     sparsity_penalty: str | None = about("square_hoyer, l1 or density", None)
@@ -211,7 +221,7 @@ class SparsityArguments:
 
 
 @dataclass
-class RecoveryArguments:
+class RecoveryArguments(Group):
     """Training after conversion, beside the dense model for as many steps."""
 
     recovery_epochs: float = about(
@@ -222,14 +232,14 @@ class RecoveryArguments:
 
 
 @dataclass
-class DistillationArguments:
+class DistillationArguments(Group):
     """The dense model as a teacher."""
 
     distillation_weight: float = about("in recovery and schedule: weight of the divergence from the dense model", 0.0)
 
 
 @dataclass
-class LearnedArguments:
+class LearnedArguments(Group):
     """A selection that recovery learns (LTE)."""
 
     learned_eta: float | None = about(
@@ -243,7 +253,7 @@ class LearnedArguments:
 
 
 @dataclass
-class ScheduleArguments:
+class ScheduleArguments(Group):
     """A conversion within the dense training."""
 
     schedule: str | None = about(
@@ -254,10 +264,7 @@ class ScheduleArguments:
 
 
 @dataclass
-class OutputArguments:
+class OutputArguments(Group):
     """What becomes of earlier results."""
 
     redo: bool = about("run finished stages again", False)
-
-
-TRAININGS = (SparsityArguments, RecoveryArguments, DistillationArguments, LearnedArguments)

@@ -6,7 +6,8 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,17 @@ from .arguments import ControlArguments, EvaluationArguments
 from .recovery import check_recovery
 
 T = TypeVar("T")
+TRAINING = {field.name for field in fields(TrainingArguments)}
+SHOWN = {  # those that --help explains
+    *("output_dir", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed"),
+    *("weight_decay", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("bf16", "eval_strategy", "save_strategy", "logging_steps", "report_to", "push_to_hub", "hub_model_id"),
+}
+EPILOG = "Every other setting of transformers.TrainingArguments can be given, too."
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and descriptions as they are written."""
 
 
 class Arguments:
@@ -67,6 +79,7 @@ def parse(
     description: str,
     words: Sequence[str] | None = None,
     first_of: Callable[[Arguments], Mapping[str, Any]] = lambda arguments: {},
+    program: str | None = None,
 ) -> Arguments:
     """Read dataclasses and a `MoEficationConfig` from `--config FILE.yaml` and the command line, which wins.
 
@@ -74,6 +87,7 @@ def parse(
         types: dataclasses, as `HfArgumentParser` takes them; a `TrainingArguments` gives the conversion its seed.
         words: instead of the process' command line.
         first_of: settings of the conversion that follow from the other arguments, as the first of a grid's do.
+        program: what `--help` calls the command; by default the script.
 
     Raises:
         MoefyError: an unknown name, or a value out of range.
@@ -82,9 +96,16 @@ def parse(
     trains = any(issubclass(each, TrainingArguments) for each in types)
     parser = HfArgumentParser(
         types,  # type: ignore[arg-type]  # a tuple of classes, as it says
-        description=description + "\n\n--config FILE.yaml sets any of these; the command line wins.",
+        prog=program,
+        usage="%(prog)s [--config FILE.yaml ...] [--SETTING VALUE ...]",
+        description=description + "\n--config FILE.yaml sets any of these; a later file and the command line win.",
+        epilog=EPILOG if trains else None,
+        formatter_class=Help,
         allow_abbrev=False,
     )
+    for action in parser._actions:
+        if action.dest in TRAINING - SHOWN:
+            action.help = argparse.SUPPRESS
     add_arguments(parser, MoEficationConfig, leave_out=("seed",) if trains else ())
     from_files, words = split_files(list(sys.argv[1:] if words is None else words))
     first = ["--ddp_timeout", "21600"] if trains else []  # the others wait while the first process converts
@@ -118,8 +139,13 @@ def checking() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"{sys.argv[0]}: error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{called()}: error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from error
+
+
+def called() -> str:
+    """Return what was called: a script, or `moefy train`."""
+    return "moefy train" if Path(sys.argv[0]).stem in ("moefy", "__main__") else sys.argv[0]
 
 
 def leave_processes() -> None:

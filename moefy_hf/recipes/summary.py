@@ -68,7 +68,11 @@ def experts(name: str, budget: str, learned: bool) -> str:
 
 def places(run: "Run") -> list[str]:
     """Name the results of a run."""
-    models = [(NAMES[name], name) for name in NAMES if name in run.stages.plan]
-    found = [f"{what} model: {run.folder / name}" for what, name in models]
+    found = [f"{NAMES[name]} model: {folder}" for name, folder in model_folders(run).items()]
     picture = run.folder / "sweep.png"
     return [*found, f"plot: {picture}"] if picture.exists() else found
+
+
+def model_folders(run: "Run") -> dict[str, str]:
+    """Return where the models of a run are, by their names."""
+    return {name: str(run.folder / name) for name in NAMES if name in run.stages.plan}

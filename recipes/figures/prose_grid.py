@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -26,20 +26,19 @@ from prose_facts import COMMON, METHOD, average, nearest, tables
 from sweep import Calibration
 from transformers import PreTrainedModel, TrainingArguments
 
-sys.path.append(str(Path(__file__).parents[1]))
-from moefy_causal_lm import TYPES, begin, save_dense  # noqa: E402
-
-from moefy_hf import MoEficationConfig, evaluate, moefy_, reroute_, share_within  # noqa: E402
+from moefy_hf import MoEficationConfig, evaluate, moefy_, reroute_, share_within
 from moefy_hf.modeling.ffn_sites import find_sites
-from moefy_hf.recipes.arguments import (  # noqa: E402
+from moefy_hf.recipes.arguments import (
     ControlArguments,
     HeldOutArguments,
     ModelArguments,
     ProseDataArguments,
 )
-from moefy_hf.recipes.prose import ProseRun  # noqa: E402
-from moefy_hf.recipes.settings import Arguments, checking, parse  # noqa: E402
-from moefy_hf.recipes.stages import Stage, read_made, write_json  # noqa: E402
+from moefy_hf.recipes.prose import ProseRun
+from moefy_hf.recipes.settings import Arguments, checking, parse
+from moefy_hf.recipes.stages import Stage, read_made, write_json
+from moefy_hf.recipes.tasks.base import begin
+from moefy_hf.recipes.tasks.causal_lm import TASK, save_dense
 
 DENSE = {"dense": Stage((ModelArguments,))}
 CELL = Stage((ProseDataArguments, HeldOutArguments, MoEficationConfig), after=("dense",), measuring=True)
@@ -69,7 +68,7 @@ class GridArguments:
 
 def main() -> None:
     with checking():
-        arguments = parse((*TYPES, GridArguments), __doc__, first_of=first_cell)
+        arguments = parse((*TASK.types, GridArguments), __doc__, first_of=first_cell)
         grid = arguments[GridArguments]
         check(grid, arguments[MoEficationConfig])
         configs = list(configs_of(grid, arguments[MoEficationConfig]))
@@ -121,7 +120,7 @@ def begin_seed(arguments: Arguments, seed: int) -> ProseRun:
     training = copy.deepcopy(arguments[TrainingArguments])
     training.seed, training.output_dir = seed, f"{training.output_dir}/seed_{seed}"
     own = arguments.replaced(training, replace(arguments[MoEficationConfig], seed=seed))
-    return begin(own, DENSE)
+    return cast(ProseRun, begin(TASK, own, DENSE))
 
 
 def facts_of(run: ProseRun, cell: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:

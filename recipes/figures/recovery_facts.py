@@ -117,7 +117,7 @@ OF_ITSELF = ("agreement", "kl", "relative_quality")
 
 
 def generated_by(directory: Path) -> dict[str, float]:
-    """Return what moefy_seq2seq.py leaves: the share of exactly generated targets, of every model."""
+    """Return what `moefy train seq2seq` leaves: the share of exactly generated targets, of every model."""
     scores: dict[str, dict[str, float]] = {}
     for name in made_in(directory):
         if name.startswith("scores_"):

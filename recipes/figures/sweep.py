@@ -3,9 +3,9 @@
     python recipes/figures/sweep.py --config recipes/configs/minilm_movie/moefication.yaml --seeds 0 1 2 \\
         --facts facts.json
 
-For every seed the dense model is fine-tuned as moefy_classification.py does (or found finished), profiled once, and
-converted with every split; every router is fitted on every split. Finished cells are not computed again. FACTS gets
-every figure, averaged over seeds; sweep_tables.py prints them.
+For every seed the dense model is fine-tuned as `moefy train classification` does (or found finished), profiled once,
+and converted with every split; every router is fitted on every split. Finished cells are not computed again. FACTS
+gets every figure, averaged over seeds; sweep_tables.py prints them.
 """
 
 import copy
@@ -21,18 +21,17 @@ import transformers
 from sweep_tables import average, own_name, tables
 from transformers import TrainingArguments
 
-sys.path.append(str(Path(__file__).parents[1]))
-from moefy_classification import TYPES, begin, make_model  # noqa: E402
-
-from moefy_hf import MoEficationConfig, evaluate, moefy_, profile  # noqa: E402
-from moefy_hf.measure.profile import ModelProfile  # noqa: E402
-from moefy_hf.recipes.arguments import ControlArguments, EvaluationArguments  # noqa: E402
-from moefy_hf.recipes.plans import training_plan  # noqa: E402
-from moefy_hf.recipes.run import Run  # noqa: E402
-from moefy_hf.recipes.settings import Arguments, checking, parse  # noqa: E402
-from moefy_hf.recipes.stages import Stage, write_json  # noqa: E402
-from moefy_hf.recipes.steps import compared  # noqa: E402
-from moefy_hf.recipes.training import fine_tune  # noqa: E402
+from moefy_hf import MoEficationConfig, evaluate, moefy_, profile
+from moefy_hf.measure.profile import ModelProfile
+from moefy_hf.recipes.arguments import ControlArguments, EvaluationArguments
+from moefy_hf.recipes.plans import training_plan
+from moefy_hf.recipes.run import Run
+from moefy_hf.recipes.settings import Arguments, checking, parse
+from moefy_hf.recipes.stages import Stage, write_json
+from moefy_hf.recipes.steps import compared
+from moefy_hf.recipes.tasks.base import begin
+from moefy_hf.recipes.tasks.classification import TASK
+from moefy_hf.recipes.training import fine_tune
 
 CELL = Stage((MoEficationConfig, EvaluationArguments, ControlArguments), after=("dense",))
 
@@ -58,7 +57,7 @@ class SweepArguments:
 
 def main() -> None:
     with checking():
-        arguments = parse((*TYPES, SweepArguments), __doc__)
+        arguments = parse((*TASK.types, SweepArguments), __doc__)
         grid = arguments[SweepArguments]
         cells = [(splitter, router) for splitter in grid.splitters for router in grid.routers]
         configs = [
@@ -68,7 +67,7 @@ def main() -> None:
     for seed in grid.seeds:
         with checking():
             run = begin_seed(arguments, seed)
-        fine_tune(run, partial(make_model, run))
+        fine_tune(run, partial(TASK.make, run))
         held_out = run.held_out(grid.eval_rows)
         calibration = Calibration(run)
         for config in configs:
@@ -94,7 +93,7 @@ def begin_seed(arguments: Arguments, seed: int) -> Run:
     training = copy.deepcopy(arguments[TrainingArguments])
     training.seed, training.output_dir = seed, f"{training.output_dir}_sweep/seed_{seed}"
     own = arguments.replaced(training, replace(arguments[MoEficationConfig], seed=seed))
-    return begin(own, {"dense": training_plan(own)["dense"]})
+    return begin(TASK, own, {"dense": training_plan(own)["dense"]})
 
 
 def facts_of(run: Run, eval_rows: int, cells: list[dict]) -> dict:

@@ -4,6 +4,7 @@ import contextlib
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -15,9 +16,12 @@ from tiny import VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from moefy_hf.recipes.tasks import main as run_task
+
 RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path[:0] = [str(RECIPES), str(RECIPES / "figures")]
-import moefy_classification  # noqa: E402
+sys.path.insert(0, str(RECIPES / "figures"))
+
+classify = partial(run_task, "classification")
 
 NEUTRAL = [f"word{number}" for number in range(20)]
 MOOD = {"good": ["superb", "fine"], "bad": ["awful", "dull"]}
@@ -86,11 +90,11 @@ def inputs(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def recipe(inputs, tmp_path_factory):
-    """Run a recipe's `main` with these settings in place of the defaults below."""
+    """Run a task, or the `main` of a script, with these settings in place of the defaults below."""
     patch = pytest.MonkeyPatch()
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
-    def run(output_dir: Path, *flags: str, main=moefy_classification.main, **settings) -> None:
+    def run(output_dir: Path, *flags: str, main=classify, **settings) -> None:
         defaults = {
             "model_name_or_path": inputs["model"],
             "dataset_name": inputs["texts"],
@@ -118,7 +122,7 @@ def recipe(inputs, tmp_path_factory):
         given = {**defaults, "output_dir": str(output_dir), **settings}
         config.write_text(yaml.safe_dump(given))
         budgets = [] if "budgets" in settings else ["--budgets", "0.25", "0.5"]
-        patch.setattr(sys, "argv", [f"{main.__module__}.py", "--config", str(config), *budgets, *flags])
+        patch.setattr(sys, "argv", ["recipe.py", "--config", str(config), *budgets, *flags])
         main()
 
     yield run
@@ -127,10 +131,13 @@ def recipe(inputs, tmp_path_factory):
 
 @pytest.fixture
 def run_config(tmp_path, monkeypatch):
-    """Run a recipe's `main` with the settings of its committed YAML file, but for those given (None: left out)."""
+    """Run a task, or the `main` of a script, with the settings of a committed YAML file but for those given.
+
+    None leaves a setting out.
+    """
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
-    def run(main, config: Path, **settings) -> None:
+    def run(task, config: Path, **settings) -> None:
         given = yaml.safe_load(config.read_text()) | {
             "disable_tqdm": True,
             "report_to": "none",
@@ -141,6 +148,6 @@ def run_config(tmp_path, monkeypatch):
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump({key: value for key, value in given.items() if value is not None}))
         monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(path)])
-        main()
+        task() if callable(task) else run_task(task)
 
     return run

@@ -4,7 +4,6 @@ import json
 import random
 from pathlib import Path
 
-import moefy_causal_lm as recipe_module
 import prose_facts
 import prose_grid
 import pytest
@@ -17,7 +16,7 @@ from moefy_hf.hub.facts import read_facts
 from moefy_hf.recipes import prose
 from moefy_hf.recipes.arguments import HeldOutArguments, ProseDataArguments
 
-CONFIG = Path(recipe_module.__file__).parent / "configs" / "smollm2" / "moefication.yaml"
+CONFIG = Path(__file__).parents[2] / "recipes" / "configs" / "smollm2" / "moefication.yaml"
 TOP_2 = {"type": "top_k", "k": 2, "allocation": "uniform"}
 
 
@@ -53,7 +52,7 @@ def texts(inputs, tmp_path):
 
 @pytest.fixture
 def recipe(texts, run_config):
-    def run(output_dir: Path, main=recipe_module.main, **settings) -> None:
+    def run(output_dir: Path, task="causal_lm", **settings) -> None:
         small = {
             "model_name_or_path": str(texts / "model"),
             "dataset_name": [str(texts / "speeches"), str(texts / "plays")],
@@ -67,7 +66,7 @@ def recipe(texts, run_config):
             "budgets": [0.5, 1.0],
             "learning_rate": 0.01,
         }
-        run_config(main, CONFIG, **(small | settings))
+        run_config(task, CONFIG, **(small | settings))
 
     return run
 

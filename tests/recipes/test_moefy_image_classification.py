@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import moefy_image_classification as recipe_module
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
@@ -12,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from moefy_hf import Sweep
 
 SMALL = "image_size=8,patch_size=4,num_channels=1,hidden_size=16,intermediate_size=48,num_hidden_layers=2"
-CONFIG = Path(recipe_module.__file__).parent / "configs" / "vit_fashion" / "moefication.yaml"
+CONFIG = Path(__file__).parents[2] / "recipes" / "configs" / "vit_fashion" / "moefication.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def recipe(images, run_config):
             "per_device_train_batch_size": 16,
             "num_train_epochs": 4,
         }
-        run_config(recipe_module.main, CONFIG, **(small | settings))
+        run_config("image_classification", CONFIG, **(small | settings))
 
     return run
 

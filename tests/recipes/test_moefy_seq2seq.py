@@ -3,14 +3,13 @@
 import sys
 from pathlib import Path
 
-import moefy_seq2seq as recipe_module
 import pytest
 import recovery_facts
 from transformers import AutoModelForSeq2SeqLM
 
 from moefy_hf import Sweep
 
-CONFIG = Path(recipe_module.__file__).parent / "configs" / "t5_r8" / "moefication.yaml"
+CONFIG = Path(__file__).parents[2] / "recipes" / "configs" / "t5_r8" / "moefication.yaml"
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def recipe(inputs, tmp_path, run_config):
             "learning_rate": 0.01,
             "generated_rows": 20,
         }
-        run_config(recipe_module.main, CONFIG, **(small | settings))
+        run_config("seq2seq", CONFIG, **(small | settings))
 
     return run
 

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from moefy_hf.cli.main import main as moefy
+from moefy_hf.recipes.tasks import TASKS
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "recipes").glob("*.py"))
 EVERY = [
@@ -71,7 +74,7 @@ def site(tmp_path_factory) -> Path:
     return folder / "site"
 
 
-def test_a_copy_of_one_script_runs_beside_the_wheel(site, inputs, tmp_path):
+def test_a_copy_of_one_script_and_the_command_run_beside_the_wheel(site, inputs, tmp_path):
     script = tmp_path / "empty" / "moefy_classification.py"
     script.parent.mkdir()
     shutil.copy(ROOT / "recipes" / "moefy_classification.py", script)
@@ -80,11 +83,18 @@ def test_a_copy_of_one_script_runs_beside_the_wheel(site, inputs, tmp_path):
     flags += ["--expert_size", "8", "--k", "0.5", "--budgets", "0.5", "--controls", "none", "--timed_batches", "1"]
     flags += ["--calibration_tokens", "600", "--use_cpu", "true"]
     env = os.environ | {"PYTHONPATH": str(site), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, script.name, *flags], cwd=script.parent, env=env, capture_output=True, text=True, timeout=600
-    )
+    there = {"cwd": script.parent, "env": env, "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run([sys.executable, script.name, *flags], **there)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "| model | experts per token | accuracy | ms per batch | speed | ms masked |" in done.stdout
+    table = "| model | experts per token | accuracy | ms per batch | speed | ms masked |"
+    assert table in done.stdout
+    config = ROOT / "recipes" / "accelerate_configs" / "ddp_cpu.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+    launch += ["-m", "moefy_hf.cli", "train", "classification"]  # the same run goes on, in two processes
+    done = subprocess.run([sys.executable, *launch, *flags, "--recovery_epochs", "0.05"], **there)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(table) == 1 and "| MoEfied, then fine-tuned |" in done.stdout
+    assert done.stdout.count("dense: done before") == 2 and done.stdout.count("moefied: done before") == 1
     assert {path.name for path in script.parent.iterdir()} == {script.name, "out"}
     scores = json.loads((script.parent / "out" / "scores_moefied.json").read_text())
     assert 0 <= scores["moefied at 0.5"]["accuracy"] <= 1
@@ -92,6 +102,26 @@ def test_a_copy_of_one_script_runs_beside_the_wheel(site, inputs, tmp_path):
     program = "import moefy_hf.recipes.scores as s; print(s.__file__, *s.BUNDLED)"
     found = subprocess.run([sys.executable, "-c", program], cwd=script.parent, env=env, capture_output=True, text=True)
     assert found.stdout.startswith(str(site)) and found.stdout.split()[1:] == ["accuracy", "exact_match"]
+
+
+def test_the_command_says_what_it_takes_and_what_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["moefy"])
+    for words in ([], ["classification"]):
+        with pytest.raises(SystemExit) as ended:
+            moefy(["train", *words, "--help"])
+        assert ended.value.code == 0
+        out = capsys.readouterr().out
+        shown = TASKS if not words else ("--learning_rate", "--k K", "--distillation_weight", "--config FILE.yaml")
+        assert all(name in out for name in shown) and "--adam_epsilon" not in out
+    for words, named in (
+        (["classify"], "classify"),
+        (["classification", "--k", "1.5"], "moefy train: error: .*1.5"),
+        (["causal_lm", "--schedule", "anneal"], "moefy train: error: .*--schedule"),
+        (["classification", "--config", "nowhere.yaml"], "nowhere.yaml"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            moefy(["train", *words, *("--model_name_or_path", "m", "--dataset_name", "d")])
+        assert ended.value.code == 2 and re.search(named, capsys.readouterr().err.splitlines()[-1])
 
 
 def test_a_bad_setting_is_one_line(site, tmp_path):

@@ -3,10 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import moefy_causal_lm
-import moefy_classification
-import moefy_image_classification
-import moefy_seq2seq
 import pytest
 import torch
 import yaml
@@ -16,6 +12,7 @@ from moefy_hf import MoEficationConfig
 from moefy_hf.recipes import arguments as of
 from moefy_hf.recipes.settings import Arguments, check, checking
 from moefy_hf.recipes.settings import parse as parse_settings
+from moefy_hf.recipes.tasks import task
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -130,12 +127,12 @@ def test_configs_say_what_published_figures_depend_on(path):
     assert {"splitter", "router", "k", "allocation", "calibration_tokens", "expert_size", "seed"} <= given.keys()
 
 
-SCRIPTS = {"smollm2": moefy_causal_lm, "t5_r8": moefy_seq2seq, "vit_fashion": moefy_image_classification}
+TASK_OF = {"smollm2": "causal_lm", "t5_r8": "seq2seq", "vit_fashion": "image_classification"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: "/".join(path.parts[-2:]))
 def test_configs_are_good_settings_of_their_recipe(path):
-    types = SCRIPTS.get(path.parent.name, moefy_classification).TYPES
+    types = task(TASK_OF.get(path.parent.name, "classification")).types
     arguments = parse_settings(types, "about", ["--config", str(path), "--use_cpu", "true"])
     check(arguments)
     given = yaml.safe_load(path.read_text())
