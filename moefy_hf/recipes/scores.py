@@ -32,16 +32,18 @@ class Metrics:
         names: ids on the Hub, local modules, or names of `BUNDLED` ones, which are loaded from this package; each may
             have settings: "f1:average=macro".
         sample: predictions that every metric must take, each for itself: a class of every kind, or a text.
+        expected: references of the sample, where they are no predictions.
 
     Raises:
         MoefyError: a metric cannot be loaded, or does not take the sample.
     """
 
-    def __init__(self, names: Sequence[str], sample: Sequence[Any]):
+    def __init__(self, names: Sequence[str], sample: Sequence[Any], expected: Sequence[Any] | None = None):
+        expected = sample if expected is None else expected
         self.loaded = [(*load(name), name) for name in names]
         for metric, settings, name in self.loaded:
             try:
-                metric.compute(predictions=list(sample), references=list(sample), **settings)
+                metric.compute(predictions=list(sample), references=list(expected), **settings)
             except (ValueError, TypeError, KeyError) as error:
                 raise MoefyError(f"--metrics {name}: {error}; settings are given like {name}:average=macro") from None
 
@@ -50,7 +52,9 @@ class Metrics:
         scores: dict[str, float] = {}
         for metric, settings, _ in self.loaded:
             result = metric.compute(predictions=found, references=references, **settings) or {}
-            scores |= {name: float(value) for name, value in result.items() if np.ndim(value) == 0}
+            scores |= {
+                name: float(value) for name, value in result.items() if isinstance(value, int | float | np.number)
+            }
         return scores
 
     def of_classes(self, found: EvalPrediction) -> dict[str, float]:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import gzip
 import io
+import random
 import struct
 import sys
 import tarfile
@@ -81,6 +82,24 @@ def test_tab_with_awkward_quoting(tmp_path):
 def test_tab_columns_come_from_the_header():
     lines = ["Text\tId\tCategory\n", "string\tc\td\n", "\tmeta\tclass\n", "hello\t7\tgreeting\n"]
     assert input_files.read_tab(lines) == [("hello", "greeting")]
+
+
+def test_tagged_words():
+    lines = ["It/PRP is/VBZ 1&slash;2/CD ,/, he/PRP said/VBD ./."] * 12 + ["", "Odd/NN|JJ ./."]
+    rows = input_files.read_tagged(lines)
+    assert len(rows) == 12 and rows[0] == (
+        ["It", "is", "1/2", ",", "he", "said", "."],
+        ["PRP", "VBZ", "CD", ",", "PRP", "VBD", "."],
+    )
+
+
+def test_gaps_have_one_answer():
+    text = "We met in Paris. We left in June. They say that Paris is large. The end was near. " * 2
+    first, second = input_files.cloze(text, random.Random(0))  # Paris is there twice, "We" begins a sentence
+    assert first == second and first["question"] == "We left in ____."
+    start = first["answers"]["answer_start"][0]
+    assert first["context"][start:].startswith("June.") and first["answers"]["text"] == ["June"]
+    assert input_files.cloze("Nothing is here. It is so. It is. No name is here.", random.Random(0)) == []
 
 
 def test_drop_empty_says_how_many(capsys):

@@ -39,9 +39,34 @@ def module(tmp_path) -> str:
 
 
 def test_what_comes_with_the_package_needs_no_network():
-    assert set(BUNDLED) == {"accuracy", "exact_match"}
+    assert set(BUNDLED) == {"accuracy", "exact_match", "seqeval", "squad"}
     assert Metrics(["accuracy"], range(3))([0, 1, 1, 2], [0, 1, 0, 0]) == {"accuracy": 0.5}
     assert Metrics(["exact_match"], ["a"])(["a b", "c"], ["a b", "d"]) == {"exact_match": 0.5}
+
+
+def test_entities_are_counted_whole():
+    right = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-LOC"]]
+    found = [["B-PER", "O", "O", "B-LOC"], ["B-LOC", "B-LOC"]]  # one of two persons' words, and a place too many
+    judge = Metrics(["seqeval"], [["B-PER", "I-PER", "B-LOC", "O"]])
+    assert judge(found, right) == pytest.approx({"accuracy": 4 / 6, "precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7})
+    assert judge([["NN", "VB"]], [["NN", "NN"]]) == {"accuracy": 0.5}  # parts of speech are no entities
+
+
+def test_answers_are_compared_as_squad_does():
+    def asked(*texts):
+        return {"text": [*texts], "answer_start": [0] * len(texts)}
+
+    cases = [  # (answer, right ones, exact, F1)
+        ("The Eiffel Tower!", ("eiffel tower", "tower"), 1, 1),
+        ("in the old town", ("old town hall",), 0, 2 * 2 / (3 + 3)),
+        ("", (), 1, 1),
+        ("something", (), 0, 0),
+        ("", ("something",), 0, 0),
+    ]
+    judge = Metrics(["squad"], [{"id": "0", "prediction_text": "a"}], [{"id": "0", "answers": asked("a")}])
+    for text, right, exact, overlap in cases:
+        scores = judge([{"id": "7", "prediction_text": text}], [{"id": "7", "answers": asked(*right)}])
+        assert scores == pytest.approx({"exact_match": exact, "f1": overlap}), text
 
 
 def test_a_local_module_and_its_settings(module):
@@ -54,7 +79,7 @@ def test_a_local_module_and_its_settings(module):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("f1", "--metrics f1 cannot be loaded.*accuracy, exact_match, which need no network"),
+        ("f1", "--metrics f1 cannot be loaded.*accuracy, exact_match, seqeval, squad, which need no network"),
         ("{module}:of=7", "no reference is of class 7; settings are given like"),
         ("{module}:most=7", "most"),
         ("accuracy:of", "settings are given like f1:average=macro"),

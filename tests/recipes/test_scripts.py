@@ -24,9 +24,9 @@ EVERY = [
 
 
 def test_the_scripts():
-    assert [path.stem for path in SCRIPTS] == [
-        *("moefy_causal_lm", "moefy_classification", "moefy_image_classification", "moefy_seq2seq")
-    ]
+    assert {path.stem for path in SCRIPTS} == {f"moefy_{name}" for name in TASKS}
+    for path in SCRIPTS:
+        assert f'main("{path.stem.removeprefix("moefy_")}")' in path.read_text()
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
@@ -101,7 +101,12 @@ def test_a_copy_of_one_script_and_the_command_run_beside_the_wheel(site, inputs,
     (script.parent / "out" / "scores_moefied.json").unlink()
     program = "import moefy_hf.recipes.scores as s; print(s.__file__, *s.BUNDLED)"
     found = subprocess.run([sys.executable, "-c", program], cwd=script.parent, env=env, capture_output=True, text=True)
-    assert found.stdout.startswith(str(site)) and found.stdout.split()[1:] == ["accuracy", "exact_match"]
+    assert found.stdout.startswith(str(site)) and found.stdout.split()[1:] == [
+        "accuracy",
+        "exact_match",
+        "seqeval",
+        "squad",
+    ]
 
 
 def test_the_command_says_what_it_takes_and_what_is_wrong(capsys, monkeypatch):

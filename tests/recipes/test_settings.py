@@ -128,6 +128,7 @@ def test_configs_say_what_published_figures_depend_on(path):
 
 
 TASK_OF = {"smollm2": "causal_lm", "t5_r8": "seq2seq", "vit_fashion": "image_classification"}
+TASK_OF |= {"minilm_oanc": "token_classification", "minilm_cloze": "question_answering"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: "/".join(path.parts[-2:]))

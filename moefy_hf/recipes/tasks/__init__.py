@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 TASKS = {  # name of the task and of its module: what it is for
     "classification": "encoders: a label for each text",
+    "token_classification": "encoders: a tag for each word, such as names or parts of speech",
+    "question_answering": "encoders: the span of a text that answers a question",
     "seq2seq": "encoder-decoders: a text for each text",
     "causal_lm": "language models: the next token",
     "image_classification": "vision Transformers: a label for each image",

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 
 from .. import arguments as of
+from ..inputs import resolve
 from ..plans import training_plan
 from ..publishing import publish
 from ..run import Run
@@ -101,6 +102,20 @@ def run(task: Task, words: Sequence[str] | None = None, program: str | None = No
         begun.stages.run("times.json", partial(measure_times, begun))
     publish(begun)
     return {"scores": scores, "models": model_folders(begun), "table": summarise(begun, scores, task.percent)}
+
+
+def load_dense(run: Run, **kwargs: Any) -> PreTrainedModel:
+    """Load the dense model to begin with, with a head for the classes of the data, if they have any."""
+    model = run.arguments.model
+    return run.auto.from_pretrained(
+        resolve(model.model_name_or_path),
+        revision=model.model_revision,
+        dtype=model.dtype,
+        attn_implementation=model.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
+        **(run.labels() if run.names else {}),
+        **kwargs,
+    )
 
 
 def begin(task: Task, arguments: Arguments, plan: Plan | None = None) -> Run:

@@ -27,7 +27,6 @@ from ...exporters.export import check_expressible, choose_format, export
 from ...loading import check_moefied
 from .. import arguments as of
 from ..data import CollatedBatches, load_tokenizer
-from ..inputs import resolve
 from ..plans import models
 from ..prose import ProseRun, collate, load_prose, perplexities, read_prose
 from ..run import Run
@@ -35,7 +34,7 @@ from ..scores import Metrics
 from ..settings import Arguments, checking
 from ..stages import Stage, Stages
 from ..steps import save
-from .base import Scores, Task
+from .base import Scores, Task, load_dense
 
 
 def plan_of(arguments: Arguments) -> dict[str, Stage]:
@@ -88,18 +87,6 @@ def load(arguments: Arguments, stages: Stages) -> ProseRun:
     )
 
 
-def make_model(run: Run) -> PreTrainedModel:
-    """Load the model as it came."""
-    settings = run.arguments.model
-    return AutoModelForCausalLM.from_pretrained(
-        resolve(settings.model_name_or_path),
-        revision=settings.model_revision,
-        dtype=settings.dtype,
-        attn_implementation=settings.attn_implementation,
-        trust_remote_code=settings.trust_remote_code,
-    )
-
-
 def keep_dense(run: Run, make: Callable[[], PreTrainedModel]) -> None:
     """Leave the model as it came in the run's folder."""
     if run.writes:
@@ -109,7 +96,7 @@ def keep_dense(run: Run, make: Callable[[], PreTrainedModel]) -> None:
 def save_dense(run: Run, path: Path, configs: Sequence[MoEficationConfig]) -> None:
     """Save the model as it came, once it is known that it can be converted, in all ways that are asked for."""
     with checking():
-        model = make_model(run)
+        model = load_dense(run)
         for config in configs:
             check_convertible(model, config, run.splits["train"])
     save(model, run.processor, path)
@@ -151,7 +138,7 @@ TASK = Task(
     __doc__,
     (of.ModelArguments, of.ProseDataArguments, of.HeldOutArguments, of.ContinuationArguments, of.ExportArguments),
     load,
-    make_model,
+    load_dense,
     plan=plan_of,
     prepare=keep_dense,
     convert_further=serve,

@@ -13,16 +13,15 @@ routes and anneals. Any setting of the YAML file can be given on the command lin
         --test_split validation --k 0.3 --recovery_epochs 1 --distillation_weight 1
 """
 
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification
 
 from .. import arguments as of
 from ..data import Batches, load_texts, load_tokenizer
-from ..inputs import resolve
 from ..run import Run
 from ..scores import Metrics, classes
 from ..settings import Arguments
 from ..stages import Stages
-from .base import Task
+from .base import Task, load_dense
 
 
 def load(arguments: Arguments, stages: Stages) -> Run:
@@ -53,23 +52,10 @@ def load(arguments: Arguments, stages: Stages) -> Run:
     )
 
 
-def make_model(run: Run) -> PreTrainedModel:
-    """Load the dense model to fine-tune."""
-    model = run.arguments.model
-    return AutoModelForSequenceClassification.from_pretrained(
-        resolve(model.model_name_or_path),
-        revision=model.model_revision,
-        dtype=model.dtype,
-        attn_implementation=model.attn_implementation,
-        trust_remote_code=model.trust_remote_code,
-        **run.labels(),
-    )
-
-
 TASK = Task(
     __doc__,
     (of.ClassifierArguments, of.TextDataArguments, of.MetricArguments, of.ScheduleArguments),
     load,
-    make_model,
+    load_dense,
     metric="accuracy",
 )
