@@ -38,7 +38,7 @@ class Group:
 class ModelArguments(Group):
     """The dense model to start from."""
 
-    model_name_or_path: str = needed(INPUT)
+    model_name_or_path: str | None = about(f"{INPUT}; needed without --recover", None)
     model_revision: str = about("branch, tag or commit on the Hub", "main")
     dtype: str = about("dtype the weights are loaded in", "float32")
     attn_implementation: str | None = about("attention implementation", None)
@@ -253,6 +253,17 @@ class SparsityArguments(Group):
 
 
 @dataclass
+class RecoverArguments(Group):
+    """A recovery alone."""
+
+    recover: str | None = about(
+        "Hub id or local directory of a MoEfied checkpoint, instead of a model: fine-tune it at its own budget, "
+        "taught by its dense self, for recovery_epochs (by default 1) or max_steps; output_dir/recovered gets it",
+        None,
+    )
+
+
+@dataclass
 class RecoveryArguments(Group):
     """Training after conversion, beside the dense model for as many steps."""
 
@@ -267,7 +278,15 @@ class RecoveryArguments(Group):
 class DistillationArguments(Group):
     """The dense model as a teacher."""
 
-    distillation_weight: float = about("in recovery and schedule: weight of the divergence from the dense model", 0.0)
+    distillation_weight: float | None = about(
+        "in recovery and schedule: weight of the divergence from the dense model; by default 1 with --recover, else 0",
+        None,
+    )
+
+    def choose(self, default: float) -> None:
+        """Put a weight where none was given."""
+        if self.distillation_weight is None:
+            self.distillation_weight = default
 
 
 @dataclass

@@ -10,14 +10,17 @@ from .arguments import (
     GenerationArguments,
     LearnedArguments,
     MetricArguments,
+    RecoverArguments,
     RecoveryArguments,
     ScheduleArguments,
     SparsityArguments,
     TimingArguments,
 )
+from .given import GIVEN
 from .settings import Arguments
 from .stages import Stage
 
+DENSE = ("dense", "control")
 BEGUN = ("dense", "moefied", "recovered", "control", "scheduled")  # models, in the order in which they are made
 
 
@@ -29,11 +32,15 @@ def training_plan(arguments: Arguments) -> dict[str, Stage]:
         "moefied": Stage((MoEficationConfig,), after=("dense",)),
         "sweep.json": Stage((EvaluationArguments, ControlArguments), after=("moefied",)),
     }
+    if arguments.recovers:
+        plan = given_plan(arguments)
     if arguments[RecoveryArguments].recovery_epochs:
         plan["recovered"] = Stage(
-            (RecoveryArguments, DistillationArguments, LearnedArguments, TrainingArguments), after=("moefied",)
+            (RecoveryArguments, DistillationArguments, LearnedArguments, SparsityArguments, TrainingArguments),
+            after=("moefied",),
         )
         plan["recovered.json"] = Stage((EvaluationArguments,), after=("recovered",))
+    if arguments[RecoveryArguments].recovery_epochs and not arguments.recovers:
         plan["control"] = Stage((RecoveryArguments, TrainingArguments), after=("dense",))
         plan["control.json"] = Stage(after=("control",))
     if arguments[ScheduleArguments].schedule:
@@ -47,6 +54,11 @@ def training_plan(arguments: Arguments) -> dict[str, Stage]:
     if arguments[TimingArguments].timed_batches:
         plan["times.json"] = Stage((EvaluationArguments, TimingArguments), after=("moefied",))
     return plan
+
+
+def given_plan(arguments: Arguments) -> dict[str, Stage]:
+    """Return the stages that a recovery begins with: nothing is made in them, and others come after them."""
+    return dict.fromkeys(GIVEN, Stage((RecoverArguments, type(arguments.model), type(arguments.data))))
 
 
 def models(plan: dict[str, Stage]) -> list[str]:

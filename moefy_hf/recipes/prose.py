@@ -140,7 +140,7 @@ def read_prose(run: ProseRun, name: str, path: Path) -> None:
 
     The file has "perplexity": {"TEXT at BUDGET": ...}, and "continuations".
     """
-    model = run.load(run.folder / name, trust_remote_code=name not in ("dense", "control")).eval()
+    model = run.load(name).eval()
     found: dict[str, Any] = {"perplexity": {}, "continuations": continuations(run, model)}
     for budget in budgets(run, model):
         for text, rows in run.held_out_texts().items():

@@ -7,6 +7,7 @@ from ..evaluation.sweep import Sweep
 from ..hub.card import write_card
 from ..hub.facts import add_facts, read_facts
 from ..hub.push import push_to_hub
+from .given import facts_of_given
 from .inputs import public
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def describe_training(run: "Run", folder: Path, name: str) -> None:
     if name == "scheduled":
         describe_conversion(run, folder, None)
     else:
-        known = read_facts(run.folder / "moefied")
+        known = facts_of_given(run) if run.arguments.recovers else read_facts(run.folder / "moefied")
         add_facts(folder, **{part: known.get(part) for part in ("base_model", "calibration", "conversion", "license")})
     training = {key: read[key] for key in TRAINING if read.get(key) is not None and key not in unread}
     add_facts(folder, training=training)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -26,6 +25,7 @@ from .arguments import (
 )
 
 if TYPE_CHECKING:
+    from .run import Run
     from .settings import Arguments
 
 PARAMETERS = ("all", "down", "lora")
@@ -37,7 +37,7 @@ def check_recovery(arguments: "Arguments") -> None:
     Raises:
         MoefyError: an unknown name, a number out of range, or settings that exclude each other.
     """
-    recovery, weight = arguments[RecoveryArguments], arguments[DistillationArguments].distillation_weight
+    recovery, weight = arguments[RecoveryArguments], arguments[DistillationArguments].distillation_weight or 0
     if recovery.recovery_parameters not in PARAMETERS:
         raise MoefyError(
             f"unknown recovery_parameters {recovery.recovery_parameters!r}; choose from {', '.join(PARAMETERS)}"
@@ -82,10 +82,12 @@ def check_schedule(schedule: str | None, training: TrainingArguments, rows: int)
         Timetable(make_schedule(schedule), training.max_steps if training.max_steps > 0 else steps)
 
 
-def recovery_arguments(training: TrainingArguments, recovery: RecoveryArguments) -> TrainingArguments:
-    """Return those of the dense training, for the epochs of the recovery."""
-    changed = copy.copy(training)
-    changed.num_train_epochs, changed.max_steps = recovery.recovery_epochs, -1
+def recovery_arguments(arguments: "Arguments") -> TrainingArguments:
+    """Return those of the dense training, for the epochs of the recovery; max_steps are of the first training."""
+    changed = copy.copy(arguments[TrainingArguments])
+    changed.num_train_epochs = arguments[RecoveryArguments].recovery_epochs
+    if arguments.recovers is None:
+        changed.max_steps = -1
     return changed
 
 
@@ -126,10 +128,10 @@ def recovering(learned: LearnedArguments) -> TrainerCallback:
     return LearnedSelectionCallback(learned.learned_eta, **settings)
 
 
-def teaching(arguments: "Arguments", auto: Any, dense: Path) -> list[TrainerCallback]:
+def teaching(run: "Run") -> list[TrainerCallback]:
     """Return what pulls a MoEfied model towards sparsity and the dense model."""
-    callbacks = penalties(arguments[SparsityArguments])
-    weight = arguments[DistillationArguments].distillation_weight
+    callbacks = penalties(run.arguments[SparsityArguments])
+    weight = run.arguments[DistillationArguments].distillation_weight
     if weight:
-        callbacks.append(DistillationCallback(auto.from_pretrained(dense), weight))
+        callbacks.append(DistillationCallback(run.fetch("dense"), weight))
     return callbacks

@@ -11,7 +11,9 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArgum
 
 from ..config import MoEficationConfig
 from .arguments import EvaluationArguments
+from .given import GIVEN, fetch_given
 from .inputs import public
+from .plans import DENSE
 from .scores import Metrics
 from .settings import Arguments
 from .stages import Stages
@@ -82,9 +84,20 @@ class Run:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.training.mixed_precision)
         return torch.autocast(self.training.device.type, dtype, enabled=dtype is not None)
 
-    def load(self, folder: Path, **kwargs) -> PreTrainedModel:
-        """Load a model of this run, on the device that trains."""
-        return self.auto.from_pretrained(folder, **kwargs).to(self.training.device)
+    def place(self, name: str) -> str | Path:
+        """Return where a model of this run is, by its name."""
+        return self.arguments.recovers if self.arguments.recovers and name in GIVEN else self.folder / name
+
+    def fetch(self, name: str) -> PreTrainedModel:
+        """Load a model of this run by its name."""
+        if self.arguments.recovers and name in GIVEN:
+            return fetch_given(self, name)
+        return self.auto.from_pretrained(self.folder / name, trust_remote_code=name not in DENSE)
+
+    def load(self, name: str) -> PreTrainedModel:
+        """Load a model of this run by its name, on the device that trains."""
+        model: Any = self.fetch(name)
+        return model.to(self.training.device)
 
     def labels(self) -> dict[str, Any]:
         """Return what a model's config says of its classes."""

@@ -95,7 +95,7 @@ def score(run: "Run", name: str, path: Path) -> None:
     """Write the metrics of one model: "NAME at BUDGET" -> metric -> value."""
     if run.predict is None:
         raise MoefyError("this task has no predictions to judge by metrics")
-    model = run.load(run.folder / name, trust_remote_code=name not in ("dense", "control")).eval()
+    model = run.load(name).eval()
     found = {f"{name}{budget}": run.metrics(*run.predict(run, model)) for budget in budgets(run, model)}
     write_json(path, found)
 

@@ -20,7 +20,7 @@ from ..errors import MoefyError
 from ..evaluation.controls import check_control
 from ..hub.push import check_repository
 from ..modeling.selection import SELECTIONS
-from .arguments import ControlArguments, EvaluationArguments
+from .arguments import ControlArguments, EvaluationArguments, RecoverArguments
 from .recovery import check_recovery
 
 T = TypeVar("T")
@@ -67,6 +67,11 @@ class Arguments:
     def data(self) -> Any:
         """The arguments that name the data set."""
         return next(part for part in self.parts if hasattr(part, "dataset_name"))
+
+    @property
+    def recovers(self) -> str | None:
+        """The MoEfied checkpoint that the run begins with, if it does."""
+        return self[RecoverArguments].recover if RecoverArguments in self else None
 
     def replaced(self, *parts: Any) -> "Arguments":
         """Return these arguments with others in the place of those of the same class."""

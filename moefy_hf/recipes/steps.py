@@ -28,7 +28,7 @@ def convert(run: "Run") -> Path:
 
 
 def _convert(run: "Run", path: Path) -> None:
-    model = run.load(run.folder / "dense")
+    model = run.load("dense")
     with checking():
         check_convertible(model, run.config, run.splits["train"])
     report = moefy_(model, run.config, run.calibration())
@@ -45,7 +45,7 @@ def compare_budgets(run: "Run", name: str, path: Path) -> None:
     Controls stand beside the model as it was converted, a selection that was learned beside the budgets.
     """
     controls = run.arguments[ControlArguments].controls if name == "moefied" else []
-    model = run.load(run.folder / name, trust_remote_code=True)
+    model = run.load(name)
     own = Section(model.config).selection
     with run.autocast():
         kinds = run.evaluation.selections

@@ -27,7 +27,7 @@ def summarise(run: "Run", scores: Mapping[str, Mapping[str, float]], percent: bo
     """
     path = run.folder / "times.json"
     times = json.loads(path.read_text()) if "times.json" in run.stages.plan else {"milliseconds": {}}
-    lines = [table(scores, times["milliseconds"], percent)]
+    lines = [table(scores, times["milliseconds"], percent)] if scores or times["milliseconds"] else []
     if times["milliseconds"]:
         where = times["device"]
         lines.append(
@@ -75,4 +75,4 @@ def places(run: "Run") -> list[str]:
 
 def model_folders(run: "Run") -> dict[str, str]:
     """Return where the models of a run are, by their names."""
-    return {name: str(run.folder / name) for name in NAMES if name in run.stages.plan}
+    return {name: str(run.place(name)) for name in NAMES if name in run.stages.plan}

@@ -28,8 +28,8 @@ def measure_times(run: "Run", path: Path) -> None:
     The file has "milliseconds": {"dense": {"dense": ...}, "moefied at 0.2": {"auto": ..., "masked": ...}}, and what
     they were measured on.
     """
-    dense = run.load(run.folder / "dense").eval()
-    model = run.load(run.folder / "moefied", trust_remote_code=True).eval()
+    dense = run.load("dense").eval()
+    model = run.load("moefied").eval()
     batches = [
         {name: tensor.to(model.device) for name, tensor in batch.items()}
         for batch in islice(run.held_out(), run.arguments[TimingArguments].timed_batches)

@@ -95,29 +95,27 @@ def train(
 
 
 def recover(run: "Run") -> None:
-    """Fine-tune the converted model, and the dense one for as many steps beside it; compare budgets again.
+    """Fine-tune the converted model, and as planned the dense one for as many steps beside it; compare budgets again.
 
     It is fine-tuned at its budget, or until it has learned one.
     """
-    arguments, dense = run.arguments, run.folder / "dense"
+    arguments, plan = run.arguments, run.stages.plan
     recovery, learned = arguments[RecoveryArguments], arguments[LearnedArguments]
     run.wait()
 
-    def converted() -> PreTrainedModel:
-        model = run.auto.from_pretrained(run.folder / "moefied", trust_remote_code=True)
-        return prepare(model, recovery, learned, run.task_type)
-
-    def control() -> PreTrainedModel:
-        return prepare(run.auto.from_pretrained(dense), recovery, learned, run.task_type)
+    def begun(name: str) -> PreTrainedModel:
+        return prepare(run.fetch(name), recovery, learned, run.task_type)
 
     def callbacks() -> list[TrainerCallback]:
-        return [recovering(learned), *teaching(arguments, run.auto, dense)]
+        return [recovering(learned), *teaching(run)]
 
-    training = recovery_arguments(run.training, recovery)
-    train(run, "recovered", training, converted, callbacks)
-    train(run, "control", training, control, lambda: penalties(arguments[SparsityArguments]))
+    training = recovery_arguments(arguments)
+    train(run, "recovered", training, lambda: begun("moefied"), callbacks)
+    if "control" in plan:
+        train(run, "control", training, lambda: begun("dense"), lambda: penalties(arguments[SparsityArguments]))
     if run.writes:
         run.stages.run("recovered.json", lambda path: compare_budgets(run, "recovered", path))
+    if run.writes and "control" in plan:
         run.stages.run("control.json", lambda path: write_json(path, {"accuracy": accuracy(run, "control")}))
 
 
@@ -128,7 +126,7 @@ def train_scheduled(run: "Run", make: Make) -> None:
 
     def callbacks() -> list[TrainerCallback]:
         callback = MoEficationCallback(run.config, schedule=schedule)
-        return [callback, *teaching(run.arguments, run.auto, run.folder / "dense")]
+        return [callback, *teaching(run)]
 
     train(run, "scheduled", run.training, lambda: checked(run, make), callbacks)
     if run.writes:
@@ -138,7 +136,7 @@ def train_scheduled(run: "Run", make: Make) -> None:
 @torch.no_grad()
 def accuracy(run: "Run", name: str) -> float:
     """Return the accuracy of a dense model's predictions on validation and test together."""
-    model, quality = run.load(run.folder / name).eval(), Quality()
+    model, quality = run.load(name).eval(), Quality()
     with run.autocast():
         for batch in run.held_out():
             logits, labels = predictions(model, batch)

@@ -162,7 +162,7 @@ def measure(
     with run.autocast():
         if way not in split:
             split.clear()
-            split[way] = run.load(run.folder / "dense")
+            split[way] = run.load("dense")
             moefy_(split[way], config, calibration.get())
         else:
             settings = config.router_settings

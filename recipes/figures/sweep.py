@@ -118,7 +118,7 @@ class Calibration:
 
     def get(self) -> ModelProfile:
         if self.profile is None:
-            model = self.run.load(self.run.folder / "dense")
+            model = self.run.load("dense")
             self.profile = profile(model, self.run.calibration(), max_tokens=self.run.config.calibration_tokens)
         return self.profile
 
@@ -133,7 +133,7 @@ def measure(
     """Convert in one way and sweep it, under autocast where training was."""
     run = calibration.run
     print(f"seed {config.seed}: {config.splitter} split, {config.router} router", flush=True)
-    model = run.load(run.folder / "dense")
+    model = run.load("dense")
     with run.autocast():
         report = moefy_(model, config, calibration.get())
         found = evaluate(model, held_out, run.evaluation.budgets, controls=controls, allocations=compared(run))

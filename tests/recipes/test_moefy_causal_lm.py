@@ -117,6 +117,12 @@ def test_a_pretrained_model(recipe, refused, texts, tmp_path, capsys):
     assert all(
         f"{name}: done before" in out for name in ("dense", "moefied", "sweep.json", "prose_moefied.json", "served")
     )
+    again = {"controls": ["none"], "budgets": [0.5], "export": True, "dataset_name": [str(texts / "plays")]}
+    recipe(tmp_path / "again", recover=str(run / "moefied"), max_steps=1, **again)
+    assert f"exported: {tmp_path / 'again'}" not in capsys.readouterr().out
+    scores = json.loads((tmp_path / "again" / "prose_dense.json").read_text())["perplexity"]
+    assert scores == pytest.approx(dense["perplexity"], rel=1e-4)  # with all experts it is the dense model
+    assert read_facts(tmp_path / "again" / "recovered")["calibration"]["data"] == "speeches and plays"
     with refused("held_out_tokens changed"):
         recipe(run, controls=["random", "wina"], held_out_tokens=80)
 

@@ -56,6 +56,9 @@ def test_a_model_from_nothing(recipe, tmp_path, capsys):
     assert json.loads((run / "control.json").read_text())["accuracy"] > 0.8
     scores = json.loads((run / "scores_recovered.json").read_text())["recovered at 0.2"]
     assert f"| MoEfied, then fine-tuned | 20 % | {100 * scores['accuracy']:.1f} % |" in capsys.readouterr().out
+    recipe(tmp_path / "more", recover=str(run / "moefied"), max_steps=1, metrics=["none"], budgets=[0.2])
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "more" / "recovered", trust_remote_code=True)
+    assert model.config.moefication["selection"]["k"] == 0.2 and not (tmp_path / "more" / "control").exists()
     # and the other way: a checkpoint is fine-tuned
     recipe(tmp_path / "again", model_name_or_path=str(run / "dense"), config_overrides=None, recovery_epochs=0.0)
     assert Sweep.load(tmp_path / "again" / "sweep.json").rows[0]["accuracy"] > 0.8

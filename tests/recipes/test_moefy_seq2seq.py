@@ -52,6 +52,11 @@ def test_a_model_from_nothing(recipe, tmp_path, parameters, monkeypatch, capsys)
     recovery_facts.main()
     assert "Exactly generated targets" in capsys.readouterr().out
     assert scores["dense"] > 0.6 and all(0 <= score <= 1 for score in scores.values())
+    if parameters == "lora":
+        again = {"recover": str(run / "moefied"), "max_steps": 1, "metrics": ["none"], "budgets": [0.2]}
+        recipe(tmp_path / "again", recovery_epochs=None, **again)
+        model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again" / "recovered", trust_remote_code=True)
+        assert len(model.moe_sites()) == 4 and not (tmp_path / "again" / "dense").exists()
 
 
 def test_targets_are_generated_at_what_was_learned(recipe, tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moefy_hf import Sweep
 from moefy_hf.modeling.moefied import is_moefied
+from moefy_hf.recipes.tasks import main as run_task
 
 HARD = {"k": 0.25, "router": "random", "splitter": "random", "allocation": "uniform"}  # loses much at first
 
@@ -26,14 +28,31 @@ def changed(folder, before: str, after: str) -> set[str]:
     return {key for key in a if not a[key].equal(b[key])}
 
 
+@pytest.fixture(scope="module")
+def converted(recipe, tmp_path_factory):
+    """A run with the settings HARD, which several tests go on with."""
+    run = tmp_path_factory.mktemp("converted") / "run"
+    recipe(run, **HARD)
+    return run
+
+
+TEACHER = ("--recovery_epochs", "2", "--distillation_weight", "1")
+
+
+@pytest.fixture(scope="module")
+def recovered(recipe, converted, tmp_path_factory):
+    """The same run, recovered with all parameters."""
+    run = tmp_path_factory.mktemp("recovered") / "run"
+    shutil.copytree(converted, run)
+    recipe(run, *TEACHER, **HARD)
+    return run
+
+
 @pytest.mark.parametrize("parameters", ["all", "down", "lora"])
-def test_recovers_at_its_budget(recipe, tmp_path, parameters, capsys):
-    recipe(
-        tmp_path / "run",
-        *("--recovery_epochs", "2", "--recovery_parameters", parameters, "--distillation_weight", "1"),
-        **HARD,
-    )
+def test_recovers_at_its_budget(recipe, converted, recovered, tmp_path, parameters, capsys):
     run = tmp_path / "run"
+    shutil.copytree(recovered if parameters == "all" else converted, run)
+    recipe(run, *TEACHER, "--recovery_parameters", parameters, **HARD)
     model = AutoModelForSequenceClassification.from_pretrained(run / "recovered", trust_remote_code=True)
     assert type(model).__name__.startswith("Moefied") and model.config.moefication["selection"]["k"] == 0.25
     assert not is_moefied(AutoModelForSequenceClassification.from_pretrained(run / "control"))
@@ -56,6 +75,60 @@ def test_recovers_at_its_budget(recipe, tmp_path, parameters, capsys):
     assert "num_train_epochs" not in card  # those of the dense model
     out = capsys.readouterr().out
     assert "| dense, fine-tuned for as long | all | " in out and "| MoEfied, then fine-tuned | 25 % | " in out
+    for name in ("recovered", "control", "recovered.json", "control.json"):
+        assert (f"{name}: done before, skipped" in out) is (parameters == "all")  # a second run skips it
+
+
+def test_a_converted_checkpoint_is_recovered_as_in_the_run_that_made_it(recipe, recovered, tmp_path, capsys):
+    """Its dense self teaches; nothing but the checkpoint is there. The run can be given again."""
+    moe, run = tmp_path / "moe", tmp_path / "run"
+    shutil.copytree(recovered / "moefied", moe)
+    for _ in range(2):
+        recipe(run, "--recover", str(moe), "--recovery_epochs", "2", "--budgets", "0.5")
+    out = capsys.readouterr().out
+    assert out.count("recovered: done before") == 1 and "sweep.json" not in out
+    rows = [Sweep.load(folder / "recovered.json").rows for folder in (run, recovered)]
+    (ours,), (theirs,) = (
+        [row["loss"] for row in each if (row["router"], row.get("k")) == ("own", 0.25)] for each in rows
+    )
+    assert ours == pytest.approx(theirs, rel=0.05) and ours != Sweep.load(recovered / "sweep.json").rows[1]["loss"]
+    model = AutoModelForSequenceClassification.from_pretrained(run / "recovered", trust_remote_code=True)
+    assert model.config.moefication["selection"]["k"] == 0.25 and model.config.id2label == {0: "bad", 1: "good"}
+    card = (run / "recovered" / "README.md").read_text()
+    assert "trained on after it" in card and "| training: recovery_epochs | 2.0 |" in card
+    assert "| training: distillation_weight | 1.0 |" in card and str(tmp_path) not in card
+    made = {*("recovered", "recovered.json", "moefy_run.json"), *(f"scores_{name}.json" for name in SCORED)}
+    assert {path.name for path in run.iterdir()} == made
+    for name in ("dense", "moefied"):  # are what they were where the checkpoint was made
+        ours, theirs = (json.loads((folder / f"scores_{name}.json").read_text()) for folder in (run, recovered))
+        assert all(ours[key] == theirs[key] for key in ours) and len(ours) == {"dense": 1, "moefied": 2}[name]
+    assert f"MoEfied model: {moe}" in out
+
+
+SCORED = ("dense", "moefied", "recovered")
+
+
+def test_what_cannot_be_recovered(recipe, refused, recovered, tmp_path):
+    moe = tmp_path / "moe"
+    shutil.copytree(recovered / "moefied", moe)
+    with refused("dense is not MoEfied: moefy convert"):
+        recipe(tmp_path / "run", "--recover", str(recovered / "dense"))
+    with refused("schedule converts while training"):
+        recipe(tmp_path / "run", "--recover", str(moe), "--schedule", "anneal")
+    with refused("is a model of AutoModelForSequenceClassification, and this task is of AutoModelForTokenClass"):
+        folder = tmp_path / "tagged"
+        folder.mkdir()
+        for split in ("train", "validation", "test"):
+            (folder / f"{split}.txt").write_text("word1 X\n")
+        one = partial(run_task, "token_classification")
+        recipe(tmp_path / "run", "--recover", str(moe), main=one, dataset_name=str(folder))
+    config = json.loads((moe / "config.json").read_text())
+    (moe / "config.json").write_text(json.dumps(config | {"id2label": {"0": "good", "1": "bad"}}))
+    with refused("has the classes good, bad, the data bad, good, in this order"):
+        recipe(tmp_path / "run", "--recover", str(moe))
+    with refused("give --model_name_or_path, or --recover"):
+        recipe(tmp_path / "run", model_name_or_path=None)
+    assert not (tmp_path / "run").exists()
 
 
 TAU = 0.4
@@ -81,9 +154,18 @@ def read_by_hand(folder, texts) -> tuple[float, float]:
     return sum(right) / len(right), float(torch.cat(strong).float().mean())
 
 
+@pytest.fixture(scope="module")
+def learnable(recipe, tmp_path_factory):
+    """A run with the settings LEARNED."""
+    run = tmp_path_factory.mktemp("learnable") / "run"
+    recipe(run, "--selections", "top_k", "level", **LEARNED)
+    return run
+
+
 @pytest.mark.parametrize("parameters", ["all", "down", "lora"])
-def test_learns_its_budget(recipe, inputs, tmp_path, parameters, capsys):
+def test_learns_its_budget(recipe, inputs, learnable, tmp_path, parameters, capsys):
     run = tmp_path / "run"
+    shutil.copytree(learnable, run)
     flags = ("--recovery_epochs", "2", "--recovery_parameters", parameters)
     flags += ("--learned_eta", "1", "--learned_tau", str(TAU))
     recipe(run, *flags, "--selections", "top_k", "level", **LEARNED)
@@ -115,15 +197,6 @@ def test_learns_its_budget(recipe, inputs, tmp_path, parameters, capsys):
     for part in ("| training: learned_eta | 1.0 |", "| training: learned_tau | 0.4 |", "`level`, level 0.91"):
         assert part in card
     assert "moefication" not in json.loads((run / "control" / "config.json").read_text())
-
-
-def test_a_second_run_skips_it(recipe, tmp_path, capsys):
-    for _ in range(2):
-        capsys.readouterr()
-        recipe(tmp_path / "run", "--recovery_epochs", "0.5", max_steps=2, **HARD)
-    out = capsys.readouterr().out
-    for name in ("recovered", "control", "recovered.json", "control.json"):
-        assert f"{name}: done before, skipped" in out
 
 
 def test_facts_are_means_over_runs(recipe, tmp_path, capsys, monkeypatch):

@@ -149,6 +149,10 @@ def test_a_run_that_tags_words(recipe, tagged, tmp_path, capsys):
     assert moefied["moefied at 0.25"]["accuracy"] == pytest.approx(right / len(pairs))
     assert ModelCard.load(run / "moefied" / "README.md").data.pipeline_tag == "token-classification"
     assert f"| dense | all | {100 * dense['dense']['accuracy']:.1f} % |" in capsys.readouterr().out
+    again = {"dataset_name": str(tagged), "recover": str(run / "moefied"), "metrics": ["none"], "max_steps": 1}
+    recipe(tmp_path / "again", main=partial(run_task, "token_classification"), **again)
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "again" / "recovered", trust_remote_code=True)
+    assert len(model.moe_sites()) == 2
 
 
 # ---- answers
@@ -227,3 +231,7 @@ def test_a_run_that_answers(recipe, asked, tmp_path, capsys):
     assert ModelCard.load(run / "moefied" / "README.md").data.pipeline_tag == "question-answering"
     assert Sweep.load(run / "sweep.json").facts["quality"] == "accuracy"
     assert "| model | experts per token | exact_match | f1 |" in capsys.readouterr().out
+    again = {"dataset_name": str(asked), "recover": str(run / "moefied"), "metrics": ["none"], "max_steps": 1}
+    recipe(tmp_path / "again", main=one, max_seq_length=12, doc_stride=4, **again)
+    model = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "again" / "recovered", trust_remote_code=True)
+    assert len(model.moe_sites()) == 2

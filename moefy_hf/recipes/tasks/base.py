@@ -7,7 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
+from ...errors import MoefyError
 from .. import arguments as of
+from ..given import check_given, take_up
 from ..inputs import resolve
 from ..plans import training_plan
 from ..publishing import publish
@@ -22,8 +24,8 @@ from ..training import fine_tune, recover, train_scheduled
 
 Scores = dict[str, dict[str, float]]
 SHARED = (  # settings of every task, after its own
-    *(of.EvaluationArguments, of.ControlArguments, of.TimingArguments, of.SparsityArguments, of.RecoveryArguments),
-    *(of.DistillationArguments, of.LearnedArguments, of.OutputArguments),
+    *(of.EvaluationArguments, of.ControlArguments, of.TimingArguments, of.SparsityArguments, of.RecoverArguments),
+    *(of.RecoveryArguments, of.DistillationArguments, of.LearnedArguments, of.OutputArguments),
 )
 
 
@@ -85,8 +87,9 @@ def run(task: Task, words: Sequence[str] | None = None, program: str | None = No
     with checking():
         begun = begin(task, parse(task.types, task.about, words, program=program))
     make, plan = partial(task.make, begun), begun.stages.plan
-    task.prepare(begun, make)
-    if begun.writes:  # conversion and measurements are one process' work
+    if "sweep.json" in plan:
+        task.prepare(begun, make)
+    if "sweep.json" in plan and begun.writes:  # conversion and measurements are one process' work
         convert(begun)
         begun.stages.run("sweep.json", partial(compare_budgets, begun, "moefied"))
         show_sweep(begun.folder)
@@ -124,7 +127,12 @@ def begin(task: Task, arguments: Arguments, plan: Plan | None = None) -> Run:
     Raises:
         ValueError: bad settings or data, or results of other settings in the output directory.
     """
-    training = arguments[TrainingArguments]
+    training, recovers = arguments[TrainingArguments], arguments.recovers
+    arguments[of.DistillationArguments].choose(1.0 if recovers else 0.0)
+    if recovers:
+        arguments = take_up(arguments)
+    elif isinstance(arguments.model, of.ModelArguments) and arguments.model.model_name_or_path is None:
+        raise MoefyError("give --model_name_or_path, or --recover with a MoEfied checkpoint")
     if task.metric is not None:
         arguments[of.MetricArguments].choose(task.metric)
     check(arguments)
@@ -136,6 +144,8 @@ def begin(task: Task, arguments: Arguments, plan: Plan | None = None) -> Run:
     )
     with training.main_process_first(desc="data"):
         begun = task.load(arguments, stages)
+        if recovers:
+            check_given(begun)
     if training.should_save:
         stages.begin()
     return begun

@@ -27,7 +27,7 @@ from ...exporters.export import check_expressible, choose_format, export
 from ...loading import check_moefied
 from .. import arguments as of
 from ..data import CollatedBatches, load_tokenizer
-from ..plans import models
+from ..plans import given_plan, models
 from ..prose import ProseRun, collate, load_prose, perplexities, read_prose
 from ..run import Run
 from ..scores import Metrics
@@ -40,6 +40,7 @@ from .base import Scores, Task, load_dense
 def plan_of(arguments: Arguments) -> dict[str, Stage]:
     """Return the stages of a run, and what each reads; nothing that trains decides what is converted."""
     read = (of.HeldOutArguments, of.ContinuationArguments)
+    trained = (of.RecoveryArguments, of.SparsityArguments, TrainingArguments)
     plan = {
         "dense": Stage((of.ModelArguments,)),
         "moefied": Stage((of.ProseDataArguments, MoEficationConfig), after=("dense",), measuring=True),
@@ -47,13 +48,16 @@ def plan_of(arguments: Arguments) -> dict[str, Stage]:
         "prose_dense.json": Stage((of.ProseDataArguments, *read), after=("dense",), measuring=True),
         "prose_moefied.json": Stage((*read, of.EvaluationArguments), after=("moefied",)),
     }
-    if arguments[of.ExportArguments].export:
+    if arguments.recovers:
+        del plan["sweep.json"]
+        plan |= given_plan(arguments)
+    elif arguments[of.ExportArguments].export:
         plan["served"] = Stage(after=("moefied",))
     if arguments[of.RecoveryArguments].recovery_epochs:
-        trained = (of.RecoveryArguments, of.SparsityArguments, TrainingArguments)
         plan["recovered"] = Stage((*trained, of.DistillationArguments, of.LearnedArguments), after=("moefied",))
         plan["recovered.json"] = Stage((of.HeldOutArguments, of.EvaluationArguments), after=("recovered",))
         plan["prose_recovered.json"] = Stage((*read, of.EvaluationArguments), after=("recovered",))
+    if arguments[of.RecoveryArguments].recovery_epochs and not arguments.recovers:
         plan["control"] = Stage((of.ProseDataArguments, *trained), after=("dense",))
         plan["control.json"] = Stage((of.HeldOutArguments,), after=("control",))
         plan["prose_control.json"] = Stage(read, after=("control",))
