@@ -1,4 +1,4 @@
-"""What the scripts in recipes/ share: their arguments, data, stages, trainings, measurements and publishing.
+"""What `moefy train` and the scripts in recipes/ run: arguments, data, stages, trainings, measurements, publishing.
 
 `datasets` and `evaluate` are imported by modules of this folder only.
 """
