@@ -24,6 +24,7 @@ COMMANDS = {  # in the order of work: where its arguments are, which take torch 
         "Time dense FFNs or models against the selected experts alone, on the CPU.",
     ),
     "kernels": ("kernels:add_arguments", "The compiled kernel of this machine's CPU."),
+    "env": ("env:add_arguments", "Versions, processor, kernel and accelerator: what a bug report needs."),
 }
 RENAMED = {  # flag of version 0.1 -> what it is now; gone with the next release
     "--texts": "--data",
@@ -52,6 +53,7 @@ EXAMPLES = """examples:
   moefy bench my-classifier-moe --data test.csv --against onnxruntime onnxruntime-int8 torchao-int8
   moefy bench smol-moe --dtype bfloat16 --plot speed.png
   moefy kernels info
+  moefy env
   moefy export smol-moe smol-granitemoe --k 0.25 --dtype float32
   moefy export smol-moe smol-dense --to dense
   moefy export smol-moe smol-moe.gguf --to gguf --dense smol-dense.gguf
