@@ -12,6 +12,7 @@ COMMANDS = {  # in the order of work: where its arguments are, which take torch 
     "profile": ("profile_model:add_arguments", "How sparse a model's FFNs are on texts, layer by layer."),
     "convert": ("convert:add_arguments", "Split a dense model's FFNs and fit routers."),
     "sweep": ("sweep:add_arguments", "Quality against compute of a MoEfied model, beside its dense self."),
+    "eval": ("eval_tasks:add_arguments", "Benchmark tasks of lm-eval, at one budget or several."),
     "card": ("hub:add_card", "Write the card of a MoEfied checkpoint's folder."),
     "push": ("hub:add_push", "Verify a MoEfied checkpoint's folder and upload it."),
     "export": ("export:add_export", "Write a MoEfied model as a served architecture, or for ONNX Runtime."),
@@ -43,6 +44,7 @@ EXAMPLES = """examples:
   moefy sweep smol-moe --data held_out.txt --k 0.5 0.75 --controls oracle wina --calibration train.txt
   moefy sweep my-classifier-moe --data test.csv --plot quality.png
   moefy sweep my-classifier-moe --data test.csv --quality 0.98
+  moefy eval smol-moe --tasks hellaswag arc_easy --k 0.25 0.5 --batch_size 8
   moefy analyze my-classifier-moe --data test.csv --output report
   moefy ablate my-classifier-moe --data validation.csv --topic sports --together 2 4 8 --test test.csv
   moefy prune my-classifier-moe my-smaller-moe --count 12 --data train.csv
