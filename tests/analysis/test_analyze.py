@@ -14,6 +14,8 @@ from moefy_hf.analysis import Analysis, TextStream, analyze
 from moefy_hf.analysis.measuring import measure, measure_load, survey_texts
 from moefy_hf.conversion.pipeline import install_routers_
 
+pytestmark = pytest.mark.xdist_group("analyze")  # what its fixtures make is made once
+
 
 def stream(path: str, model, **settings) -> TextStream:
     return TextStream(path, number_tokenizer(), model.config, **{"max_length": 16, "batch_size": 8, **settings})

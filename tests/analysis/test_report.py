@@ -11,6 +11,8 @@ from planted import CLASS, EXPERT, LAYER, TOKEN, number_tokenizer, planted_model
 from moefy_hf.analysis import TextStream, analyze, write_report
 from moefy_hf.analysis.report import as_csv, embedded
 
+pytestmark = pytest.mark.xdist_group("report")  # what its fixtures make is made once
+
 pytest.importorskip("plotly", reason="needs plotly: pip install 'moefy-hf[report]'")
 
 SWEEP = {
