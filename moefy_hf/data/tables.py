@@ -181,19 +181,21 @@ class TextRows:
         self.known = ", ".join(map(str, (model.config.id2label or {}).values()))
 
     def __iter__(self) -> Iterator[Row]:
-        most, kept, number = self.table.source.max_rows, 0, 0
+        most, kept, empty = self.table.source.max_rows, 0, 0
         try:
             for number, cells in enumerate(self.cells(), start=1):
                 row = self.row(number, cells)
-                if row.text and row.target != "":
-                    kept += 1
-                    yield row
-                    if kept == most:
-                        return
+                if not row.text or row.target == "":
+                    empty += 1
+                    continue
+                kept += 1
+                yield row
+                if kept == most:
+                    return
         finally:
-            if number > kept and not self.said:
+            if empty and not self.said:
                 self.said = True
-                logger.warning(f"{number - kept} of {number} rows of {self.path} have no text: they are left out")
+                logger.warning(f"{empty} of {kept + empty} rows of {self.path} have no text: they are left out")
 
     def cells(self) -> Iterator[tuple[Any, ...]]:
         """Yield what stands in the columns of each row."""
