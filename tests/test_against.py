@@ -20,6 +20,7 @@ from moefy_hf.bench.models import checkpoint_models, variants
 from moefy_hf.bench.side_by_side import rows_of
 from moefy_hf.bench.tasks import TASKS, Timed
 from moefy_hf.cli.main import main, renamed
+from moefy_hf.data import TextSource
 from moefy_hf.errors import MoefyError
 from moefy_hf.measure.contexts import all_experts
 
@@ -65,7 +66,8 @@ def saved(kind: str, tmp_path):
 
 def given(moe, engines, **changes) -> SideBySide:
     folder, data, gguf = moe
-    reading = Reading(str(data), batch_sizes=(1, 3), prompt=6, new_tokens=4, rounds=2, **changes)
+    source = TextSource(str(data), **changes)
+    reading = Reading(source, batch_sizes=(1, 3), prompt=6, new_tokens=4, rounds=2)
     return SideBySide(str(folder), engines, reading, str(gguf) if gguf and engines else None)
 
 

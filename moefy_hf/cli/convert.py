@@ -3,18 +3,17 @@
 import argparse
 from argparse import Namespace
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..arguments import add_arguments as add_settings
-from ..arguments import as_words, given, positive, read_yaml
+from ..arguments import as_words, given, read_yaml
 from ..config import SETTINGS, MoEficationConfig, overrule
 from ..conversion.checks import check_convertible
 from ..conversion.convert import moefy_
-from ..data import TextBatches, read_texts, split_off
+from ..data import TextBatches, split_off
 from ..errors import MoefyError
 from ..evaluation.quality_check import QualityCheck, check_quality
 from ..hub.facts import add_facts
@@ -25,11 +24,14 @@ from ..recipes import arguments as recipe_arguments
 from .common import (
     DATA,
     NEW_FOLDER,
+    add_data,
     load_model,
     load_tokenizer,
     logger,
     new_folder,
     of_model,
+    open_data,
+    read_for_calibration,
     save_beside,
     show_table,
     text_batches,
@@ -40,8 +42,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `moefy convert`."""
     of_model(command, convert, show_table)
     command.add_argument("output", metavar="OUTPUT", help=NEW_FOLDER)
-    command.add_argument("--data", metavar="FILE", help=f"what splits and routers are fitted on: {DATA}")
-    command.add_argument("--max_length", type=positive, default=256, help="tokens of a text (default: 256)")
+    help = f"what splits and routers are fitted on: {DATA}"
+    add_data(command, required=False, help=help, seed=False, leave_out=("label_column",))
     command.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below, or a recipe's")
     command.add_argument("--force", action="store_true", help="write the model even if it is of no use as it is")
     add_settings(command, MoEficationConfig, flags=True)
@@ -80,12 +82,14 @@ def convert(args: Namespace) -> dict[str, Any]:
     """
     output, config = new_folder(args.output), config_of(args)
     args.seed = config.seed
-    texts = read_texts(args.data) if args.data else None
+    table = open_data(args) if args.data else None
     model = load_model(args)
-    check_convertible(model, config, texts)
+    check_convertible(model, config, table)
     batches, held_out = None, None
-    if texts is not None:
+    if table is not None:
         tokenizer = load_tokenizer(args)
+        tokens = config.calibration_tokens * 20 // 19 + 1  # with those that are held out
+        texts = read_for_calibration(args, table, model, tokenizer, tokens)
         fit_texts, check_texts = split_off(texts)
         batches = text_batches(args, model, tokenizer, fit_texts)
         held_out = text_batches(args, model, tokenizer, check_texts, "next" if is_causal(model) else None)
@@ -95,7 +99,7 @@ def convert(args: Namespace) -> dict[str, Any]:
         raise MoefyError(f"{check.message()}; nothing was written (--force writes it all the same)")
     with written_whole(output) as folder:
         save_beside(args, model, folder)
-        calibration = Path(args.data).name if texts else None
+        calibration = table and table.source.name
         add_facts(folder, conversion=report, calibration=calibration, prediction=check)
         add_license(folder, HfApi())
     result = {"output": str(output), "table": f"{report.table()}\n\n{line}", **report.to_dict()}
