@@ -2,6 +2,7 @@
 
 import argparse
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,4 +82,5 @@ def found_plan(
         settings = {name: value for name, value in vars(config).items() if name not in (*KEPT, "k", "threshold")}
         tried = [Candidate("as given", settings, "", "the settings on the command line", "")]
     goal: dict[str, Any] = {"quality": args.quality, "speedup": args.speedup}
-    return plan(model, batches, held_out, load=load_of(args), config=config, candidates=tried, **goal)
+    found = plan(model, batches, held_out, load=load_of(args), config=config, candidates=tried, **goal)
+    return replace(found, validated=bool(args.validation))

@@ -86,6 +86,10 @@ class Clock:
     ):
         self.load, self.dense, self.progress = load, dense, progress
         self.engine, self.kind = RUNTIMES[load.runtime], kind_of(dense)
+        if self.kind not in self.engine.kinds:
+            raise MoefyError(f"{load.runtime} runs {' and '.join(self.engine.kinds)}s, not a {dense._get_name()}")
+        if self.engine.reads_gguf and load.gguf is None:
+            raise MoefyError(f"{load.runtime} needs the dense model's GGUF file (--dense)")
         if self.kind == LANGUAGE_MODEL and load.batch > 1:
             raise MoefyError(f"language models are timed one text at once, got batch {load.batch}")
         self.work = prompts(load, batches) if self.kind == LANGUAGE_MODEL else rebatched(dense, load.batch, batches)

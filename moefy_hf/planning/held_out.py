@@ -1,7 +1,7 @@
 """What a conversion costs in quality on rows that it was not fitted on, and how sure that is."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from ..measure.batches import check_batch
 from ..measure.contexts import evaluating
 from ..measure.metrics import OVERFLOW, counted, is_causal, usable
 
-ROWS, POSITIONS = 1024, 4096  # no further batch is read after so many
-LEAST = 8  # batches that are read however clear it is
+ROWS, POSITIONS = 1024, 4096  # no further rows are read after so many
+TOKENS, IMAGES = 512, 16  # that are compared at once
+LEAST = 8  # parts that are read however clear it is
 ACCURACY, PERPLEXITY, AGREEMENT, COSINE = "accuracy", "perplexity", "agreement", "cosine"
 
 
@@ -27,7 +28,7 @@ class Relative:
 
     Attributes:
         value: 1 is dense. Of a perplexity less is better.
-        error: its standard error, batches being independent.
+        error: its standard error, parts of some hundred tokens being independent.
     """
 
     value: float
@@ -54,12 +55,11 @@ class HeldOut:
 
     def __init__(self, model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], progress: bool = True):
         self.batches: list[Mapping[str, Any]] = []
-        self.known: list[torch.Tensor] = []  # of each batch, what models are compared with
+        self.known: list[torch.Tensor] = []  # of each part, what models are compared with
         self.measure, self.positions, rows = "", 0, 0
         bar = tqdm(total=POSITIONS, desc="dense", unit="position", disable=not progress, leave=False)
         with evaluating(model), bar:
-            for batch in batches:
-                check_batch(model, batch)
+            for batch in (part for whole in batches for part in parts_of(model, whole)):
                 given, labels, measure = read(model, batch)
                 if not usable(given).all():
                     raise MoefyError(f"the dense model's predictions are not finite: {OVERFLOW}")
@@ -112,11 +112,11 @@ class HeldOut:
         Args:
             model: that is compared.
             progress: whether a bar is shown.
-            until: no further batch is read once this is true of what was found.
+            until: no further rows are read once this is true of what was found.
         """
         sums, counts = [], []
         paired = zip(self.batches, self.known, strict=True)
-        bar = tqdm(paired, "quality", len(self.known), unit="batch", disable=not progress, leave=False)
+        bar = tqdm(paired, "quality", len(self.known), unit="part", disable=not progress, leave=False)
         with evaluating(model), bar:
             for batch, known in bar:
                 given, labels, _ = read(model, batch)
@@ -132,18 +132,30 @@ class HeldOut:
         """Return the quality that differences of scores amount to.
 
         Args:
-            sums: of each batch, over its positions.
+            sums: of each part, over its positions.
             counts: its positions.
         """
-        mean, batches = sum(sums) / sum(counts), len(sums)
+        mean, parts = sum(sums) / sum(counts), len(sums)
         off = sum((each - mean * count) ** 2 for each, count in zip(sums, counts, strict=True))
-        error = math.sqrt(off * batches / max(batches - 1, 1)) / sum(counts)
+        error = math.sqrt(off * parts / max(parts - 1, 1)) / sum(counts)
         if self.measure == PERPLEXITY:
             value = math.exp(min(-mean, 700))
             return Relative(value, value * error)
         if self.measure != COSINE:  # rows that all agree may be luck: the next one may not
             error = max(error, 1 / sum(counts))
         return Relative(1 + mean / self.dense, error / self.dense)
+
+
+def parts_of(model: PreTrainedModel, batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Return a batch in parts of some hundred tokens, whose scatter says how sure a mean is."""
+    check_batch(model, batch)
+    size = len(next(value for value in batch.values() if torch.is_tensor(value)))
+    rows = max(1, TOKENS // batch["input_ids"].shape[-1]) if "input_ids" in batch else IMAGES
+    for start in range(0, size, rows):
+        yield {
+            name: value[start : start + rows] if torch.is_tensor(value) and value.shape[:1] == (size,) else value
+            for name, value in batch.items()
+        }
 
 
 @torch.no_grad()

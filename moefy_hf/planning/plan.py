@@ -18,8 +18,8 @@ from ..measure.profile import ModelProfile, profile
 from .advice import advice_of
 from .candidates import Candidate, candidates_for, config_of
 from .clock import Clock, Load
-from .held_out import PERPLEXITY, HeldOut
-from .trial import FAST_ENOUGH, Goal, Row, Trial
+from .held_out import PERPLEXITY, HeldOut, Relative
+from .trial import FAST_ENOUGH, SURE, Goal, Row, Trial
 
 HELD_OUT = 4  # every fourth batch, where no others are given
 
@@ -33,6 +33,7 @@ class Plan:
         chosen: the one that is best, or None where none reaches the goal.
         goal, load: what was asked for, and what was timed.
         measure, dense, positions: what quality is, the dense model's own, and on how many positions.
+        validated: whether they were given as `validation`.
         hardware: that it was timed on.
         advice: what could be done instead, where none is chosen.
 
@@ -50,6 +51,7 @@ class Plan:
     measure: str
     dense: float
     positions: int
+    validated: bool
     hardware: str
     advice: list[str]
 
@@ -62,7 +64,7 @@ class Plan:
                 cells |= {"computed": "", self.title: "", "times dense": "", "": row.refused}
             elif row.quality and row.speed:
                 cells["computed"] = f"{row.experts:.0%}"
-                cells[self.title] = f"{row.quality.value:.4f} ± {row.quality.error:.4f}"
+                cells[self.title] = shown(row.quality)
                 cells["times dense"] = "{:.2f} ({:.2f} to {:.2f})".format(row.speed.ratio, *row.speed.spread)
                 cells[""] = "chosen" if row is self.chosen else "reached" if row.reached else "not reached"
             lines.append(cells)
@@ -76,6 +78,8 @@ class Plan:
     def line(self) -> str:
         """Return in words what was chosen and why, or that nothing was, and what could be done instead."""
         dense = f"dense {self.measure} {self.dense:.4g} on {self.positions:,} held-out positions; {self.timed()}"
+        if not self.validated:
+            dense += ". They are of the data that was fitted on: a model that was trained on it looks better there"
         if self.chosen is None:
             return "\n".join([f"{dense}. Nothing here {self.asked()}.", *(f"- {each}" for each in self.advice)])
         row, others = self.chosen, sum(each.reached for each in self.rows) - 1
@@ -84,7 +88,7 @@ class Plan:
         assert row.speed and row.quality  # those of a row that was tried
         return (
             f"{dense}. Chosen: {row.candidate} at {row.experts:.0%} of the experts, {row.speed.ratio:.2f} times as "
-            f"fast at {row.quality.value:.4f} ± {row.quality.error:.4f} of dense; {why}."
+            f"fast at {shown(row.quality)} of dense; {why}."
         )
 
     def asked(self) -> str:
@@ -99,6 +103,14 @@ class Plan:
         """Return what was timed."""
         threads = f"{self.load.threads} thread{'s' if self.load.threads > 1 else ''}"
         return f"timed in {self.load.runtime}, batches of {self.load.batch}, {threads}, {self.hardware}"
+
+    def speed(self) -> dict[str, Any] | None:
+        """Return how fast the chosen one is, for a checkpoint's facts."""
+        if self.chosen is None or self.chosen.speed is None:
+            return None
+        load, speed = self.load, self.chosen.speed
+        row = {"runtime": load.runtime, "batch": load.batch, "threads": load.threads, "times dense": speed.ratio}
+        return {"hardware": self.hardware, "rows": [row | {"ms": speed.milliseconds}]}
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures as JSON."""
@@ -124,7 +136,7 @@ def plan(
 
     Each candidate is made on a copy of the model from one profile. The most experts that are fast enough are found
     first: where they are not good enough, fewer are not, either. Then the fewest that are good enough are found.
-    Quality must be reached by a standard error.
+    Quality must be reached by two standard errors.
 
     Args:
         data: model-ready batches that splits and routers are fitted on, with labels if there are any.
@@ -164,8 +176,13 @@ def plan(
             rows = [tried_row(model, name, settings, found, clock, held_out, goal, progress) for name, settings in bar]
         chosen = best_of(rows, goal, held_out.measure)
         advice = [] if chosen else advice_of(model, clock, config)
-    measured = held_out.measure, held_out.dense, held_out.positions
+    measured = held_out.measure, held_out.dense, held_out.positions, validation is not None
     return Plan(rows, chosen, goal, load, *measured, hardware(), advice)
+
+
+def shown(quality: Relative) -> str:
+    """Return a quality and how sure it is."""
+    return f"{quality.value:.4f} ± {SURE * quality.error:.4f}"
 
 
 def parted(batches: list[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:

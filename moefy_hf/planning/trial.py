@@ -20,6 +20,7 @@ from .clock import Clock, Speed
 from .held_out import PERPLEXITY, HeldOut, Relative
 
 COARSE, FINE = 16, 48  # steps of the share of the experts, where speed and where quality is searched
+SURE = 2  # standard errors by which a quality is better than what is asked for
 CLEAR = 3  # standard errors from where a decision turns
 FAST_ENOUGH = 1.1  # times as fast as dense: less is not worth a conversion
 
@@ -64,14 +65,12 @@ class Goal:
         return speed.ratio >= (self.speedup or FAST_ENOUGH)
 
     def good(self, found: Relative, measure: str) -> bool:
-        """Return whether a quality is enough, by a standard error."""
-        if self.quality is None:
-            return True
-        return self.margin(found, measure) >= 1
+        """Return whether a quality is enough, whatever the rows that it was measured on."""
+        return self.quality is None or self.margin(found, measure) >= SURE
 
     def clear(self, found: Relative, measure: str) -> bool:
         """Return whether more rows would hardly change what `good` says."""
-        return self.quality is None or abs(self.margin(found, measure) - 1) >= CLEAR
+        return self.quality is None or abs(self.margin(found, measure) - SURE) >= CLEAR
 
     def margin(self, found: Relative, measure: str) -> float:
         """Return by how many standard errors a quality is better than the one that is asked for."""
