@@ -155,7 +155,7 @@ def test_shared_experts_and_means_come_along(act, shared, tmp_path):
 
 @pytest.mark.parametrize(("activation", "operator"), [("relu", "MoE"), ("gelu", "Experts")])
 def test_dynamic_selections_have_their_operators(activation, operator, tmp_path):
-    model = tiny_model("bert", CLASSIFIER, hidden_act=activation, **ONE)
+    model = tiny_model("bert", CLASSIFIER, hidden_act=activation)
     convert(model, 2, text_batches(8), router="mlp")
     model.set_selection(type="top_p", p=0.5)
     export(model, tmp_path / "out", "onnx")
@@ -227,7 +227,7 @@ def test_int8_rows_are_as_close_as_a_byte():
 @pytest.mark.parametrize("int8", [False, True])
 def test_large_models_have_a_second_file(int8, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graphs, "LARGEST_FILE", 0)
-    model = tiny_model("bert", CLASSIFIER, hidden_act="relu", **ONE)
+    model = tiny_model("bert", CLASSIFIER, hidden_act="relu")
     convert(model, 2)
     export(model, tmp_path / "out", "onnx", int8=int8)
     files = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("model*")}
@@ -267,7 +267,7 @@ def test_it_is_compared_on_given_batches(classifier, tmp_path):
 
 def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_ffn, "NEVER", 1.0)  # the others are chosen
-    model = tiny_model("bert", CLASSIFIER, hidden_act="relu", **ONE)
+    model = tiny_model("bert", CLASSIFIER, hidden_act="relu")
     convert(model, 2)
     with pytest.raises(VerificationError, match="differs by"):
         export(model, tmp_path / "out", "onnx")
