@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..arguments import about, positive, switch
 from ..errors import MoefyError
 from .classes import class_ids, spelled
 from .columns import LABELS, TARGETS, is_text, no_column, text_columns, usual_column
 from .opening import STANDARD_INPUT, open_dataset, said_plainly
-from .texts import Row, Texts
+from .texts import Row, Texts, say
 
-logger = logging.get_logger("moefy_hf")
 WINDOW = 256  # rows that are read at a time
 
 
@@ -134,7 +132,7 @@ class TextTable:
         elif labels and model._get_name().endswith("SequenceClassification"):
             label = source.label_column or usual_column(self.path, columns, "label", LABELS)
             if label is None and self.opened.table:
-                logger.warning(f"{self.lacking('label')}: classes are not known")
+                say(f"{self.lacking('label')}: classes are not known")
         elif labels and source.label_column:
             raise MoefyError(f"a {model._get_name()} has no classes: leave out --label_column")
         return TextRows(self, model, label, target)
@@ -195,7 +193,7 @@ class TextRows:
         finally:
             if empty and not self.said:
                 self.said = True
-                logger.warning(f"{empty} of {kept + empty} rows of {self.path} have no text: they are left out")
+                say(f"{empty} of {kept + empty} rows of {self.path} have no text: they are left out")
 
     def cells(self) -> Iterator[tuple[Any, ...]]:
         """Yield what stands in the columns of each row."""
