@@ -120,21 +120,24 @@ class TextTable:
             bounded: whether the caller stops by itself.
 
         Raises:
-            MoefyError: all rows of a stream are needed, or the model has no classes for a column of labels.
+            MoefyError: all rows of a stream are needed, or the model has no use for a column that was named.
         """
         source, columns, label, target = self.source, self.opened.columns, None, None
         if source.streaming and not bounded and source.max_rows is None:
             raise MoefyError("with --streaming only some rows are read, and here all are needed: give --max_rows")
-        if model.config.is_encoder_decoder and model.can_generate():
+        writes = model.config.is_encoder_decoder and model.can_generate()
+        classifies = model._get_name().endswith("SequenceClassification")
+        if source.target_column and not writes or labels and source.label_column and not classifies:
+            wrong = "--target_column" if source.target_column and not writes else "--label_column"
+            raise MoefyError(f"a {model._get_name()} has no use for {wrong}: leave it out")
+        if writes:
             usual = {name: feature for name, feature in columns.items() if is_text(feature)}
             usual = {name: feature for name, feature in usual.items() if name not in (self.text, self.pair)}
             target = source.target_column or usual_column(self.path, usual, "target", TARGETS)
-        elif labels and model._get_name().endswith("SequenceClassification"):
+        elif labels and classifies:
             label = source.label_column or usual_column(self.path, columns, "label", LABELS)
             if label is None and self.opened.table:
                 say(f"{self.lacking('label')}: classes are not known")
-        elif labels and source.label_column:
-            raise MoefyError(f"a {model._get_name()} has no classes: leave out --label_column")
         return TextRows(self, model, label, target)
 
     def read(
