@@ -24,6 +24,7 @@ FLOORS = [  # from the ground up: a room uses those below it
     {"evaluation", "training"},
     {"hub"},
     {"bench"},
+    {"planning"},
     {"recipes"},
     {"cli"},
 ]

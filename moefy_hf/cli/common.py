@@ -166,7 +166,12 @@ def as_loaded(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def read_for_calibration(
-    args: Namespace, table: TextTable, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int
+    args: Namespace,
+    table: TextTable,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    labels: bool = False,
 ) -> Texts:
     """Read the texts for something that uses at most so many tokens: of --streaming no more than that takes.
 
@@ -174,7 +179,9 @@ def read_for_calibration(
         MoefyError: what `TextTable.read` finds wrong.
     """
     check_reads_texts(model)
-    return table.read(model, enough=TokenBudget(tokenizer, longest_text(model, tokenizer, args.max_length), tokens))
+    return table.read(
+        model, labels=labels, enough=TokenBudget(tokenizer, longest_text(model, tokenizer, args.max_length), tokens)
+    )
 
 
 def text_batches(

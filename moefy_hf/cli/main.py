@@ -36,7 +36,10 @@ RENAMED = {  # flag of version 0.1 -> what it is now; gone with the next release
 EXAMPLES = """examples:
   moefy inspect google-bert/bert-base-uncased
   moefy profile HuggingFaceTB/SmolLM2-135M --data train.txt --ppl 1
-  moefy convert HuggingFaceTB/SmolLM2-135M smol-moe --data train.txt --expert_size 8 --k 0.75
+  moefy convert my-classifier my-classifier-moe --data train.csv --validation validation.csv --quality 0.99 --batch 32
+  moefy convert my-classifier my-classifier-moe --data train.csv --speedup 1.5 --runtime onnxruntime
+  moefy convert HuggingFaceTB/SmolLM2-135M --data train.txt --quality 1.05 --dry_run
+  moefy convert HuggingFaceTB/SmolLM2-135M smol-moe --data train.txt --expert_size 8 --k 0.9
   moefy convert my-model my-moe --data train.csv --config settings.yaml --k 0.3
   moefy convert my-model my-moe --splitter parameter_clustering --router similarity --allocation uniform
   moefy sweep smol-moe --data held_out.txt --k 0.5 0.75 --controls oracle wina --calibration train.txt
@@ -57,7 +60,8 @@ EXAMPLES = """examples:
   moefy export smol-moe smol-moe.gguf --to gguf --dense smol-dense.gguf
   moefy permute-adapter smol-moe my-lora my-lora-for-smol-moe
 
-MODEL is a Hub id or a local directory. Exit code 2: something about the input, said in one line."""
+MODEL is a Hub id or a local directory. Exit code 2: something about the input, said in one line; 3: a plan found
+nothing that is worth it."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -76,6 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"moefy {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     print(json.dumps(result, indent=1) if args.json else args.show(result))
+    if result.get("exit_code"):
+        sys.exit(result["exit_code"])
 
 
 def renamed(arguments: list[str]) -> list[str]:

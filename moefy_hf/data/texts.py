@@ -60,13 +60,18 @@ class Texts:
         return Texts(*(column and [column[row] for row in rows] for column in vars(self).values()))
 
 
-def split_off(texts: Texts) -> tuple[Texts, Texts]:
+def split_off(texts: Texts, every: int = 20, most: int = 64) -> tuple[Texts, Texts]:
     """Hold out every twentieth text, or 64 of more; return the texts to fit on, and those to check quality on.
 
     Nothing is held out of a single text.
+
+    Args:
+        texts: that are parted.
+        every: which text is held out.
+        most: texts that are held out, about, where there are many.
     """
     if len(texts) == 1:
         return texts, texts.select([])
-    step = max(20, len(texts) // 64)
+    step = max(every, len(texts) // most)
     rows = range(len(texts))
     return texts.select(row for row in rows if row % step), texts.select(rows[::step])
