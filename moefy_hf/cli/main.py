@@ -12,6 +12,7 @@ COMMANDS = {  # in the order of work: where its arguments are, which take torch 
     "profile": ("profile_model:add_arguments", "How sparse a model's FFNs are on texts, layer by layer."),
     "convert": ("convert:add_arguments", "Split a dense model's FFNs and fit routers."),
     "sweep": ("sweep:add_arguments", "Quality against compute of a MoEfied model, beside its dense self."),
+    "eval": ("eval_tasks:add_arguments", "Benchmark tasks of lm-eval, at one budget or several."),
     "card": ("hub:add_card", "Write the card of a MoEfied checkpoint's folder."),
     "push": ("hub:add_push", "Verify a MoEfied checkpoint's folder and upload it."),
     "export": ("export:add_export", "Write a MoEfied model as a served architecture, or for ONNX Runtime."),
@@ -24,6 +25,7 @@ COMMANDS = {  # in the order of work: where its arguments are, which take torch 
         "Time dense FFNs or models against the selected experts alone, on the CPU.",
     ),
     "kernels": ("kernels:add_arguments", "The compiled kernel of this machine's CPU."),
+    "env": ("env:add_arguments", "Versions, processor, kernel and accelerator: what a bug report needs."),
 }
 RENAMED = {  # flag of version 0.1 -> what it is now; gone with the next release
     "--texts": "--data",
@@ -45,6 +47,7 @@ EXAMPLES = """examples:
   moefy sweep smol-moe --data held_out.txt --k 0.5 0.75 --controls oracle wina --calibration train.txt
   moefy sweep my-classifier-moe --data test.csv --plot quality.png
   moefy sweep my-classifier-moe --data test.csv --quality 0.98
+  moefy eval smol-moe --tasks hellaswag arc_easy --k 0.25 0.5 --batch_size 8
   moefy analyze my-classifier-moe --data test.csv --output report
   moefy ablate my-classifier-moe --data validation.csv --topic sports --together 2 4 8 --test test.csv
   moefy prune my-classifier-moe my-smaller-moe --count 12 --data train.csv
@@ -55,6 +58,7 @@ EXAMPLES = """examples:
   moefy bench my-classifier-moe --data test.csv --against onnxruntime onnxruntime-int8 torchao-int8
   moefy bench smol-moe --dtype bfloat16 --plot speed.png
   moefy kernels info
+  moefy env
   moefy export smol-moe smol-granitemoe --k 0.25 --dtype float32
   moefy export smol-moe smol-dense --to dense
   moefy export smol-moe smol-moe.gguf --to gguf --dense smol-dense.gguf
