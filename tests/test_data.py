@@ -263,8 +263,10 @@ def test_columns_that_are_not_there_are_listed(classifier, tmp_path, caplog):
     assert read(path, classifier, text_column="content", label_column="number", labels=False) == Texts(["6"])
     with pytest.raises(ValueError, match="row 1 has label '7', which is none of no, yes"):
         read(path, classifier, text_column="content", label_column="number")
-    with pytest.raises(ValueError, match="a LlamaForCausalLM has no classes: leave out --label_column"):
+    with pytest.raises(ValueError, match="a LlamaForCausalLM has no use for --label_column"):
         read(path, tiny_model("llama", CAUSAL), text_column="content", label_column="number")
+    with pytest.raises(ValueError, match="a BertForSequenceClassification has no use for --target_column"):
+        read(path, classifier, text_column="content", target_column="review")
     assert not caplog.records
     assert read(path, classifier, text_column="content") == Texts(["6"])
     assert "has no column label" in caplog.text and "classes are not known" in caplog.text

@@ -139,10 +139,10 @@ def test_clear_decisions_read_few_batches():
     model.register_forward_hook(lambda *_: seen.append(1))
     held_out.relative(model, False, lambda found: True)
     assert len(seen) == 8
-    assert not Goal(quality=0.99).clear(Relative(0.995, 0.004), ACCURACY)
+    assert not Goal(quality=0.99).clear(Relative(0.999, 0.004), ACCURACY)
     assert Goal(quality=0.99).clear(Relative(0.9, 0.004), ACCURACY)
     assert Goal(quality=1.05).clear(Relative(1.2, 0.01), PERPLEXITY)
-    assert Goal(quality=0.99).good(Relative(0.995, 0.002), ACCURACY)
+    assert Goal(quality=0.99).good(Relative(0.995, 0.0015), ACCURACY)
     assert not Goal(quality=0.99).good(Relative(0.995, 0.003), ACCURACY)
     assert Goal(quality=1.05).good(Relative(1.03, 0.005), PERPLEXITY)
     assert not Goal(quality=1.05).good(Relative(1.03, 0.015), PERPLEXITY)
@@ -229,7 +229,7 @@ def test_the_fastest_that_is_good_enough(monkeypatch):
     assert {row.candidate for row in found.rows} == {"moefication", "moefication_large"}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     chosen = found.chosen
-    assert chosen and chosen.reached and chosen.quality.value - 2 * chosen.quality.error >= 0.7
+    assert chosen and chosen.reached and chosen.quality.value - 3 * chosen.quality.error >= 0.7
     assert chosen.speed.ratio == max(row.speed.ratio for row in found.rows if row.reached)
     assert chosen.experts == pytest.approx((1 / chosen.speed.ratio - 0.3) / 0.7)
     assert "chosen" in found.table() and chosen.candidate in found.line()

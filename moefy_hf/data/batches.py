@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
-from .texts import Row, Texts
+from .texts import Row, Texts, say
 
-logger = logging.get_logger("moefy_hf")
 IGNORED = -100  # a label that no loss counts
 
 
@@ -102,7 +100,7 @@ class CutTexts:
 
     def __exit__(self, *error: object) -> None:
         if self.passes == 1 and self.cut:
-            logger.warning(f"{self.cut} of {self.read} texts were cut to {self.max_length} tokens (--max_length)")
+            say(f"{self.cut} of {self.read} texts were cut to {self.max_length} tokens (--max_length)")
         self.passes += 1  # and never again
 
     def count(self, part: Texts, lengths: Sequence[int]) -> None:

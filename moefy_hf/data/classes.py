@@ -3,9 +3,8 @@
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.utils import logging
 
-logger = logging.get_logger("moefy_hf")
+from .texts import say
 
 
 def class_ids(config: PreTrainedConfig, names: list[str] | None, table: str) -> dict[str, int]:
@@ -26,7 +25,7 @@ def class_ids(config: PreTrainedConfig, names: list[str] | None, table: str) -> 
     if {name.casefold() for name in names} <= by_name.keys():
         return {str(position): by_name[name.casefold()] for position, name in enumerate(names)}
     if any(name != f"LABEL_{i}" for i, name in known.items()):
-        logger.warning(f"{table}: classes {', '.join(names)} are by number the model's {', '.join(known.values())}")
+        say(f"{table}: classes {', '.join(names)} are by number the model's {', '.join(known.values())}")
     return {str(position): position for position in range(len(names)) if position in known}
 
 

@@ -3,11 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers.utils import logging
-
 from ..errors import MoefyError
+from .texts import say
 
-logger = logging.get_logger("moefy_hf")
 PAIRS = (  # columns that are usually read together
     *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text1", "text2")),
     *(("question", "sentence"), ("question", "context"), ("question", "passage"), ("query", "passage")),
@@ -49,7 +47,7 @@ def text_columns(
         raise MoefyError(f"{no_column(table, 'text', columns)}: name the column of the texts (--text_column)")
     one, two = options[0][0], pair or options[0][1]
     and_pairs = f" and second texts column {two}" if two and two != pair else ""
-    logger.warning(f"{table}: texts are column {one}{and_pairs} (--text_column)")
+    say(f"{table}: texts are column {one}{and_pairs} (--text_column)")
     return one, two
 
 
@@ -60,7 +58,7 @@ def usual_column(table: str, columns: Mapping[str, Any], role: str, usual: tuple
     options = [name for name in usual if name in columns]
     if len(options) != 1:
         return None
-    logger.warning(f"{table}: {role}s are column {options[0]} (--{role}_column)")
+    say(f"{table}: {role}s are column {options[0]} (--{role}_column)")
     return options[0]
 
 

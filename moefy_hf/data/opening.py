@@ -4,7 +4,7 @@ import codecs
 import contextlib
 import glob
 import json
-import logging as python_logging
+import logging
 import re
 import shutil
 import sys
@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
 from ..errors import MoefyError
+from .texts import say
 
-logger = logging.get_logger("moefy_hf")
 STANDARD_INPUT = "-"
 CSV, JSON, PARQUET, TEXT = "csv", "json", "parquet", "text"  # as `datasets` calls them
 TSV = "tsv"
@@ -176,7 +174,7 @@ def chosen_split(name: str, splits: Mapping[str, Any]) -> str:
         return next(iter(splits))
     if "train" not in splits:
         raise MoefyError(f"{name} has splits {', '.join(splits)}: name one, as {name}:{next(iter(splits))}")
-    logger.warning(f"{name}: reading split train of {', '.join(splits)} (:SPLIT behind the name takes another)")
+    say(f"{name}: reading split train of {', '.join(splits)} (:SPLIT behind the name takes another)")
     return "train"
 
 
@@ -243,7 +241,7 @@ def said_plainly(name: str) -> Iterator[None]:
     """
     import pyarrow
 
-    python_logging.getLogger("datasets.packaged_modules").setLevel("CRITICAL")  # they log what they raise
+    logging.getLogger("datasets.packaged_modules").setLevel("CRITICAL")  # they log what they raise
     try:
         yield
     except MoefyError:

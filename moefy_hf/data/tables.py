@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..arguments import about, positive, switch
 from ..errors import MoefyError
 from .classes import class_ids, spelled
 from .columns import LABELS, TARGETS, is_text, no_column, text_columns, usual_column
 from .opening import STANDARD_INPUT, open_dataset, said_plainly
-from .texts import Row, Texts
+from .texts import Row, Texts, say
 
-logger = logging.get_logger("moefy_hf")
 WINDOW = 256  # rows that are read at a time
 
 
@@ -122,21 +120,24 @@ class TextTable:
             bounded: whether the caller stops by itself.
 
         Raises:
-            MoefyError: all rows of a stream are needed, or the model has no classes for a column of labels.
+            MoefyError: all rows of a stream are needed, or the model has no use for a column that was named.
         """
         source, columns, label, target = self.source, self.opened.columns, None, None
         if source.streaming and not bounded and source.max_rows is None:
             raise MoefyError("with --streaming only some rows are read, and here all are needed: give --max_rows")
-        if model.config.is_encoder_decoder and model.can_generate():
+        writes = model.config.is_encoder_decoder and model.can_generate()
+        classifies = model._get_name().endswith("SequenceClassification")
+        if source.target_column and not writes or labels and source.label_column and not classifies:
+            wrong = "--target_column" if source.target_column and not writes else "--label_column"
+            raise MoefyError(f"a {model._get_name()} has no use for {wrong}: leave it out")
+        if writes:
             usual = {name: feature for name, feature in columns.items() if is_text(feature)}
             usual = {name: feature for name, feature in usual.items() if name not in (self.text, self.pair)}
             target = source.target_column or usual_column(self.path, usual, "target", TARGETS)
-        elif labels and model._get_name().endswith("SequenceClassification"):
+        elif labels and classifies:
             label = source.label_column or usual_column(self.path, columns, "label", LABELS)
             if label is None and self.opened.table:
-                logger.warning(f"{self.lacking('label')}: classes are not known")
-        elif labels and source.label_column:
-            raise MoefyError(f"a {model._get_name()} has no classes: leave out --label_column")
+                say(f"{self.lacking('label')}: classes are not known")
         return TextRows(self, model, label, target)
 
     def read(
@@ -195,7 +196,7 @@ class TextRows:
         finally:
             if empty and not self.said:
                 self.said = True
-                logger.warning(f"{empty} of {kept + empty} rows of {self.path} have no text: they are left out")
+                say(f"{empty} of {kept + empty} rows of {self.path} have no text: they are left out")
 
     def cells(self) -> Iterator[tuple[Any, ...]]:
         """Yield what stands in the columns of each row."""

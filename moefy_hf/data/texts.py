@@ -4,6 +4,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+logger = logging.get_logger("moefy_hf")
+
+
+def say(line: str) -> None:
+    """Say something about texts in a line of its own, also while a progress bar is shown."""
+    with tqdm.external_write_mode():
+        logger.warning(line)
+
 
 class Row(NamedTuple):
     """A text, the second text that is read with it, its class id, and what a model is to write; None: it has none."""

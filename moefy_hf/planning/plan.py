@@ -66,9 +66,17 @@ class Plan:
                 cells["computed"] = f"{row.experts:.0%}"
                 cells[self.title] = shown(row.quality)
                 cells["times dense"] = "{:.2f} ({:.2f} to {:.2f})".format(row.speed.ratio, *row.speed.spread)
-                cells[""] = "chosen" if row is self.chosen else "reached" if row.reached else "not reached"
+                cells[""] = "chosen" if row is self.chosen else self.verdict(row)
             lines.append(cells)
         return markdown(lines)
+
+    def verdict(self, row: Row) -> str:
+        """Return whether a candidate reached the goal, in words."""
+        if row.reached:
+            return "reached"
+        assert row.speed and row.quality  # those of a row that was tried
+        near = self.goal.good(Relative(row.quality.value, 0.0), self.measure)
+        return "not sure: more held-out rows would tell" if near and self.goal.fast(row.speed) else "not reached"
 
     @property
     def title(self) -> str:
@@ -136,7 +144,7 @@ def plan(
 
     Each candidate is made on a copy of the model from one profile. The most experts that are fast enough are found
     first: where they are not good enough, fewer are not, either. Then the fewest that are good enough are found.
-    Quality must be reached by two standard errors.
+    Quality must be reached by three standard errors.
 
     Args:
         data: model-ready batches that splits and routers are fitted on, with labels if there are any.

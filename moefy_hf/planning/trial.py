@@ -20,7 +20,7 @@ from .clock import Clock, Speed
 from .held_out import PERPLEXITY, HeldOut, Relative
 
 COARSE, FINE = 16, 48  # steps of the share of the experts, where speed and where quality is searched
-SURE = 2  # standard errors by which a quality is better than what is asked for
+SURE = 3  # standard errors by which a quality is better than what is asked for: of many budgets one looks so by luck
 CLEAR = 3  # standard errors from where a decision turns
 FAST_ENOUGH = 1.1  # times as fast as dense: less is not worth a conversion
 
