@@ -26,6 +26,7 @@ _HOMES = {  # public name -> the module that has it, imported when the name is f
     "MoefyError": "errors",
     "permute_adapter_": "conversion.adapters",
     "Phase": "training.schedule",
+    "plan": "planning.plan",
     "profile": "measure.profile",
     "push_to_hub": "hub.push",
     "relufy_": "training.sparsity",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .measure.profile import profile as profile
     from .modeling.routers import ROUTERS as ROUTERS
     from .modeling.selection import SELECTIONS as SELECTIONS
+    from .planning.plan import plan as plan
     from .splitters import SPLITTERS as SPLITTERS
     from .training.callback import MoEficationCallback as MoEficationCallback
     from .training.distillation import DistillationCallback as DistillationCallback

@@ -17,6 +17,7 @@ from moefy_hf.evaluation.controls import BASELINES, CONTROLS
 from moefy_hf.modeling.budget_allocation import ALLOCATIONS
 from moefy_hf.modeling.routers import ROUTERS
 from moefy_hf.modeling.selection import SELECTIONS
+from moefy_hf.planning.candidates import CANDIDATES, RELU
 from moefy_hf.splitters import SPLITTERS
 from moefy_hf.training.schedule import SCHEDULES
 from moefy_hf.training.sparsity import PENALTIES
@@ -99,4 +100,14 @@ def interface() -> str:
     return "\n\n".join(f"::: moefy_hf.{moefy_hf._HOMES[name]}.{name}" for name in moefy_hf.__all__)
 
 
-BLOCKS = {function.__name__: function for function in (methods, choices, setting, commands, interface)}
+def candidates() -> str:
+    """What a plan tries, and why."""
+    rows = []
+    for each in CANDIDATES:
+        settings = ", ".join(f"{name} {value}" for name, value in each.settings.items())
+        suits = "ReLU" if each.activation == RELU else "GELU, SiLU"
+        rows.append({"candidate": f"`{each.name}`", "for": suits, "settings": settings, "why": each.reason})
+    return table(rows)
+
+
+BLOCKS = {function.__name__: function for function in (methods, choices, setting, commands, interface, candidates)}

@@ -20,6 +20,7 @@ from moefy_hf.bench.models import checkpoint_models, variants
 from moefy_hf.bench.side_by_side import rows_of
 from moefy_hf.bench.tasks import TASKS, Timed
 from moefy_hf.cli.main import main, renamed
+from moefy_hf.data import TextSource
 from moefy_hf.errors import MoefyError
 from moefy_hf.measure.contexts import all_experts
 
@@ -65,7 +66,8 @@ def saved(kind: str, tmp_path):
 
 def given(moe, engines, **changes) -> SideBySide:
     folder, data, gguf = moe
-    reading = Reading(str(data), batch_sizes=(1, 3), prompt=6, new_tokens=4, rounds=2, **changes)
+    source = TextSource(str(data), **changes)
+    reading = Reading(source, batch_sizes=(1, 3), prompt=6, new_tokens=4, rounds=2)
     return SideBySide(str(folder), engines, reading, str(gguf) if gguf and engines else None)
 
 
@@ -266,14 +268,14 @@ def test_encoder_decoders_without_words_to_write_are_refused():
 def test_engines_that_are_not_installed_say_so_first(name, monkeypatch):
     monkeypatch.setattr(base, "find_spec", lambda name: None)
     with pytest.raises(MoefyError, match=rf"{name} needs .*pip install 'moefy-hf\[{ENGINES[name].extra}\]'"):
-        SideBySide("nothing", (name,), Reading("nothing"))
+        SideBySide("nothing", (name,), Reading(TextSource("nothing")))
 
 
 def test_what_a_prompt_or_a_dense_file_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "find_spec", lambda name: object())
     folder, data, _ = saved("decoder", tmp_path)
     for engines, prompt, message in ((("llama.cpp",), 6, "dense GGUF file"), ((), 1000, "positions|too few")):
-        side = SideBySide(str(folder), engines, Reading(str(data), prompt=prompt, new_tokens=4))
+        side = SideBySide(str(folder), engines, Reading(TextSource(str(data)), prompt=prompt, new_tokens=4))
         with pytest.raises(MoefyError, match=message):
             bench_against(side, progress=False)
 

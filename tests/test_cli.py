@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from moefy_hf import MoEficationConfig, Sweep
 from moefy_hf.cli import convert as convert_command
 from moefy_hf.cli.main import COMMANDS, main, parser, renamed
-from moefy_hf.data import read_labelled
+from moefy_hf.data import Texts, TextSource
 from moefy_hf.hub.facts import read_facts
 from moefy_hf.loading import load
 from moefy_hf.measure.sparsity import LEVELS
+
+pytestmark = pytest.mark.xdist_group("cli")  # what its fixtures make is made once
 
 CAUSAL = "AutoModelForCausalLM"
 
@@ -319,20 +321,21 @@ def test_sweep_a_classifier(tmp_path, capsys):
 
 
 def test_labels_of_a_csv_file(tmp_path):
-    config = tiny_model("bert", "AutoModelForSequenceClassification", id2label={0: "1", 1: "2", 2: "None"}).config
+    model = tiny_model("bert", "AutoModelForSequenceClassification", id2label={0: "1", 1: "2", 2: "None"})
     file = tmp_path / "rows.csv"
+
+    def read() -> Texts:
+        return TextSource(str(file)).open().read(model, labels=True)
+
     file.write_text('text,label\n"a, b",1\nc,2\nd,None\ne,0\n')  # names first; 0 is only an id
-    assert read_labelled(str(file), config) == (["a, b", "c", "d", "e"], [0, 1, 2, 0])
+    assert read() == Texts(["a, b", "c", "d", "e"], labels=[0, 1, 2, 0])
     file.write_text("text,label\n" + "long " * 30_000 + ",2\n")
-    assert read_labelled(str(file), config)[1] == [1]
-    bad = {
-        "text,class\na,1\n": "no column label",
-        "text,label\na,9\n": "row 1 has label '9', which is none of 1, 2, None",
-    }
-    for content, message in bad.items():
-        file.write_text(content)
-        with pytest.raises(ValueError, match=message):
-            read_labelled(str(file), config)
+    assert read().labels == [1]
+    file.write_text("text,topic\na,1\n")
+    assert read().labels is None
+    file.write_text("text,label\na,9\n")
+    with pytest.raises(ValueError, match="row 1 has label '9', which is none of 1, 2, None"):
+        read()
 
 
 def test_card(copy, capsys):
@@ -449,7 +452,8 @@ def test_flags_mean_the_same_in_every_command(name):
     if "--k" in actions:
         assert actions["--k"].type("0.25") == 0.25
     places = [action.dest for action in commands.choices[name]._actions if not action.option_strings]
-    assert places[:1] in (["model"], ["word"]) and ("output" not in places or places[-1] == "output")
+    assert places[:1] == {"kernels": ["word"], "env": []}.get(name, ["model"])
+    assert "output" not in places or places[-1] == "output"
 
 
 def test_the_command_line_overrules_a_file(tmp_path):

@@ -17,6 +17,8 @@ from moefy_hf.cli.main import main
 from moefy_hf.hub import PushError, VerificationError, add_facts
 from moefy_hf.hub import push as hub
 
+pytestmark = pytest.mark.xdist_group("hub")  # what its fixtures make is made once
+
 HEAD, REPO = "AutoModelForSequenceClassification", "user/bert-moe"
 
 
@@ -76,13 +78,13 @@ with torch.no_grad():
 
 def test_what_a_trainer_goes_on_from_stays_here(server, folder):
     kept = ("optimizer.pt", "rng_state_0.pth", "training_args.bin", "trainer_state.json", "runs/events.1", ".secret")
-    kept = (*kept, "checkpoint-5/model.safetensors", "global_step5/zero.pt")
-    for name in kept:
+    kept = (*kept, "checkpoint-5/model.safetensors", "global_step5/zero.pt", ".tool/state", ".eval_results/.part")
+    for name in (*kept, ".eval_results/task.yaml"):  # which is hidden, and for the Hub
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"0")
     push_to_hub(folder, REPO)
     paths = set(server.repos[REPO].commits[0].paths)
-    assert "config.json" in paths and not paths & set(kept)
+    assert {"config.json", ".eval_results/task.yaml"} <= paths and not paths & set(kept)
 
 
 def test_old_weights_do_not_stay(server, folder):

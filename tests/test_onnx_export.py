@@ -21,6 +21,7 @@ CLASSIFIER, QUESTIONS, CHOICE = (
     f"AutoModelFor{n}" for n in ("SequenceClassification", "QuestionAnswering", "MultipleChoice")
 )
 TOKENS, WORDS, IMAGES = (f"AutoModelFor{n}" for n in ("TokenClassification", "MaskedLM", "ImageClassification"))
+ONE = {"num_hidden_layers": 1}
 CASES = [  # model, head, its activation, operator
     ("bert", TOKENS, {"hidden_act": "gelu_new"}, "MoE"),
     ("bert", CHOICE, {"hidden_act": "relu"}, "MoE"),
@@ -86,15 +87,38 @@ def test_graphs_compute_the_same(name, head, changes, operator, tmp_path):
     assert difference(model, running, inputs_of(name, head, 3, 13)) > 1e-3
 
 
-def test_files_are_what_optimum_reads(tmp_path):
-    model = tiny_model("bert", CLASSIFIER, hidden_act="relu", num_labels=3)
-    convert(model, 2)
-    export(model, tmp_path / "out", "onnx")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "config.json", "moefy_onnx.json"}
-    config = AutoConfig.from_pretrained(tmp_path / "out")
+class Classifier:
+    """A classifier in training, whose experts are computed alone; exported once, and compared on given batches."""
+
+    def __init__(self, folder):
+        self.model, self.folder = tiny_model("bert", CLASSIFIER, hidden_act="relu", num_labels=3, **ONE), folder
+        convert(self.model, 2)
+        self.model.train()
+        self.model.set_moe_implementation("torch")
+        self.forwards, self.logits = self.forwards_now(), self.logits_now()
+        export(self.model, folder, "onnx", batches=text_batches(2))
+
+    def forwards_now(self) -> list:
+        return [vars(site.first)["forward"] for site in self.model.moe_sites()]
+
+    def logits_now(self) -> torch.Tensor:
+        with torch.no_grad():
+            return self.model(**tiny_inputs("bert", CLASSIFIER)).logits
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Classifier:
+    return Classifier(tmp_path_factory.mktemp("classifier") / "out")
+
+
+@pytest.mark.xdist_group("onnx_classifier")
+def test_files_are_what_optimum_reads(classifier):
+    folder = classifier.folder
+    assert {path.name for path in folder.iterdir()} == {"model.onnx", "config.json", "moefy_onnx.json"}
+    config = AutoConfig.from_pretrained(folder)
     assert (config.architectures, config.num_labels) == (["BertForSequenceClassification"], 3)
     assert not {"moefication", "auto_map"} & set(config.to_dict())
-    running = session(tmp_path / "out")
+    running = session(folder)
     axes = ["batch_size", "sequence_length"]
     assert {each.name: each.shape for each in running.get_inputs()} == dict.fromkeys(
         ("input_ids", "attention_mask", "token_type_ids"), axes
@@ -119,7 +143,7 @@ def test_optimum_loads_it(int8, tmp_path):
 
 @pytest.mark.parametrize(("act", "shared"), [("relu", 1), ("gelu", 0)])
 def test_shared_experts_and_means_come_along(act, shared, tmp_path):
-    model = tiny_model("bert", CLASSIFIER, hidden_act=act)
+    model = tiny_model("bert", CLASSIFIER, hidden_act=act, **ONE)
     convert(model, 3, text_batches(8), router="linear", shared_experts=shared, compensation=True)
     export(model, tmp_path / "out", "onnx")
     running, inputs = session(tmp_path / "out"), inputs_of("bert", CLASSIFIER, 3, 9)
@@ -170,7 +194,7 @@ def test_layers_that_compute_all_experts_stay_dense(tmp_path):
     ],
 )
 def test_int8_leaves_routers_alone(name, changes, operator, tmp_path):
-    model = tiny_model(name, **changes)
+    model = tiny_model(name, **changes, **ONE)
     convert(model, 3)
     export(model, tmp_path / "out", "onnx", int8=True)
     graph = onnx.load(tmp_path / "out" / "model.onnx").graph
@@ -212,19 +236,14 @@ def test_large_models_have_a_second_file(int8, tmp_path, monkeypatch):
         assert difference(model, session(tmp_path / "out"), inputs_of("bert", CLASSIFIER, 3, 9)) <= 1e-5
 
 
-def test_the_model_is_as_it_was(tmp_path):
-    model, inputs = tiny_model("bert", CLASSIFIER, hidden_act="relu"), tiny_inputs("bert")
-    convert(model, 2)
-    model.train()
-    model.set_moe_implementation("torch")
-    forwards = [vars(site.first)["forward"] for site in model.moe_sites()]
-    with torch.no_grad():
-        before = model(**inputs).logits
-        export(model, tmp_path / "out", "onnx")
-        assert model.training and torch.equal(model(**inputs).logits, before)
-    assert [vars(site.first)["forward"] for site in model.moe_sites()] == forwards
+@pytest.mark.xdist_group("onnx_classifier")
+def test_the_model_is_as_it_was(classifier):
+    model = classifier.model
+    assert model.training and torch.equal(classifier.logits_now(), classifier.logits)
+    assert classifier.forwards_now() == classifier.forwards
     model.set_moe_implementation("masked")
     assert "forward" not in {key for module in model.modules() for key in vars(module)}
+    model.set_moe_implementation("torch")
 
 
 def test_decoders_with_another_head_are_one_graph(tmp_path):
@@ -239,13 +258,11 @@ def test_decoders_with_another_head_are_one_graph(tmp_path):
 # ---- checks
 
 
-def test_it_is_compared_on_given_batches(tmp_path):
-    model = tiny_model("bert", CLASSIFIER, hidden_act="relu")
-    convert(model, 2)
-    export(model, tmp_path / "out", "onnx", batches=text_batches(2))
-    assert json.loads((tmp_path / "out" / "moefy_onnx.json").read_text())["largest_difference"] <= 1e-5
+@pytest.mark.xdist_group("onnx_classifier")
+def test_it_is_compared_on_given_batches(classifier, tmp_path):
+    assert json.loads((classifier.folder / "moefy_onnx.json").read_text())["largest_difference"] <= 1e-5
     with pytest.raises(UnsupportedModel, match="texts or of images"):
-        export(model, tmp_path / "other", "onnx", batches=[{"input_values": torch.zeros(1, 9)}])
+        export(classifier.model, tmp_path / "other", "onnx", batches=[{"input_values": torch.zeros(1, 9)}])
 
 
 def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 from moefy_hf import MoEficationConfig, evaluate, moefy_
 from moefy_hf.cli.main import main
-from moefy_hf.data import split_off
+from moefy_hf.data import Texts, split_off
 from moefy_hf.evaluation.quality_check import QualityCheck, check_quality
 from moefy_hf.hub.facts import read_facts
 
@@ -126,9 +126,10 @@ def test_what_cannot_be_predicted():
 def test_texts_are_split():
     for count, kept in ((2, 1), (60, 3), (640, 32), (6400, 64)):
         texts = [str(i) for i in range(count)]
-        fitted, held_out = split_off(texts)
-        assert len(held_out) == kept and sorted([*fitted, *held_out]) == sorted(texts)
-    assert split_off(["a"]) == (["a"], [])
+        fitted, held_out = split_off(Texts(texts, labels=[*range(count)]))
+        assert len(held_out) == kept and sorted([*fitted.texts, *held_out.texts]) == sorted(texts)
+        assert [*map(str, held_out.labels)] == held_out.texts
+    assert split_off(Texts(["a"])) == (Texts(["a"]), Texts([]))
 
 
 def test_the_command_refuses_what_is_of_no_use(tmp_path, capsys, caplog):

@@ -15,7 +15,7 @@ from moefy_hf import load
 from moefy_hf.cli import common
 from moefy_hf.cli import convert as convert_command
 from moefy_hf.cli.main import main
-from moefy_hf.data import TextBatches, decoder_start_of, longest_text, read_labelled, read_lines, read_texts
+from moefy_hf.data import TextBatches, TextSource, decoder_start_of, longest_text
 
 CLASSIFIER, SEQ2SEQ = "AutoModelForSequenceClassification", "AutoModelForSeq2SeqLM"
 ROWS = [("5 6 7", 0), ("8 9 10 é", 1)] * 20
@@ -54,14 +54,15 @@ def table(path: Path, rows=ROWS, encoding: str = "utf-8", columns=("text", "labe
 
 def test_a_table_that_excel_saved_is_read(classifier, tmp_path, capsys):
     plain, excel = (table(tmp_path / f"{name}.csv", encoding=name) for name in ("utf-8", "utf-8-sig"))
-    config = load(classifier).config
-    assert read_labelled(str(plain), config) == read_labelled(str(excel), config)
+    model = load(classifier)
+    one, other = (TextSource(str(path)).open().read(model, labels=True) for path in (plain, excel))
+    assert one == other and one.labels == [label for _, label in ROWS]
     main(["sweep", str(classifier), "--data", str(excel), "--k", "0.5", "--controls"])
     assert "| own |" in capsys.readouterr().out
     main(["analyze", str(classifier), "--data", str(excel), "--output", str(tmp_path / "report")])
     assert (tmp_path / "report" / "report.html").exists()
     (tmp_path / "marked.txt").write_text("5 6\n7 8", encoding="utf-8-sig")
-    assert read_lines(str(tmp_path / "marked.txt")) == ["5 6", "7 8"]
+    assert TextSource(str(tmp_path / "marked.txt")).open().read(model).texts == ["5 6", "7 8"]
 
 
 @pytest.mark.parametrize("kind", ["latin-1", "utf-16", "utf-16-le", "gzip"])
@@ -87,26 +88,8 @@ def test_a_row_without_a_label_is_named(classifier, tmp_path, capsys):
     path = table(tmp_path / "data.csv", [*ROWS[:3], ("5 6", "maybe")])
     said = refused(capsys, "analyze", classifier, "--data", path, "--output", tmp_path / "report")
     assert f"{path}: row 4 has label 'maybe', which is none of LABEL_0, LABEL_1" in said
-    path = table(tmp_path / "data.csv", columns=("sentence", "label"))
-    assert "has no column text; it has sentence, label" in refused(capsys, "sweep", classifier, "--data", path)
-
-
-@pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".tsv", ".parquet", ".JSON"])
-def test_a_table_is_no_plain_text(kind, classifier, tmp_path, capsys):
-    path = table(tmp_path / f"data{kind}")
-    said = refused(capsys, "sweep", classifier, "--data", path)
-    assert f"{path} is a {kind.lower()} file; texts are read from plain text with one text per line" in said
-    assert "plain text" in refused(capsys, "analyze", classifier, "--data", path, "--output", tmp_path / "report")
-
-
-@pytest.mark.parametrize("kind", [".csv", ".CSV"])
-def test_texts_of_a_csv_file_are_its_column_text(kind, tmp_path):
-    path = table(tmp_path / f"data{kind}", [("5", "6, 7"), ("8", " "), ("9", "10")], columns=("id", "text"))
-    assert read_texts(str(path)) == ["6, 7", "10"]
-    with pytest.raises(ValueError, match="has no column text; it has id"):
-        read_texts(str(table(path, [("5",)], columns=("id",))))
-    with pytest.raises(ValueError, match="holds no text"):
-        read_texts(str(table(path, [(" ",)], columns=("text",))))
+    path = table(tmp_path / "data.csv", columns=("words", "label"))
+    assert "has no column text; it has words, label" in refused(capsys, "sweep", classifier, "--data", path)
 
 
 @pytest.mark.parametrize("name", ["t5", "t5-gated", "bart", "mt5"])

@@ -1,7 +1,7 @@
 """Which experts a task needs: what its loss becomes when they are switched off."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..data import Texts
 from ..errors import MoefyError
 from ..io import markdown
 from ..loading import MoefiedModel, check_moefied, routed
@@ -247,17 +248,16 @@ def read_ablation(path: str | Path, *parts: str) -> dict[str, Any]:
     return ablation
 
 
-def split_by_class(
-    texts: Sequence[str], labels: Sequence[int], config: PreTrainedConfig, topic: str
-) -> dict[str, tuple[list[str], list[int]]]:
-    """Split a labelled data set into a task and a second one: the texts of one class, and all others.
+def split_by_class(texts: Texts, config: PreTrainedConfig, topic: str) -> dict[str, Texts]:
+    """Split labelled texts into a task and a second one: the texts of one class, and all others.
 
     Args:
+        texts: with labels.
         config: of a classifier, which knows the names of classes.
         topic: the name of the class.
 
     Returns:
-        texts and labels of the "task", and of the "other".
+        the texts of the "task", and of the "other".
 
     Raises:
         MoefyError: there is no such class, or no text of it, or none of another.
@@ -265,10 +265,11 @@ def split_by_class(
     classes = {str(name): int(i) for i, name in (config.id2label or {}).items()}
     if topic not in classes:
         raise MoefyError(f"unknown class {topic!r}; choose from {', '.join(classes)}")
-    rows = {
-        "task": [i for i, label in enumerate(labels) if label == classes[topic]],
-        "other": [i for i, label in enumerate(labels) if label != classes[topic]],
+    labels = texts.labels or []
+    parts = {
+        "task": texts.select(i for i, label in enumerate(labels) if label == classes[topic]),
+        "other": texts.select(i for i, label in enumerate(labels) if label != classes[topic]),
     }
-    if not all(rows.values()):
+    if not all(map(len, parts.values())):
         raise MoefyError(f"there must be texts of class {topic!r}, and of others")
-    return {name: ([texts[i] for i in part], [labels[i] for i in part]) for name, part in rows.items()}
+    return parts

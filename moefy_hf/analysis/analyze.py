@@ -95,7 +95,7 @@ def analyze(
         MoefyError: the model is not MoEfied, is an encoder-decoder or selects all experts; or there is no text.
 
     Example:
-        stream = TextStream("reviews.csv", tokenizer, model.config)
+        stream = TextStream(TextSource("reviews.csv").open().rows(model, labels=True), tokenizer)
         print(analyze(model, tokenizer, stream).table())
     """
     model = check_moefied(model)
@@ -132,7 +132,7 @@ def facts_of(model: MoefiedModel, stream: TextStream, survey: Survey, seconds: f
     used = {name: int(survey.classes[i]) for i, name in label_names(model).items()} if stream.labelled else {}
     return {
         "model": model._get_name(),
-        "data": Path(stream.path).name,
+        "data": stream.rows.name,
         "texts": survey.texts,
         "tokens": survey.tokens,
         "texts_of_class": used,

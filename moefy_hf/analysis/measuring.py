@@ -52,7 +52,8 @@ def survey_texts(stream: TextStream, vocabulary: int, classes: int) -> Survey:
         MoefyError: there is no text.
     """
     survey = Survey(0, 0, torch.zeros(vocabulary, dtype=torch.int64), torch.zeros(classes, dtype=torch.int64))
-    for ids, labels in stream.windows():
+    for encoded, labels in stream.windows():
+        ids = encoded["input_ids"]
         flat = torch.tensor([token for text in ids for token in text])
         survey.texts, survey.tokens = survey.texts + len(ids), survey.tokens + len(flat)
         survey.ids += torch.bincount(flat, minlength=vocabulary)

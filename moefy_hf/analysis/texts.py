@@ -1,80 +1,79 @@
-"""Texts out of a file, a window at a time: memory does not grow with the file."""
+"""Texts a window at a time: memory does not grow with their number."""
 
-import copy
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..data import check_plain_text, labelled_rows, opened
+from ..data import CutTexts, TextRows, Texts, padding
 
 WINDOW = 32  # batches among which texts are sorted by length, so that little is padding
 
 
 class TextStream:
-    """Lines of a text file, or a csv file's columns `text` and `label`, as padded batches.
+    """Rows of a table, with class ids where it has some, as padded batches.
 
-    They come in the file's order, but sorted by length within windows, and can be read any number of times.
+    They come in the table's order, but sorted by length within windows, and can be read any number of times.
 
     Args:
-        path: of the file.
-        config: the model's, for the names of classes; labels of a csv file are names that it knows, or class ids.
+        rows: the texts.
+        tokenizer: of the model that reads them.
         max_length: tokens at which texts are cut off.
         batch_size: texts of a batch.
         limit: tokens after which no new window is begun.
 
-    Raises:
-        MoefyError: no such file or columns; while reading, a label that the model does not have.
+    Example:
+        >>> stream = TextStream(TextSource("reviews.csv").open().rows(model, labels=True), tokenizer)
     """
 
     def __init__(
         self,
-        path: str,
+        rows: TextRows,
         tokenizer: PreTrainedTokenizerBase,
-        config: PreTrainedConfig,
         *,
         max_length: int = 256,
         batch_size: int = 32,
         limit: int | None = None,
     ):
-        self.path, self.config, self.limit = path, config, limit
+        self.rows, self.limit = rows, limit
         self.max_length, self.batch_size = max_length, batch_size
-        self.labelled = Path(path).suffix.lower() == ".csv"
-        self.tokenizer = copy.deepcopy(tokenizer)
-        if tokenizer.pad_token is None:
-            self.tokenizer.pad_token = tokenizer.eos_token
-        if not self.labelled:
-            check_plain_text(path)
-        next(self.rows(), None)  # what is wrong with the file as such is found now
+        self.tokenizer = padding(tokenizer)
+        self.cut = CutTexts(self.tokenizer, max_length)
 
-    def rows(self) -> Iterator[tuple[str, int]]:
-        """Yield (text, class id); 0 without labels."""
-        if self.labelled:
-            yield from ((text, label) for text, label in labelled_rows(self.path, self.config) if text)
-            return
-        with opened(self.path) as file:
-            yield from ((line.strip(), 0) for line in file if line.strip())
+    @property
+    def labelled(self) -> bool:
+        """Return whether the texts have class ids."""
+        return self.rows.labelled
 
-    def windows(self) -> Iterator[tuple[list[list[int]], list[int]]]:
-        """Yield token ids and class ids of some texts at a time."""
-        rows, seen = self.rows(), 0
-        while window := list(islice(rows, WINDOW * self.batch_size)):
-            texts, labels = zip(*window, strict=True)
-            ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
-            yield ids, list(labels)
-            seen += sum(map(len, ids))
-            if self.limit is not None and seen >= self.limit:
-                return
+    @property
+    def path(self) -> str:
+        """Return what errors call the texts."""
+        return self.rows.path
+
+    def windows(self) -> Iterator[tuple[dict[str, list[list[int]]], list[int]]]:
+        """Yield what the tokenizer makes of some texts at a time, a list per text, and their class ids, or 0."""
+        rows, seen = iter(self.rows), 0
+        with self.cut:
+            while window := list(islice(rows, WINDOW * self.batch_size)):
+                part = Texts.of(window)
+                encoded = dict(self.tokenizer(part.texts, part.pairs, truncation=True, max_length=self.max_length))
+                lengths = [len(ids) for ids in encoded["input_ids"]]
+                self.cut.count(part, lengths)
+                yield encoded, part.labels or [0] * len(part)
+                seen += sum(lengths)
+                if self.limit is not None and seen >= self.limit:
+                    return
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for ids, labels in self.windows():
-            order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for encoded, labels in self.windows():
+            order = sorted(range(len(labels)), key=lambda i: len(encoded["input_ids"][i]))
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]
                 batch = self.tokenizer.pad(
-                    {"input_ids": [ids[i] for i in rows]}, return_tensors="pt", padding_side="right"
+                    {name: [values[i] for i in rows] for name, values in encoded.items()},
+                    return_tensors="pt",
+                    padding_side="right",
                 )
                 yield {**batch, "labels": torch.tensor([labels[i] for i in rows])}

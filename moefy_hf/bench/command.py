@@ -2,9 +2,12 @@
 
 import json
 from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..arguments import given
+from ..data import TextSource
 from ..errors import MoefyError
 from ..evaluation.plots import plot_bench
 from ..io import check_files, write_whole
@@ -16,7 +19,7 @@ from .side_by_side import SideBySide, bench_against
 from .tasks import Reading
 
 FIGURES = (".json", ".csv")
-AGAINST = ("data", "dense", "batch_sizes", "max_length", "max_rows")  # for --against alone
+AGAINST = ("data", "dense", "batch_sizes", "max_length", *(field.name for field in fields(TextSource)))  # alone
 NOT_AGAINST = (
     *("preset", "dtype", "expert_size", "router", "implementations"),
     *("batches", "tokens", "weights", "nonzero", "plot"),
@@ -52,13 +55,13 @@ def check_together(args: Namespace) -> None:
     Raises:
         MoefyError: some of them do not go together, or one lacks another.
     """
-    given = vars(args)
+    said = {name for name, value in vars(args).items() if value is not None}
     if args.against:
-        wrong = [name for name in NOT_AGAINST if given[name] is not None]
+        wrong = [name for name in NOT_AGAINST if name in said]
         if args.model is None or args.data is None:
-            raise MoefyError("--against compares a MoEfied MODEL on texts: give MODEL and --data FILE")
+            raise MoefyError("--against compares a MoEfied MODEL on texts: give MODEL and --data")
     else:
-        wrong = [name for name in AGAINST if given[name] is not None]
+        wrong = [name for name in AGAINST if name in said]
     if wrong:
         how = "do not go with" if args.against else "belong to"
         raise MoefyError(f"{', '.join(f'--{name}' for name in wrong)} {how} --against")
@@ -66,12 +69,13 @@ def check_together(args: Namespace) -> None:
 
 def side_by_side(args: Namespace) -> dict[str, Any]:
     """Time MODEL in PyTorch and in the engines of --against, on --data."""
-    numbers = {name: vars(args)[name] for name in ("max_length", "max_rows", "rounds", "seconds")}
+    numbers = {name: vars(args)[name] for name in ("max_length", "rounds", "seconds")}
     if args.generate:
         numbers |= {"prompt": args.generate[0], "new_tokens": args.generate[1]}
     if args.batch_sizes:
         numbers["batch_sizes"] = tuple(args.batch_sizes)
-    reading = Reading(args.data, **{name: value for name, value in numbers.items() if value is not None})
+    source = TextSource(args.data, **given(args, TextSource))
+    reading = Reading(source, **{name: value for name, value in numbers.items() if value is not None})
     engines = tuple(dict.fromkeys(args.against))
     return bench_against(SideBySide(args.model, engines, reading, args.dense, args.k, args.threads))
 

@@ -10,12 +10,13 @@ ratios are medians of the rounds'. Outputs are compared before anything is timed
 
 import argparse
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from ..data import TextBatches, read_texts
+from ..data import TextBatches, TextSource
 from ..hub.facts import add_facts
 from ..io import write_csv
 from ..loading import routed
@@ -28,7 +29,7 @@ def main() -> None:
     """Time a checkpoint as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--data", required=True, help="csv file with a column text, or text file with a text per line")
+    parser.add_argument("--data", required=True, help="as moefy bench --data")
     parser.add_argument("--batch", type=int, default=1, help="texts at once (default: 1)")
     parser.add_argument("--length", type=int, default=128, help="tokens of a text, at most (default: 128)")
     parser.add_argument("--new_tokens", type=int, default=0, help="generate so many (default: a forward pass)")
@@ -60,11 +61,12 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         MoefyError: the checkpoint is not MoEfied, or the texts cannot be read.
     """
-    texts = read_texts(args.data)
+    table = TextSource(args.data).open()
     names = ("masked", "cpu", "auto")
     settings = Settings(checkpoint=args.checkpoint, share=args.k, threads=args.threads, implementations=names)
     dense, model = checkpoint_models(settings)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    texts = replace(table.read(dense), targets=None)
     batches = list(TextBatches(texts, tokenizer, max_length=args.length, batch_size=args.batch))[: args.rounds]
     with threads_set(args.threads):
         models = {"dense": dense, **variants(model, names)}

@@ -1,7 +1,7 @@
 """What a user would pick instead: whole models in several engines, dense and MoEfied, in turns in one process."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,7 +40,7 @@ class SideBySide:
         MoefyError: an unknown engine, one that is not installed, a file that none reads, or a number out of range.
 
     Example:
-        >>> given = SideBySide("my-moe", ("onnxruntime",), Reading("test.csv"))
+        >>> given = SideBySide("my-moe", ("onnxruntime",), Reading(TextSource("test.csv")))
     """
 
     checkpoint: str
@@ -60,7 +60,7 @@ class SideBySide:
             raise MoefyError(f"a dense GGUF file (--dense) is for {readers}")
         reading = self.reading
         numbers = {"batch_sizes": min(reading.batch_sizes, default=0), "max_length": reading.max_length}
-        numbers |= {"max_rows": reading.max_rows or 1, "prompt": reading.prompt, "new_tokens": reading.new_tokens}
+        numbers |= {"prompt": reading.prompt, "new_tokens": reading.new_tokens}
         for name, value in numbers.items():
             if value < 1:
                 raise MoefyError(f"{name} must be positive, got {value}")
@@ -95,7 +95,7 @@ def bench_against(given: SideBySide, *, progress: bool = True) -> dict[str, Any]
         MoefyError: the checkpoint is not MoEfied, an engine cannot run it, or the texts do not suit it.
 
     Example:
-        >>> figures = bench_against(SideBySide("my-moe", ("onnxruntime",), Reading("test.csv")))
+        >>> figures = bench_against(SideBySide("my-moe", ("onnxruntime",), Reading(TextSource("test.csv"))))
         >>> print(table(figures))
     """
     engines = [PYTORCH, *(ENGINES[name] for name in given.engines)]
@@ -111,7 +111,7 @@ def bench_against(given: SideBySide, *, progress: bool = True) -> dict[str, Any]
         with torch.inference_mode():
             measure, quality = task.quality(running)
             timed = task.times(running)
-    settings = asdict(given.reading) | {"checkpoint": given.checkpoint, "threads": given.threads, "gguf": given.gguf}
+    settings = given.reading.to_dict() | {"checkpoint": given.checkpoint, "threads": given.threads, "gguf": given.gguf}
     settings |= {"kind": subject.kind, "experts": share_of(model), "selection": Section(model.config).selection}
     return {
         "settings": settings | {"quality": measure},

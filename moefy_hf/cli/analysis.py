@@ -15,7 +15,7 @@ from ..analysis.ablation import ablate, read_ablation, remove_together, split_by
 from ..analysis.measuring import measure_load
 from ..analysis.pruning import check_count, least_needed, least_used, prune
 from ..arguments import positive, share_or_count
-from ..data import TextBatches, longest_text, read_labelled, read_texts
+from ..data import TextBatches, Texts, TextTable, longest_text
 from ..errors import MoefyError
 from ..hub.facts import add_facts, read_facts
 from ..hub.push import add_license
@@ -31,6 +31,7 @@ from .common import (
     load_tokenizer,
     new_folder,
     of_model,
+    open_data,
     save_beside,
     show_table,
     text_batches,
@@ -39,11 +40,13 @@ from .common import (
 CARRIED = ("base_model", "license", "calibration")  # parts of the model card data that also hold after pruning
 
 
-def stream_of(args: Namespace, model: PreTrainedModel) -> TextStream:
-    """Return the texts of --data as a model reads them, up to --max_tokens."""
+def stream_of(args: Namespace, table: TextTable, model: PreTrainedModel, *, labels: bool) -> TextStream:
+    """Return the texts of a table as a model reads them, with class ids if wanted, up to --max_tokens."""
     tokenizer = load_tokenizer(args)
-    longest = longest_text(model, tokenizer, args.max_length)
-    return TextStream(args.data, tokenizer, model.config, max_length=longest, limit=args.max_tokens)
+    rows = table.rows(model, labels=labels, bounded=args.max_tokens is not None)
+    return TextStream(
+        rows, tokenizer, max_length=longest_text(model, tokenizer, args.max_length), limit=args.max_tokens
+    )
 
 
 def analyze_model(args: Namespace) -> dict[str, Any]:
@@ -59,11 +62,12 @@ def analyze_model(args: Namespace) -> dict[str, Any]:
     if output.exists() and not output.is_dir():
         raise MoefyError(f"{output} is a file: name a folder for the report")
     removal = read_ablation(args.removal, "title", "together") if args.removal else None
-    model = load_moefied(args)
+    table, model = open_data(args), load_moefied(args)
     trust = args.trust_remote_code
     other = load(args.compare, head=args.head, dtype=args.dtype, trust_remote_code=trust) if args.compare else None
     partitions = compare_partitions(model, other, args.seed) if other is not None else None
-    analysis = analyze(model, load_tokenizer(args), stream_of(args, model), rate=args.rate, seed=args.seed)
+    stream = stream_of(args, table, model, labels=True)
+    analysis = analyze(model, load_tokenizer(args), stream, rate=args.rate, seed=args.seed)
     facts = add_facts(args.model, analysis=analysis.summary()) if Path(args.model).is_dir() else {}
     page = write_report(
         output,
@@ -87,9 +91,13 @@ def ablate_model(args: Namespace) -> dict[str, Any]:
     if args.test and not args.together or args.other_test and not (args.test and args.other):
         raise MoefyError("--test is for --together, and --other_test is that of --other")
     check_files(args.output, plot=None)
+    files = {"task": args.data, "other": args.other, "held-out task": args.test, "held-out other": args.other_test}
+    tables = {name: open_data(args, file) for name, file in files.items() if file}
     model = load_moefied(args)
-    tasks = tasks_of(args, model, args.data, args.other)
-    held_out = tasks_of(args, model, args.test, args.other_test) if args.test else tasks
+    tasks = tasks_of(args, model, tables["task"], tables.get("other"))
+    held_out = tasks
+    if args.test:
+        held_out = tasks_of(args, model, tables["held-out task"], tables.get("held-out other"))
     experts = sum(site.act.num_experts for site in model.moe_sites())
     if max(args.together or [1]) > experts:
         raise MoefyError(f"--together {max(args.together)} is more than the {experts} experts that the model has")
@@ -105,34 +113,37 @@ def ablate_model(args: Namespace) -> dict[str, Any]:
     return result
 
 
-def tasks_of(args: Namespace, model: PreTrainedModel, path: str, other: str | None) -> dict[str, TextBatches]:
+def tasks_of(
+    args: Namespace, model: PreTrainedModel, task: TextTable, other: TextTable | None
+) -> dict[str, TextBatches]:
     """Return batches of "task" and, where there is a second task, of "other".
 
     Args:
-        args: with --topic, a class of the file; the other classes are the second task then.
+        args: with --topic, a class of the task's texts; the other classes are the second task then.
         model: that reads the texts.
-        path: the file of the task.
-        other: the file of the second task, or None.
+        task: its texts.
+        other: those of the second task, or None.
 
     Raises:
-        MoefyError: --topic of a language model, or a file that cannot be read.
+        MoefyError: --topic of a language model, or texts that cannot be read, or have no labels.
     """
-    tokenizer = load_tokenizer(args)
-
-    def batches(texts: list[str], labels: list[int] | str) -> TextBatches:
-        labels = labels if isinstance(labels, str) else labels[: args.max_texts]
-        return text_batches(args, model, tokenizer, texts[: args.max_texts], labels)
-
-    if is_causal(model):
-        if args.topic:
-            raise MoefyError("a language model has no classes: leave out --topic")
-        files = {"task": path} | ({"other": other} if other else {})
-        return {name: batches(read_texts(file), "next") for name, file in files.items()}
-    texts, labels = read_labelled(path, model.config)
-    if not args.topic:
-        tasks = {"task": batches(texts, labels)}
-        return tasks | ({"other": batches(*read_labelled(other, model.config))} if other else {})
-    return {name: batches(*part) for name, part in split_by_class(texts, labels, model.config, args.topic).items()}
+    tokenizer, language = load_tokenizer(args), is_causal(model)
+    if language and args.topic:
+        raise MoefyError("a language model has no classes: leave out --topic")
+    most = None if args.topic else args.max_texts
+    parts: dict[str, Texts] = {}
+    for name, table in {"task": task, "other": other}.items():
+        if table is not None:
+            parts[name] = table.read(model, labels=not language, most=most)
+            if not language and parts[name].labels is None:
+                raise MoefyError(table.lacking("label"))
+    if args.topic:
+        parts = split_by_class(parts["task"], model.config, args.topic)
+    labels = "next" if language else None
+    return {
+        name: text_batches(args, model, tokenizer, part.select(range(min(len(part), args.max_texts))), labels)
+        for name, part in parts.items()
+    }
 
 
 def prune_model(args: Namespace) -> dict[str, Any]:
@@ -146,14 +157,15 @@ def prune_model(args: Namespace) -> dict[str, Any]:
     if bool(args.ranking) == bool(args.data):
         raise MoefyError("give --ranking (what moefy ablate wrote) or --data (the experts that it uses least go)")
     ranking = read_ablation(args.ranking, "ranking")["ranking"] if args.ranking else None
+    data = open_data(args) if args.data else None
     model = load_moefied(args)
     check_count(model, args.count)
     if ranking is not None:
         by, experts = f"the least needed in {Path(args.ranking).name}", least_needed(model, ranking, args.count)
-    else:
-        shared = Section(model.config).shared_experts
-        by, loads = f"the least used on {Path(args.data).name}", measure_load(model, stream_of(args, model))
-        experts = least_used(loads, args.count, shared)
+    elif data is not None:
+        loads = measure_load(model, stream_of(args, data, model, labels=False))
+        by = f"the least used on {data.source.name}"
+        experts = least_used(loads, args.count, Section(model.config).shared_experts)
     size = routed(model.moe_sites()[0]).num_experts
     pruned = prune(model, experts)
     before, after = model.num_parameters(), pruned.num_parameters()
@@ -170,7 +182,7 @@ def prune_model(args: Namespace) -> dict[str, Any]:
 def add_analyze(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `moefy analyze`."""
     of_model(command, analyze_model, show_table)
-    add_data(command, required=True)
+    add_data(command, required=True, leave_out=("target_column",))
     add_budget(command)
     command.add_argument("--max_tokens", type=positive, help="stop after about so many (default: all)")
     command.add_argument("--output", required=True, help="folder for report.html, analysis.json and csv files")
@@ -182,15 +194,15 @@ def add_analyze(command: argparse.ArgumentParser) -> None:
 def add_ablate(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `moefy ablate`."""
     of_model(command, ablate_model, show_table)
-    add_data(command, required=True, help=f"the task: {DATA}")
+    add_data(command, required=True, help=f"the task: {DATA}", leave_out=("target_column",))
     add_budget(command)
     command.add_argument("--topic", help="a class of --data: what it loses, and, as the second task, all others")
-    command.add_argument("--other", metavar="FILE", help="the second task, which is to lose little")
+    command.add_argument("--other", help="the second task, as --data, which is to lose little")
     command.add_argument("--measure", type=positive, default=20, help="experts switched off one by one (default: 20)")
     command.add_argument("--together", type=positive, nargs="+", help="also switch the first so many off together")
     test = "what is measured on, instead of what experts are ranked on"
-    command.add_argument("--test", metavar="FILE", help=test)
-    command.add_argument("--other_test", metavar="FILE", help="the same for --other")
+    command.add_argument("--test", help=test)
+    command.add_argument("--other_test", help="the same for --other")
     command.add_argument("--max_texts", type=positive, default=500, help="of each file or part (default: 500)")
     command.add_argument("--output", metavar="FILE", help="JSON file that gets the figures")
 
@@ -199,7 +211,8 @@ def add_prune(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `moefy prune`."""
     of_model(command, prune_model, show_table)
     command.add_argument("output", metavar="OUTPUT", help=NEW_FOLDER)
-    add_data(command, required=False, help=f"texts, whose least used experts go: {DATA}", seed=False)
+    help = f"texts, whose least used experts go: {DATA}"
+    add_data(command, required=False, help=help, seed=False, leave_out=("label_column", "target_column"))
     add_budget(command)
     command.add_argument("--max_tokens", type=positive, help="stop after about so many (default: all)")
     command.add_argument("--count", type=positive, required=True, help="experts to take out of every layer")

@@ -9,7 +9,7 @@ from ..bench.command import run_bench
 from ..bench.engines import ENGINES
 from ..bench.ffns import TOKENS
 from ..bench.settings import BENCH_ROUTERS, DTYPES, EXPERT_SIZE, NAMES, ROUTER, SHARE
-from .common import DATA, show_table
+from .common import DATA, add_data, show_table
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -47,9 +47,7 @@ def add_against(command: argparse.ArgumentParser) -> None:
     """Add the arguments that compare engines."""
     engines = f"beside other engines, whole and in float32, on --data: {', '.join(ENGINES)}"
     command.add_argument("--against", nargs="+", choices=list(ENGINES), metavar="ENGINE", help=engines)
-    command.add_argument("--data", metavar="FILE", help=f"of --against: {DATA}")
+    add_data(command, required=False, help=f"of --against: {DATA}", seed=False, max_length=None)
     command.add_argument("--dense", metavar="GGUF", help="of --against: GGUF file of the dense model, for llama.cpp")
     sizes = "of --against: texts at once, of encoders and encoder-decoders (default: 1 8 32)"
     command.add_argument("--batch_sizes", type=positive, nargs="+", help=sizes)
-    command.add_argument("--max_length", type=positive, help="of --against: tokens of a text (default: 256)")
-    command.add_argument("--max_rows", type=positive, help="of --against: texts, at most (default: all)")

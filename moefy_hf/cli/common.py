@@ -12,8 +12,8 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..arguments import positive
-from ..data import TextBatches, decoder_start_of, longest_text
+from ..arguments import add_arguments, given, positive
+from ..data import TextBatches, Texts, TextSource, TextTable, TokenBudget, decoder_start_of, longest_text
 from ..errors import MoefyError, NotMoefied
 from ..hub.card import moefied_config
 from ..loading import MoefiedModel, check_moefied, load
@@ -21,7 +21,11 @@ from ..modeling.moefied import is_moefied
 
 logger = logging.get_logger("moefy_hf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DATA = "csv file with columns text and label, or text file with a text per line"
+DATA = (
+    "csv, tsv, json lines or parquet file, plain text with a text per line, a folder of one kind of these, - for "
+    "standard input, or a dataset of the Hub: imdb:test, owner/name:train, owner/name/config; glue/sst2 is "
+    "configuration sst2 of glue, as there is a dataset glue without an owner. Files win over datasets"
+)
 NEW_FOLDER = "folder that gets it; must not exist"
 
 
@@ -48,19 +52,40 @@ def of_model(
     return command
 
 
-def add_data(command: argparse.ArgumentParser, *, required: bool, help: str = DATA, seed: bool = True) -> None:
-    """Give a command the arguments that name texts.
+def add_data(
+    command: argparse.ArgumentParser,
+    *,
+    required: bool,
+    help: str = DATA,
+    seed: bool = True,
+    max_length: int | None = 256,
+    leave_out: tuple[str, ...] = (),
+) -> None:
+    """Give a command the arguments that name texts: the fields of `TextSource`, of which --data is the path.
 
     Args:
         command: the parser.
         required: whether --data must be given.
         help: of --data.
         seed: whether the command has --seed, which orders the texts.
+        max_length: tokens of a text by default.
+        leave_out: fields that the command has no use for.
     """
-    command.add_argument("--data", metavar="FILE", required=required, help=help)
-    command.add_argument("--max_length", type=positive, default=256, help="tokens of a text (default: 256)")
+    command.add_argument("--data", required=required, help=help)
+    tokens = "tokens of a text; longer ones are cut (default: 256)"
+    command.add_argument("--max_length", type=positive, default=max_length, help=tokens)
     if seed:
         command.add_argument("--seed", type=int, default=0, help="of the order of texts (default: 0)")
+    add_arguments(command, TextSource, ("path", *leave_out), flags=True)
+
+
+def open_data(args: Namespace, path: str | None = None) -> TextTable:
+    """Open the texts of --data, or others with the same columns.
+
+    Raises:
+        MoefyError: there are none, they cannot be read, or a column is missing.
+    """
+    return TextSource(path or args.data, **given(args, TextSource)).open()
 
 
 def add_towers(command: argparse.ArgumentParser) -> None:
@@ -140,12 +165,31 @@ def as_loaded(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def read_for_calibration(
+    args: Namespace,
+    table: TextTable,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    labels: bool = False,
+) -> Texts:
+    """Read the texts for something that uses at most so many tokens: of --streaming no more than that takes.
+
+    Raises:
+        MoefyError: what `TextTable.read` finds wrong.
+    """
+    check_reads_texts(model)
+    return table.read(
+        model, labels=labels, enough=TokenBudget(tokenizer, longest_text(model, tokenizer, args.max_length), tokens)
+    )
+
+
 def text_batches(
     args: Namespace,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    labels: list[int] | str | None = None,
+    texts: Texts,
+    labels: str | None = None,
 ) -> TextBatches:
     """Make batches of texts as a model reads them.
 
@@ -159,10 +203,7 @@ def text_batches(
     Raises:
         MoefyError: the model does not read texts.
     """
-    if model.main_input_name != "input_ids":
-        raise MoefyError(
-            f"a {model._get_name()} reads {model.main_input_name}, not texts: use moefy_hf in Python, or a recipe"
-        )
+    check_reads_texts(model)
     return TextBatches(
         texts,
         tokenizer,
@@ -171,6 +212,18 @@ def text_batches(
         seed=args.seed,
         decoder_start=decoder_start_of(model),
     )
+
+
+def check_reads_texts(model: PreTrainedModel) -> None:
+    """Check that a model reads texts.
+
+    Raises:
+        MoefyError: it does not.
+    """
+    if model.main_input_name != "input_ids":
+        raise MoefyError(
+            f"a {model._get_name()} reads {model.main_input_name}, not texts: use moefy_hf in Python, or a recipe"
+        )
 
 
 def load_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:

@@ -10,40 +10,47 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..arguments import add_arguments as add_settings
-from ..arguments import as_words, given, positive, read_yaml
+from ..arguments import as_words, given, read_yaml
 from ..config import SETTINGS, MoEficationConfig, overrule
 from ..conversion.checks import check_convertible
 from ..conversion.convert import moefy_
-from ..data import TextBatches, read_texts, split_off
+from ..data import TextBatches, TextTable, split_off
 from ..errors import MoefyError
 from ..evaluation.quality_check import QualityCheck, check_quality
 from ..hub.facts import add_facts
 from ..hub.push import add_license
 from ..io import written_whole
 from ..measure.metrics import is_causal
+from ..planning.held_out import ROWS
+from ..planning.plan import HELD_OUT
 from ..recipes import arguments as recipe_arguments
 from .common import (
     DATA,
     NEW_FOLDER,
+    add_data,
     load_model,
     load_tokenizer,
     logger,
     new_folder,
     of_model,
+    open_data,
+    read_for_calibration,
     save_beside,
     show_table,
     text_batches,
 )
+from .planned import EXIT_CODE, add_plan, found_plan, is_planned
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `moefy convert`."""
     of_model(command, convert, show_table)
-    command.add_argument("output", metavar="OUTPUT", help=NEW_FOLDER)
-    command.add_argument("--data", metavar="FILE", help=f"what splits and routers are fitted on: {DATA}")
-    command.add_argument("--max_length", type=positive, default=256, help="tokens of a text (default: 256)")
+    command.add_argument("output", metavar="OUTPUT", nargs="?", help=NEW_FOLDER)
+    help = f"what splits and routers are fitted on: {DATA}"
+    add_data(command, required=False, help=help, seed=False)
     command.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below, or a recipe's")
     command.add_argument("--force", action="store_true", help="write the model even if it is of no use as it is")
+    add_plan(command)
     add_settings(command, MoEficationConfig, flags=True)
 
 
@@ -75,31 +82,71 @@ def names_of_recipes() -> set[str]:
 def convert(args: Namespace) -> dict[str, Any]:
     """Convert MODEL, check its quality, and save it; return the report.
 
+    With a goal its settings are found first, and nothing is written where none reaches it.
+
     Raises:
-        MoefyError: what `moefy_` finds wrong, or a model that is of no use right after conversion, without --force.
+        MoefyError: what `moefy_` and `plan` find wrong, or a model that is of no use right after conversion, without
+            --force.
     """
-    output, config = new_folder(args.output), config_of(args)
+    planned, config = is_planned(args), config_of(args)
+    output = output_of(args)
     args.seed = config.seed
-    texts = read_texts(args.data) if args.data else None
+    table = open_data(args) if args.data else None
     model = load_model(args)
-    check_convertible(model, config, texts)
-    batches, held_out = None, None
-    if texts is not None:
-        tokenizer = load_tokenizer(args)
-        fit_texts, check_texts = split_off(texts)
-        batches = text_batches(args, model, tokenizer, fit_texts)
-        held_out = text_batches(args, model, tokenizer, check_texts, "next" if is_causal(model) else None)
+    check_convertible(model, config, table)
+    batches, held_out, result, speed = None, None, dict[str, Any](), None
+    if table is not None:
+        batches, held_out = batches_of(args, model, table, config, planned)
+    if planned and batches is not None and held_out is not None:
+        found = found_plan(args, model, config, batches, held_out)
+        result = {"plan": found.to_dict(), "table": f"{found.table()}\n\n{found.line()}"}
+        if found.chosen is None:
+            return result | {"exit_code": EXIT_CODE}
+        config, speed = found.chosen.settings, found.speed()
+    if output is None:
+        return result
     report = moefy_(model, config, batches)
     check, line = check_of(model, held_out)
     if check is not None and check.degenerate and not args.force:
         raise MoefyError(f"{check.message()}; nothing was written (--force writes it all the same)")
     with written_whole(output) as folder:
         save_beside(args, model, folder)
-        calibration = Path(args.data).name if texts else None
-        add_facts(folder, conversion=report, calibration=calibration, prediction=check)
+        calibration = table and table.source.name
+        add_facts(folder, conversion=report, calibration=calibration, prediction=check, speed=speed)
         add_license(folder, HfApi())
-    result = {"output": str(output), "table": f"{report.table()}\n\n{line}", **report.to_dict()}
-    return result | {"prediction": check and check.to_dict()}
+    written = {"output": str(output), "table": "\n\n".join(filter(None, (result.get("table"), report.table(), line)))}
+    return result | report.to_dict() | written | {"prediction": check and check.to_dict()}
+
+
+def output_of(args: Namespace) -> Path | None:
+    """Return the folder that is going to be made, or None where nothing is written.
+
+    Raises:
+        MoefyError: OUTPUT is missing, or exists.
+    """
+    if args.output is None and not args.dry_run:
+        raise MoefyError("OUTPUT is missing: the folder that gets the model")
+    return None if args.dry_run else new_folder(args.output)
+
+
+def batches_of(
+    args: Namespace, model: PreTrainedModel, table: TextTable, config: MoEficationConfig, planned: bool
+) -> tuple[TextBatches, TextBatches]:
+    """Read texts to fit on, and others to check quality on: a plan compares more of them, with their labels.
+
+    Raises:
+        MoefyError: what `TextTable.read` finds wrong.
+    """
+    tokenizer = load_tokenizer(args)
+    every, most = (HELD_OUT, ROWS) if planned else (20, 64)
+    tokens = config.calibration_tokens * every // (every - 1) + 1  # with those that are held out
+    texts = read_for_calibration(args, table, model, tokenizer, tokens, labels=planned)
+    if planned and args.validation:
+        others = open_data(args, args.validation).read(model, labels=True, most=ROWS)
+    else:
+        texts, others = split_off(texts, every, most)
+    made = text_batches(args, model, tokenizer, texts)
+    return made, text_batches(args, model, tokenizer, others, "next" if is_causal(model) else None)
 
 
 def check_of(model: PreTrainedModel, held_out: TextBatches | None) -> tuple[QualityCheck | None, str]:

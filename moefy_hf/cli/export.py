@@ -5,14 +5,13 @@ import contextlib
 import json
 from argparse import Namespace
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
 from ..arguments import share_or_count
 from ..conversion.adapters import permute_adapter
-from ..data import read_texts
 from ..errors import MoefyError
 from ..exporters.export import export, export_gguf
 from ..exporters.formats import EXPORT_FORMATS
@@ -20,7 +19,17 @@ from ..exporters.onnx_export import FACTS
 from ..exporters.onnx_times import times_line
 from ..loading import check_moefied, load
 from ..modeling.moefied import is_moefied
-from .common import DATA, NEW_FOLDER, add_data, load_tokenizer, new_folder, of_model, show_output, text_batches
+from .common import (
+    DATA,
+    NEW_FOLDER,
+    add_data,
+    load_tokenizer,
+    new_folder,
+    of_model,
+    open_data,
+    show_output,
+    text_batches,
+)
 
 
 def add_export(command: argparse.ArgumentParser) -> None:
@@ -35,7 +44,7 @@ def add_export(command: argparse.ArgumentParser) -> None:
     help = "with --to onnx: do not time the graphs against the dense model's, which takes as long as writing them"
     command.add_argument("--no_timing", action="store_true", help=help)
     help = f"with --to onnx: texts on which it is compared with MODEL (default: random inputs); {DATA}"
-    add_data(command, required=False, help=help)
+    add_data(command, required=False, help=help, leave_out=("label_column", "target_column"))
 
 
 def add_adapter(command: argparse.ArgumentParser) -> None:
@@ -50,7 +59,7 @@ def export_model(args: Namespace) -> dict[str, Any]:
     output = new_folder(args.output)
     if args.to != "onnx" and (args.int8 or args.data or args.no_timing):
         raise MoefyError("--int8, --data and --no_timing belong to --to onnx")
-    texts = read_texts(args.data) if args.data else None
+    table = open_data(args) if args.data else None
     # on the CPU, where it is written from
     trust = args.trust_remote_code
     model = load(args.model, args.revision, head=args.head, dtype=args.dtype, trust_remote_code=trust)
@@ -61,8 +70,9 @@ def export_model(args: Namespace) -> dict[str, Any]:
     tokenizer = tokenizer_or_none(args)
     if args.to != "onnx":
         return {"output": str(export(model, output, args.to, tokenizer=tokenizer, dense=args.dense))}
-    if texts and tokenizer is None:
+    if table and tokenizer is None:
         raise MoefyError(f"{args.model} has no tokenizer, which --data needs")
+    texts = replace(table.read(model), targets=None) if table else None  # graphs are given what a decoder reads
     batches = text_batches(args, model, tokenizer, texts) if texts and tokenizer else None
     options = {"int8": args.int8, "batches": batches, "timing": not args.no_timing}
     export(model, output, "onnx", tokenizer=tokenizer or image_processor(args), **options)

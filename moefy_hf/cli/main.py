@@ -13,6 +13,7 @@ COMMANDS = {  # in the order of work: where its arguments are, which take torch 
     "convert": ("convert:add_arguments", "Split a dense model's FFNs and fit routers."),
     "train": ("train:add_arguments", "Fine-tune, convert, recover and measure a model on a task, in one run."),
     "sweep": ("sweep:add_arguments", "Quality against compute of a MoEfied model, beside its dense self."),
+    "eval": ("eval_tasks:add_arguments", "Benchmark tasks of lm-eval, at one budget or several."),
     "card": ("hub:add_card", "Write the card of a MoEfied checkpoint's folder."),
     "push": ("hub:add_push", "Verify a MoEfied checkpoint's folder and upload it."),
     "export": ("export:add_export", "Write a MoEfied model as a served architecture, or for ONNX Runtime."),
@@ -25,6 +26,7 @@ COMMANDS = {  # in the order of work: where its arguments are, which take torch 
         "Time dense FFNs or models against the selected experts alone, on the CPU.",
     ),
     "kernels": ("kernels:add_arguments", "The compiled kernel of this machine's CPU."),
+    "env": ("env:add_arguments", "Versions, processor, kernel and accelerator: what a bug report needs."),
 }
 RENAMED = {  # flag of version 0.1 -> what it is now; gone with the next release
     "--texts": "--data",
@@ -37,13 +39,17 @@ RENAMED = {  # flag of version 0.1 -> what it is now; gone with the next release
 EXAMPLES = """examples:
   moefy inspect google-bert/bert-base-uncased
   moefy profile HuggingFaceTB/SmolLM2-135M --data train.txt --ppl 1
-  moefy convert HuggingFaceTB/SmolLM2-135M smol-moe --data train.txt --expert_size 8 --k 0.75
+  moefy convert my-classifier my-classifier-moe --data train.csv --validation validation.csv --quality 0.99 --batch 32
+  moefy convert my-classifier my-classifier-moe --data train.csv --speedup 1.5 --runtime onnxruntime
+  moefy convert HuggingFaceTB/SmolLM2-135M --data train.txt --quality 1.05 --dry_run
+  moefy convert HuggingFaceTB/SmolLM2-135M smol-moe --data train.txt --expert_size 8 --k 0.9
   moefy convert my-model my-moe --data train.csv --config settings.yaml --k 0.3
   moefy convert my-model my-moe --splitter parameter_clustering --router similarity --allocation uniform
   moefy train classification --config settings.yaml --k 0.3
   moefy sweep smol-moe --data held_out.txt --k 0.5 0.75 --controls oracle wina --calibration train.txt
   moefy sweep my-classifier-moe --data test.csv --plot quality.png
   moefy sweep my-classifier-moe --data test.csv --quality 0.98
+  moefy eval smol-moe --tasks hellaswag arc_easy --k 0.25 0.5 --batch_size 8
   moefy analyze my-classifier-moe --data test.csv --output report
   moefy ablate my-classifier-moe --data validation.csv --topic sports --together 2 4 8 --test test.csv
   moefy prune my-classifier-moe my-smaller-moe --count 12 --data train.csv
@@ -54,12 +60,14 @@ EXAMPLES = """examples:
   moefy bench my-classifier-moe --data test.csv --against onnxruntime onnxruntime-int8 torchao-int8
   moefy bench smol-moe --dtype bfloat16 --plot speed.png
   moefy kernels info
+  moefy env
   moefy export smol-moe smol-granitemoe --k 0.25 --dtype float32
   moefy export smol-moe smol-dense --to dense
   moefy export smol-moe smol-moe.gguf --to gguf --dense smol-dense.gguf
   moefy permute-adapter smol-moe my-lora my-lora-for-smol-moe
 
-MODEL is a Hub id or a local directory. Exit code 2: something about the input, said in one line."""
+MODEL is a Hub id or a local directory. Exit code 2: something about the input, said in one line; 3: a plan found
+nothing that is worth it."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -77,8 +85,11 @@ def main(arguments: list[str] | None = None) -> None:
     except (MoefyError, OSError) as error:  # what users can mend; anything else is a bug and shows its traceback
         print(f"moefy {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    if result is not None:  # one of several processes has none
-        print(json.dumps(result, indent=1) if args.json else args.show(result))
+    if result is None:  # one of several processes has nothing to say
+        return
+    print(json.dumps(result, indent=1) if args.json else args.show(result))
+    if result.get("exit_code"):
+        sys.exit(result["exit_code"])
 
 
 def renamed(arguments: list[str]) -> list[str]:

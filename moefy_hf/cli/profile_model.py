@@ -7,20 +7,29 @@ from typing import Any
 
 from ..arguments import positive
 from ..config import MoEficationConfig
-from ..data import read_texts
 from ..errors import MoefyError
 from ..measure.metrics import is_causal
 from ..measure.profile import profile
 from ..measure.sparsity import cett_curves, ppl_activation
 from ..measure.sparsity_table import describe_ffn, profile_table
 from ..modeling.ffn_sites import find_sites
-from .common import add_data, add_towers, load_model, load_tokenizer, of_model, show_table, text_batches
+from .common import (
+    add_data,
+    add_towers,
+    load_model,
+    load_tokenizer,
+    of_model,
+    open_data,
+    read_for_calibration,
+    show_table,
+    text_batches,
+)
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `moefy profile`."""
     of_model(command, profile_model, show_table)
-    add_data(command, required=True)
+    add_data(command, required=True, leave_out=("label_column",))
     tokens = MoEficationConfig.calibration_tokens
     command.add_argument(
         "--calibration_tokens", type=positive, default=tokens, help=f"use at most so many (default: {tokens})"
@@ -42,8 +51,9 @@ def profile_model(args: Namespace) -> dict[str, Any]:
     """
     if args.ppl is not None and not args.ppl > 0:
         raise MoefyError(f"--ppl is a growth in percent, more than 0: got {args.ppl}")
-    texts = read_texts(args.data)
+    table = open_data(args)
     model, tokenizer = load_model(args), load_tokenizer(args)
+    texts = read_for_calibration(args, table, model, tokenizer, args.calibration_tokens)
     batches = text_batches(args, model, tokenizer, texts)
     if args.ppl is not None and not is_causal(model):
         raise MoefyError(f"--ppl needs a language model, whose labels are the texts; {model._get_name()} is none")

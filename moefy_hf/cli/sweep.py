@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..arguments import share_or_count
 from ..conversion.thresholds import calibrate_thresholds_
-from ..data import TextBatches, read_labelled, read_texts
+from ..data import TextBatches
 from ..errors import MoefyError
 from ..evaluation.controls import BASELINES, CONTROLS, check_control
 from ..evaluation.search import search, share_within
@@ -20,9 +20,19 @@ from ..measure.metrics import is_causal
 from ..modeling.section import Section
 from ..modeling.selection import SELECTIONS
 from ..modeling.selection_config import setting_name
-from .common import DATA, add_data, check_is_moefied, load_model, load_tokenizer, of_model, show_table, text_batches
+from .common import (
+    DATA,
+    add_data,
+    check_is_moefied,
+    load_model,
+    load_tokenizer,
+    of_model,
+    open_data,
+    show_table,
+    text_batches,
+)
 
-MEASURES = "accuracy of a csv file's labels; of a language model perplexity; else agreement with the dense model"
+MEASURES = "accuracy with labels or targets; of a language model perplexity; else agreement with the dense model"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -41,7 +51,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--controls", nargs="*", default=["oracle", "random"], help=f"of {known}")
     command.add_argument(
         "--calibration",
-        metavar="FILE",
         help=f"other texts, as --data, for the thresholds of {', '.join(BASELINES)}, and for what selections other "
         "than top_k compute, where the model does not know",
     )
@@ -57,16 +66,15 @@ def sweep(args: Namespace) -> dict[str, Any]:
         NotMoefied: MODEL is dense.
     """
     check_arguments(args)
-    calibration = read_texts(args.calibration) if args.calibration else None
-    texts = read_texts(args.data)
+    tables = [open_data(args, path) for path in (args.data, args.calibration) if path]
     model = load_model(args)
-    check_model(args, model)
-    labels: list[int] | str | None = "next" if is_causal(model) else None
-    if labels is None and Path(args.data).suffix.lower() == ".csv":
-        texts, labels = read_labelled(args.data, model.config)
+    check_is_moefied(args, model)
     tokenizer = load_tokenizer(args)
-    batches = text_batches(args, model, tokenizer, texts, labels)
-    others = text_batches(args, model, tokenizer, calibration) if calibration else None
+    texts = tables[0].read(model, labels=True)
+    if model.config.is_encoder_decoder and model.can_generate() and texts.targets is None:
+        raise MoefyError(tables[0].lacking("target"))
+    batches = text_batches(args, model, tokenizer, texts, "next" if is_causal(model) else None)
+    others = text_batches(args, model, tokenizer, tables[1].read(model)) if args.calibration else None
     selection, known = Section(model.config).selection, Section(model.config).thresholds
     budgeted = "k" in selection or args.quality is not None
     kinds = args.selections or [selection["type"] if budgeted else selection]
@@ -79,7 +87,7 @@ def sweep(args: Namespace) -> dict[str, Any]:
     shares = [share_within(model, flops) for flops in args.flops] if args.flops else args.k
     result = evaluate(model, batches, shares, controls=args.controls, selections=kinds, calibration=others)
     if Path(args.model).is_dir():
-        add_facts(args.model, sweep=result, evaluation=Path(args.data).name)
+        add_facts(args.model, sweep=result, evaluation=tables[0].source.name)
     write(args, result)
     return {"table": result.table(), **result.to_dict()}
 
@@ -95,20 +103,6 @@ def check_arguments(args: Namespace) -> None:
     check_files(args.output, plot=args.plot)
     if not args.calibration and set(args.controls) & set(BASELINES):
         raise MoefyError(f"{', '.join(BASELINES)} set thresholds on other texts: give --calibration")
-
-
-def check_model(args: Namespace, model: PreTrainedModel) -> None:
-    """Check that a model can be measured on texts.
-
-    Raises:
-        NotMoefied: it is dense.
-        MoefyError: it is an encoder-decoder that needs labels.
-    """
-    check_is_moefied(args, model)
-    if model.config.is_encoder_decoder and not model._get_name().endswith("Classification"):
-        raise MoefyError(
-            "texts alone are no data for an encoder-decoder: use moefy_hf.evaluate on batches with labels"
-        )
 
 
 def searched(args: Namespace, model: PreTrainedModel, batches: TextBatches, kinds: list[str]) -> dict[str, Any]:

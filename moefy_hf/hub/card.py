@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import logging
 
 from ..errors import MoefyError, NotMoefied
+from ..evaluation.benchmarks import Benchmarks
 from ..evaluation.plots import allocation_words, plot_experts
 from ..evaluation.sweep import Sweep
 from ..io import is_hub_id, write_whole
@@ -80,6 +81,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, revision: str | N
         sweep=sweep and sweep.table(),
         quality=sweep and sweep.facts["quality"],
         evaluation=data_of(facts.get("evaluation")),
+        benchmarks=Benchmarks(**facts["benchmarks"]) if "benchmarks" in facts else None,
         plot=PLOT if (folder / PLOT).exists() else None,
         conversion=report and report.table(),
         analysis=facts.get("analysis") and analysis_table(facts["analysis"]),

@@ -23,6 +23,7 @@ PARTS = {
     "training": "{setting: value} of training after conversion",
     "evaluation": "{'data': name, 'split': name}: what the sweep was measured on",
     "sweep": "a Sweep: quality against compute",
+    "benchmarks": "a Benchmarks: scores of lm-eval's tasks",
     "analysis": "what `moefy analyze` found, in short: {'facts': ..., 'specialisation': ..., 'strongest': ...}",
     "pruning": "{'pruned': experts taken out of each layer, 'experts': that each had, 'by': how they were chosen}",
     "speed": "{'hardware': what, 'rows': [{column: figure}, ...]}: measured against dense",
@@ -86,7 +87,9 @@ def as_json(parts: Mapping[str, Any]) -> dict[str, Any]:
             value = {"data": value}
         if value is not None:
             kind = str if name in ("base_model", "license") else Mapping
-            whole = name != "sweep" or isinstance(value, Mapping) and {"rows", "facts"} <= value.keys()
+            whole = (
+                name not in ("sweep", "benchmarks") or isinstance(value, Mapping) and {"rows", "facts"} <= value.keys()
+            )
             if not isinstance(value, kind) or not whole:
                 raise MoefyError(f"{name} must be {PARTS[name]}; got {value!r:.80}")
             stored[name] = value

@@ -19,14 +19,15 @@ from ..loading import check_moefied
 from ..measure.metrics import is_adapted
 from ..modeling.section import Section
 from .card import is_rendered, known_facts, moefied_config, write_card
+from .eval_results import FOLDER as EVAL_RESULTS
 from .facts import add_facts, as_json
 from .verification import verify
 
 logger = logging.get_logger("moefy_hf")
 
-# hidden files, and what a Trainer adds to a checkpoint; some of it has tokens and paths of this machine
+# what a Trainer adds to a checkpoint, some of it with tokens and paths of this machine; `upload` adds hidden files
 LEFT_OUT = [
-    *(".*", "**/.*", "__pycache__/*", "*.tmp", "checkpoint-*/*", "runs/*", "optimizer*", "scheduler.pt", "scaler.pt"),
+    *("**/.*", "__pycache__/*", "*.tmp", "checkpoint-*/*", "runs/*", "optimizer*", "scheduler.pt", "scaler.pt"),
     *("rng_state*", "trainer_state.json", "training_args.bin", "global_step*", "latest", "zero_to_fp32.py"),
     "pytorch_model_fsdp*",
 ]
@@ -263,6 +264,7 @@ def upload(api: HfApi, folder: Path, destination: Destination) -> CommitInfo:
         PushError: the upload failed; the message has the command that continues it.
     """
     repo_id, branch = destination.repo_id, destination.branch
+    hidden = [f"{path.name}{'/' * path.is_dir()}" for path in folder.glob(".*") if path.name != EVAL_RESULTS]
     try:
         renew_card(api, folder, repo_id, branch)
         api.create_repo(repo_id, private=destination.private, exist_ok=True)
@@ -274,7 +276,7 @@ def upload(api: HfApi, folder: Path, destination: Destination) -> CommitInfo:
             commit_message=destination.message,
             revision=branch,
             create_pr=destination.create_pr,
-            ignore_patterns=LEFT_OUT,
+            ignore_patterns=[*LEFT_OUT, *hidden],
             delete_patterns=WEIGHTS,
         )
     except Exception as error:  # of the network, in whatever words

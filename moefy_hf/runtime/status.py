@@ -8,6 +8,8 @@ from moefy_ffn import ACTIVATIONS, BuildError, build
 from ..errors import MoefyError
 from .backends import BACKENDS
 
+INSTRUCTION_SETS = ("avx", "amx", "fma", "sve", "asimd", "bf16", "i8mm")  # how those begin that matter here
+
 
 def kernels_info() -> dict[str, Any]:
     """Return which implementations can run here, and the facts of the C++ kernel; nothing is compiled."""
@@ -17,7 +19,7 @@ def kernels_info() -> dict[str, Any]:
         "compiler": None,
         "version": None,
         "flags": list(build.FLAGS),
-        "processor": build.processor().partition(":")[2].split(),
+        "processor": processor_flags(),
         "activations": list(ACTIVATIONS),
         "cache": str(build.cache_directory()),
         "file": None,
@@ -28,6 +30,19 @@ def kernels_info() -> dict[str, Any]:
         size = path.stat().st_size if path.exists() else None
         info |= {"compiler": build.compiler(), "version": build.compiler_version(), "file": str(path), "bytes": size}
     return info
+
+
+def instruction_sets() -> list[str]:
+    """Return the processor's instruction sets that matter for matrices: AVX2, AVX-512, VNNI, bf16, AMX, NEON, SVE.
+
+    Names are those of the operating system, which on ARM calls NEON asimd. None are known outside of Linux.
+    """
+    return [name for name in processor_flags() if name.startswith(INSTRUCTION_SETS)]
+
+
+def processor_flags() -> list[str]:
+    """Return all that the operating system says the processor knows; nothing outside of Linux."""
+    return build.processor().partition(":")[2].split()
 
 
 def kernels_build(force: bool = False) -> dict[str, Any]:
@@ -60,9 +75,7 @@ def show_info(info: dict[str, Any]) -> str:
     facts = {
         "compiler": info["compiler"] and f"{info['compiler']} ({info['version']})",
         "flags": " ".join(info["flags"]),
-        "instruction sets": " ".join(
-            name for name in info["processor"] if name.startswith(("avx", "amx", "fma", "sve"))
-        ),
+        "instruction sets": " ".join(instruction_sets()),
         "activations": ", ".join(info["activations"]),
         "cache": info["cache"],
         "file": info["file"] and f"{info['file']} ({size})",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -20,6 +20,7 @@ from ..modeling.moefied import is_moefied
 from ..modeling.section import ALL_EXPERTS, Section
 from ..modeling.selection_config import count_experts, per_layer
 from .distributed import check_optimizer, replace_section_, split_everywhere_
+from .figures import FiguresCallback
 from .monitor import RoutingMonitor
 from .schedule import TARGET, Phase, Timetable, as_dicts, make_schedule
 from .trainer_tools import announce, preserve_random_state, refuse_sharded, track_hooks, training_batches
@@ -27,7 +28,7 @@ from .trainer_tools import announce, preserve_random_state, refuse_sharded, trac
 logger = logging.get_logger("moefy_hf")
 
 
-class MoEficationCallback(TrainerCallback, ExportableState):
+class MoEficationCallback(FiguresCallback, ExportableState):
     """MoEfies a model while a Trainer trains it.
 
     When the Trainer is made, routers that select every expert are put into the model, which computes what it did
@@ -121,6 +122,7 @@ class MoEficationCallback(TrainerCallback, ExportableState):
         self.section = Section(model.config).values
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
+        super().on_train_begin(args, state, control)
         model = unwrapped(model)
         if not is_moefied(model):
             raise MoefyError(
@@ -177,14 +179,12 @@ class MoEficationCallback(TrainerCallback, ExportableState):
             Section.of_values(self.section).splits = splits_due
         self.select(model, timetable.share(state.global_step, self.configured_share(model)))
 
-    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
-        if logs is not None and "loss" in logs:
-            figures = self.monitor.figures()
-            if self.follows:
-                step = max(state.global_step - 1, 0)  # the last one that was taken
-                figures["moe_phase"] = Timetable(self.phases, state.max_steps).at(step) + 1
-            logs.update(figures)
-            state.log_history[-1].update(figures)  # written before callbacks are asked
+    def figures(self, args, state) -> dict[str, float]:
+        figures = self.monitor.figures()
+        if self.follows:
+            step = max(state.global_step - 1, 0)  # the last one that was taken
+            figures["moe_phase"] = Timetable(self.phases, state.max_steps).at(step) + 1
+        return figures
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         model = unwrapped(model)

@@ -122,12 +122,10 @@ class LearnedSelectionCallback(ExtraLossCallback):
         if model is not None and self.timetable.at(max(state.global_step - 1, 0)) + 1 < len(self.phases):
             logger.warning("training ended in its first stage: the model was not trained with the experts it selects")
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        super().on_log(args, state, control, logs=logs, **kwargs)
-        if logs is not None and "loss" in logs and self.shares:
-            logs["moe_experts"] = float(self.share_sum) / self.shares
-            state.log_history[-1]["moe_experts"] = logs["moe_experts"]
-            self.share_sum, self.shares = torch.zeros(()), 0
+    def figures(self, args, state) -> dict[str, float]:
+        share = {"moe_experts": float(self.share_sum) / self.shares} if self.shares else {}
+        self.share_sum, self.shares = torch.zeros(()), 0
+        return super().figures(args, state) | share
 
     # ---- what the events do
 

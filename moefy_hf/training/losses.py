@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from ..errors import MoefyError
+from .figures import FiguresCallback
 from .trainer_tools import track_hooks
 
 
-class ExtraLossCallback(TrainerCallback):
+class ExtraLossCallback(FiguresCallback):
     """Adds `weight` times a value to the training loss, and logs that value as `name`.
 
     It is added to the loss that the model itself returns, so loss scaling and DDP treat it as part of that loss. Over
@@ -53,6 +54,7 @@ class ExtraLossCallback(TrainerCallback):
         raise NotImplementedError
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control)
         if args.n_gpu > 1:
             raise MoefyError(f"{self.name} does not work with DataParallel: use torchrun, or one GPU")
         self.on_train_end(args, state, control)
@@ -68,11 +70,10 @@ class ExtraLossCallback(TrainerCallback):
         self.handles, self.batch = [], {}
         self.begin()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs is not None and self.steps and "loss" in logs:
-            logs[self.name] = float(self.logged) / self.steps
-            state.log_history[-1][self.name] = logs[self.name]  # written before callbacks are asked
-            self.logged, self.steps = torch.zeros(()), 0
+    def figures(self, args, state) -> dict[str, float]:
+        figures = {self.name: float(self.logged) / self.steps} if self.steps else {}
+        self.logged, self.steps = torch.zeros(()), 0
+        return figures
 
     def _start(self, model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
         self.batch, self.running = kwargs, True

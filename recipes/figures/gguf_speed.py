@@ -28,6 +28,7 @@ from moefy_hf.bench.engines.pytorch import TorchLanguageModel
 from moefy_hf.bench.tasks import Reading
 from moefy_hf.bench.tasks.language_models import LanguageTask, first
 from moefy_hf.bench.timing import against, hardware, quartiles
+from moefy_hf.data import TextSource
 from moefy_hf.errors import MoefyError
 from moefy_hf.exporters.export import export_gguf
 from moefy_hf.io import check_files, markdown, write_whole
@@ -74,7 +75,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: a checkpoint is not MoEfied, or cannot be exported.
     """
     models = {name: check_moefied(load(name, dtype="float32").eval()) for name in args.moefied}
-    reading = Reading(args.texts, prompt=64, new_tokens=32, rounds=args.rounds, max_rows=args.rows)
+    reading = Reading(TextSource(args.texts, max_rows=args.rows), prompt=64, new_tokens=32, rounds=args.rounds)
     one = next(iter(models.values()))
     task = LanguageTask(reading, one, AutoTokenizer.from_pretrained(args.moefied[0]))
     if sum(map(len, task.ids)) < PROMPTS * reading.prompt:

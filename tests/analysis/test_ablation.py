@@ -8,6 +8,7 @@ from tiny import convert, distance, run, tiny_inputs, tiny_model
 
 from moefy_hf.analysis import ablate, remove_together
 from moefy_hf.analysis.ablation import by_layer, estimated_effects, measure_task, ranked, split_by_class
+from moefy_hf.data import Texts
 
 
 @pytest.fixture
@@ -92,9 +93,9 @@ def test_bad_input(model):
 
 def test_a_class_and_the_others(model):
     names = list(model.config.id2label.values())
-    parts = split_by_class(["a", "b", "c"], [1, 0, 1], model.config, names[1])
-    assert parts == {"task": (["a", "c"], [1, 1]), "other": (["b"], [0])}
+    parts = split_by_class(Texts(["a", "b", "c"], labels=[1, 0, 1]), model.config, names[1])
+    assert parts == {"task": Texts(["a", "c"], labels=[1, 1]), "other": Texts(["b"], labels=[0])}
     with pytest.raises(ValueError, match=f"unknown class 'x'; choose from {names[0]}"):
-        split_by_class(["a"], [0], model.config, "x")
+        split_by_class(Texts(["a"], labels=[0]), model.config, "x")
     with pytest.raises(ValueError, match="and of others"):
-        split_by_class(["a"], [0], model.config, names[0])
+        split_by_class(Texts(["a"], labels=[0]), model.config, names[0])

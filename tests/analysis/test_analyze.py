@@ -13,10 +13,14 @@ from moefy_hf import MoEficationConfig
 from moefy_hf.analysis import Analysis, TextStream, analyze
 from moefy_hf.analysis.measuring import measure, measure_load, survey_texts
 from moefy_hf.conversion.pipeline import install_routers_
+from moefy_hf.data import TextSource
+
+pytestmark = pytest.mark.xdist_group("analyze")  # what its fixtures make is made once
 
 
 def stream(path: str, model, **settings) -> TextStream:
-    return TextStream(path, number_tokenizer(), model.config, **{"max_length": 16, "batch_size": 8, **settings})
+    rows = TextSource(path).open().rows(model, labels=True)
+    return TextStream(rows, number_tokenizer(), **{"max_length": 16, "batch_size": 8, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +149,8 @@ def test_bad_input(model, tmp_path):
         analyze(t5, tokenizer, stream(path, model))
     with pytest.raises(ValueError, match="is no file"):
         stream(str(tmp_path / "nothing.csv"), model)
-    (tmp_path / "columns.csv").write_text("text,topic\na,b\n")
-    with pytest.raises(ValueError, match="has no column label; it has text, topic"):
+    (tmp_path / "columns.csv").write_text("topic,other\na,b\n")
+    with pytest.raises(ValueError, match="has no column text; it has topic, other"):
         stream(str(tmp_path / "columns.csv"), model)
     (tmp_path / "label.csv").write_text("text,label\n5,LABEL_7\n")
     with pytest.raises(ValueError, match="row 1 has label 'LABEL_7', which is none of LABEL_0"):

@@ -10,6 +10,9 @@ from planted import CLASS, EXPERT, LAYER, TOKEN, number_tokenizer, planted_model
 
 from moefy_hf.analysis import TextStream, analyze, write_report
 from moefy_hf.analysis.report import as_csv, embedded
+from moefy_hf.data import TextSource
+
+pytestmark = pytest.mark.xdist_group("report")  # what its fixtures make is made once
 
 pytest.importorskip("plotly", reason="needs plotly: pip install 'moefy-hf[report]'")
 
@@ -26,11 +29,15 @@ REMOVAL["rows"].append({"experts off": 4, "a": 0.1, "random: a": 0.8})
 PARTITIONS = [{"name": "layer", "matched_cosine": 1.0, "agreement": 0.5, "random": 0.0}]
 
 
+def stream_of(path: str, model) -> TextStream:
+    return TextStream(TextSource(path).open().rows(model, labels=True), number_tokenizer())
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     model = planted_model()
     path = write_texts(tmp_path_factory.mktemp("texts") / "</script>.csv".replace("/", "_"), 600)
-    return analyze(model, number_tokenizer(), TextStream(path, number_tokenizer(), model.config), progress=False)
+    return analyze(model, number_tokenizer(), stream_of(path, model), progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +143,7 @@ def check_themes_and_downloads(browser) -> None:
 def test_texts_without_classes(tmp_path):
     model = planted_model()
     (tmp_path / "texts.txt").write_text("\n".join(["5 6 7 42 8"] * 30))
-    stream = TextStream(str(tmp_path / "texts.txt"), number_tokenizer(), model.config)
+    stream = stream_of(str(tmp_path / "texts.txt"), model)
     page = write_report(tmp_path / "report", analyze(model, number_tokenizer(), stream, progress=False))
     with chromium() as browser:
         browser.get(page.as_uri())

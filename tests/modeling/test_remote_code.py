@@ -31,6 +31,8 @@ sys.modules["moefy_hf"] = None  # importing it fails
 import torch
 import transformers
 
+pytestmark = pytest.mark.xdist_group("remote_code")  # what its fixtures make is made once
+
 for name, head in json.load(open("asked.json")).items():
     found = {}
     for auto in (head, "AutoModel"):

@@ -3,14 +3,13 @@
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...data import TextBatches, decoder_start_of, longest_text, read_texts
+from ...data import CutTexts, TextBatches, Texts, TextSource, decoder_start_of, longest_text
 from ...errors import MoefyError
 from ...measure.batches import check_batch
 from ..engines.base import Batch
@@ -24,22 +23,25 @@ class Reading:
     """How texts are read.
 
     Args:
-        data: csv file with columns text and label, or text file with a text per line.
+        data: where they come from.
         batch_sizes: texts at once, of encoders and encoder-decoders.
         max_length: tokens of a text.
-        max_rows: texts, at most; None: all.
         prompt, new_tokens: what a language model reads, and how many tokens it or an encoder-decoder writes.
         rounds, seconds: as in `Settings`, for each figure.
     """
 
-    data: str
+    data: TextSource
     batch_sizes: tuple[int, ...] = (1, 8, 32)
     max_length: int = 256
-    max_rows: int | None = None
     prompt: int = 64
     new_tokens: int = 32
     rounds: int = 40
     seconds: float = 300
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what rows depend on, for the record: "data" is the name of the texts."""
+        source = {name: value for name, value in asdict(self.data).items() if value and name != "path"}
+        return asdict(self) | source | {"data": self.data.name}
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Task(ABC):
         progress: whether bars are shown.
 
     Attributes:
+        texts: that were read, with class ids or targets where there are some.
         batches: of texts, without labels, on which models are tried.
 
     Raises:
@@ -81,13 +84,15 @@ class Task(ABC):
             raise MoefyError(f"a {model._get_name()} reads {model.main_input_name}, and --data are texts")
         self.reading, self.model, self.tokenizer, self.progress = reading, model, tokenizer, progress
         self.max_length = longest_text(model, tokenizer, reading.max_length)
+        self.texts = reading.data.open().read(model, labels=True)
+        self.cut = CutTexts(tokenizer, self.max_length)
         self.read()
         for batch in self.batches:
             check_batch(model, batch)
 
     @abstractmethod
     def read(self) -> None:
-        """Read the data."""
+        """Tokenise the texts."""
 
     @property
     @abstractmethod
@@ -106,25 +111,23 @@ class Task(ABC):
     def times(self, running: Mapping[str, Any]) -> list[Timed]:
         """Time the models in turns."""
 
-    def texts(self) -> list[str]:
-        """Return the texts, as many as are wanted."""
-        return read_texts(self.reading.data)[: self.reading.max_rows]
-
-    def in_batches(self, texts: list[str], size: int, labels: list[int] | None = None) -> TextBatches:
+    def in_batches(self, texts: Texts, size: int) -> TextBatches:
         """Return texts in batches of a size, as the model reads them."""
         start = None if self.model.can_generate() else decoder_start_of(self.model)
-        length, tokenizer = self.max_length, self.tokenizer
-        return TextBatches(texts, tokenizer, labels=labels, max_length=length, batch_size=size, decoder_start=start)
+        length, cut = self.max_length, self.cut
+        return TextBatches(texts, self.tokenizer, max_length=length, batch_size=size, decoder_start=start, cut=cut)
 
-    def full_batches(self, texts: list[str], size: int) -> list[Batch]:
+    def full_batches(self, size: int) -> list[Batch]:
         """Return whole batches of a size, as many as rounds want.
 
         Raises:
             MoefyError: there are fewer texts than one batch takes.
         """
-        if len(texts) < size:
-            raise MoefyError(f"{self.reading.data} has {len(texts)} texts, too few for a batch of {size}")
-        return list(self.in_batches(texts[: size * min(self.reading.rounds, len(texts) // size)], size))
+        count = len(self.texts)
+        if count < size:
+            raise MoefyError(f"{self.reading.data.name} has {count} texts, too few for a batch of {size}")
+        texts = self.texts.select(range(size * min(self.reading.rounds, count // size)))
+        return list(self.in_batches(replace(texts, labels=None, targets=None), size))
 
     def turns(self, title: str, work: Sequence[Mapping[str, Call]]) -> dict[str, list[float]]:
         """Time calls in turns, after each was made once."""
@@ -136,11 +139,6 @@ class Task(ABC):
     def bar(self, items: Sequence[Any], title: str = "quality") -> Any:
         """Return the items, with a progress bar."""
         return tqdm(items, desc=title, disable=not self.progress, leave=False)
-
-
-def is_csv(path: str) -> bool:
-    """Return whether a file has columns."""
-    return Path(path).suffix.lower() == ".csv"
 
 
 def unlabelled(batch: Batch) -> Batch:

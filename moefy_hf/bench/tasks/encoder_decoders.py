@@ -1,24 +1,20 @@
 """An encoder-decoder's pass over a text, and what it writes."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
-from ...data import csv_rows
 from ..engines.base import Batch, EncoderDecoder
-from .base import CHECKED_AT_ONCE, Task, Timed, is_csv, median_tokens, unlabelled
+from .base import CHECKED_AT_ONCE, Task, Timed, median_tokens, unlabelled
 
 
 class EncoderDecoderTask(Task):
-    """A pass of the encoder, and generation: exact matches with labels, else with what the dense model writes."""
+    """A pass of the encoder, and generation: exact matches with targets, else with what the dense model writes."""
 
     def read(self) -> None:
-        given, self.targets = self.reading, list[str]()
-        texts = self.texts()
-        if is_csv(given.data):
-            rows = [row for row in csv_rows(given.data, {"text"}) if (row["text"] or "").strip()][: given.max_rows]
-            self.targets = [(row.get("label") or "").strip() for row in rows]
-        self.numbered = list(self.in_batches(texts, CHECKED_AT_ONCE, list(range(len(texts)))))
-        self.sized = {size: self.full_batches(texts, size) for size in given.batch_sizes}
+        numbered = replace(self.texts, labels=list(range(len(self.texts))), targets=None)
+        self.numbered = list(self.in_batches(numbered, CHECKED_AT_ONCE))
+        self.sized = {size: self.full_batches(size) for size in self.reading.batch_sizes}
 
     @property
     def batches(self) -> list[Batch]:
@@ -32,10 +28,11 @@ class EncoderDecoderTask(Task):
                 ids = model.generate(unlabelled(batch), self.reading.new_tokens)
                 found[name] += [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
         right = next(iter(found.values()))
-        if any(self.targets):
-            right = [self.targets[row] for batch in numbered for row in batch["labels"].tolist()]
+        targets = self.texts.targets
+        if targets is not None:
+            right = [targets[row] for batch in numbered for row in batch["labels"].tolist()]
         shares = {name: sum(map(str.__eq__, texts, right)) / len(right) for name, texts in found.items()}
-        return "exact match" if any(self.targets) else "agreement", shares
+        return "exact match" if targets is not None else "agreement", shares
 
     def times(self, running: Mapping[str, EncoderDecoder]) -> list[Timed]:
         found, new = [], self.reading.new_tokens

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...data import read_labelled
 from ...measure.metrics import Quality, counted
 from ..engines.base import Batch, Encoder
-from .base import CHECKED_AT_ONCE, Task, Timed, is_csv, median_tokens, unlabelled
+from .base import CHECKED_AT_ONCE, Task, Timed, median_tokens, unlabelled
 
 
 class Cosine:
@@ -32,14 +31,8 @@ class EncoderTask(Task):
     """A forward pass: accuracy where classes are known, else how alike best guesses or hidden states are to dense."""
 
     def read(self) -> None:
-        given, labels = self.reading, None
-        if self.model._get_name().endswith("SequenceClassification") and is_csv(given.data):
-            texts, labels = read_labelled(given.data, self.model.config)
-            texts, labels = texts[: given.max_rows], labels[: given.max_rows]
-        else:
-            texts = self.texts()
-        self.labelled = list(self.in_batches(texts, CHECKED_AT_ONCE, labels))
-        self.sized = {size: self.full_batches(texts, size) for size in given.batch_sizes}
+        self.labelled = list(self.in_batches(self.texts, CHECKED_AT_ONCE))
+        self.sized = {size: self.full_batches(size) for size in self.reading.batch_sizes}
 
     @property
     def batches(self) -> list[Batch]:

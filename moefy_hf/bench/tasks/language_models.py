@@ -17,13 +17,15 @@ class LanguageTask(Task):
 
     def read(self) -> None:
         limits = {"truncation": True, "max_length": self.max_length}
-        self.ids = [torch.tensor(self.tokenizer(text, **limits)["input_ids"]) for text in self.texts()]
-        self.ids = [ids for ids in self.ids if len(ids) > 1]
+        found = self.tokenizer(self.texts.texts, self.texts.pairs, **limits)["input_ids"]
+        with self.cut:
+            self.cut.count(self.texts, [len(ids) for ids in found])
+        self.ids = [torch.tensor(ids) for ids in found if len(ids) > 1]
         size, rounds = self.reading.prompt, self.reading.rounds
         stream = torch.cat(self.ids or [torch.tensor([], dtype=torch.long)])
         self.prompts = stream[: len(stream) // size * size].view(-1, size)[:rounds]
         if not len(self.prompts):
-            raise MoefyError(f"{self.reading.data} has {len(stream)} tokens, too few for a prompt of {size}")
+            raise MoefyError(f"{self.reading.data.name} has {len(stream)} tokens, too few for a prompt of {size}")
 
     @property
     def batches(self) -> list[Batch]:

@@ -1,0 +1,20 @@
+"""Texts out of files, standard input and datasets, as model-ready batches."""
+
+from .batches import CutTexts, TextBatches, TokenBudget, decoder_start_of, longest_text, padding
+from .tables import TextRows, TextSource, TextTable
+from .texts import Row, Texts, split_off
+
+__all__ = [
+    "CutTexts",
+    "Row",
+    "TextBatches",
+    "TextRows",
+    "TextSource",
+    "TextTable",
+    "Texts",
+    "TokenBudget",
+    "decoder_start_of",
+    "longest_text",
+    "padding",
+    "split_off",
+]

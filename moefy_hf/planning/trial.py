@@ -1,0 +1,198 @@
+"""One conversion of a plan: made on a copy of the model, timed and compared at several budgets."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..bench.models import variants
+from ..config import MoEficationConfig
+from ..conversion.convert import moefy_
+from ..errors import MoefyError
+from ..evaluation.quality_check import share_of
+from ..loading import check_moefied, routed
+from ..measure.profile import ModelProfile
+from .clock import Clock, Speed
+from .held_out import PERPLEXITY, HeldOut, Relative
+
+COARSE, FINE = 16, 48  # steps of the share of the experts, where speed and where quality is searched
+SURE = 3  # standard errors by which a quality is better than what is asked for: of many budgets one looks so by luck
+CLEAR = 3  # standard errors from where a decision turns
+FAST_ENOUGH = 1.1  # times as fast as dense: less is not worth a conversion
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a conversion must reach.
+
+    Args:
+        quality: relative to the dense model: accuracy, agreement or cosine of at least this, in (0, 1]; perplexity of
+            at most this, 1 or more. None: whatever it is at the speed.
+        speedup: times as fast as the dense model, at least.
+
+    Raises:
+        MoefyError: neither is given, or a speed-up of 1 or less.
+    """
+
+    quality: float | None = None
+    speedup: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.quality is None and self.speedup is None:
+            raise MoefyError("a plan needs a goal: a quality, or a speed-up")
+        if self.speedup is not None and self.speedup <= 1:
+            raise MoefyError(f"a speed-up of {self.speedup:g} is no goal: it must be more than 1")
+
+    def check(self, measure: str) -> None:
+        """Check that the quality is one of what is measured.
+
+        Raises:
+            MoefyError: it is out of range.
+        """
+        if self.quality is None:
+            return
+        if measure == PERPLEXITY and not self.quality >= 1:
+            raise MoefyError(f"a perplexity of {self.quality:g} of dense is no target: it must be 1 or more")
+        if measure != PERPLEXITY and not 0 < self.quality <= 1:
+            raise MoefyError(f"{self.quality:g} of the dense {measure} is no target: it must lie in (0, 1]")
+
+    def fast(self, speed: Speed) -> bool:
+        """Return whether a model is fast enough."""
+        return speed.ratio >= (self.speedup or FAST_ENOUGH)
+
+    def good(self, found: Relative, measure: str) -> bool:
+        """Return whether a quality is enough, whatever the rows that it was measured on."""
+        return self.quality is None or self.margin(found, measure) >= SURE
+
+    def clear(self, found: Relative, measure: str) -> bool:
+        """Return whether more rows would hardly change what `good` says."""
+        return self.quality is None or abs(self.margin(found, measure) - SURE) >= CLEAR
+
+    def margin(self, found: Relative, measure: str) -> float:
+        """Return by how many standard errors a quality is better than the one that is asked for."""
+        better = found.value - (self.quality or 0)
+        better = -better if measure == PERPLEXITY else better
+        return better / max(found.error, 1e-12)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of a candidate.
+
+    Attributes:
+        candidate: its name.
+        settings: of `MoEficationConfig`, with the budget that was found.
+        experts: share of them that is computed.
+        quality: relative to dense.
+        speed: beside dense.
+        reached: whether this is what was asked for.
+        refused: why it could not be tried, else None.
+    """
+
+    candidate: str
+    settings: MoEficationConfig
+    experts: float | None = None
+    quality: Relative | None = None
+    speed: Speed | None = None
+    reached: bool = False
+    refused: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON."""
+        return asdict(self)
+
+
+class Trial:
+    """A candidate that was made, and is measured at one share of its experts after another.
+
+    Args:
+        model: the dense one, which stays as it is.
+        config: how it is converted.
+        profile: of it.
+        clock, held_out: what measures it.
+
+    Raises:
+        MoefyError: it cannot be converted so, or does not run in the runtime.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: MoEficationConfig,
+        profile: ModelProfile,
+        clock: Clock,
+        held_out: HeldOut,
+        progress: bool = True,
+    ):
+        copied = copy.deepcopy(model)
+        moefy_(copied, config, profile, progress=progress)
+        self.masked = check_moefied(copied.eval())
+        clock.check(self.masked)
+        (self.auto,) = variants(self.masked, ("auto",)).values()
+        self.clock, self.held_out, self.progress = clock, held_out, progress
+        self.least = 1 / min(routed(site).num_experts for site in self.masked.moe_sites())
+        self.speed, self.quality = cache(self._speed), cache(self._quality)
+
+    def at(self, share: float) -> None:
+        """Compute a share of the experts from here on."""
+        for model in (self.masked, self.auto):
+            model.set_selection(k=share)
+
+    def _speed(self, share: float) -> Speed:
+        self.at(share)
+        return self.clock.speed(self.masked, self.auto)
+
+    def _quality(self, share: float) -> Relative:
+        self.at(share)
+        with torch.inference_mode():
+            return self.held_out.relative(self.auto, self.progress)
+
+    def good(self, share: float, goal: Goal) -> bool:
+        """Return whether quality is enough, from as many rows as it takes to see that."""
+        self.at(share)
+        measure = self.held_out.measure
+        clear = lambda found: goal.clear(found, measure)  # noqa: E731
+        with torch.inference_mode():
+            return goal.good(self.held_out.relative(self.auto, self.progress, clear), measure)
+
+    def experts(self, share: float) -> float:
+        """Return the share of the experts that is computed, where that asked for is not a whole number of them."""
+        self.at(share)
+        return share_of(self.masked)
+
+    def search(self, goal: Goal) -> tuple[float, bool]:
+        """Find the budget: the most experts that are fast enough and, if a quality is asked for, the fewest below that
+        are good enough.
+
+        Returns:
+            the share of the experts, and whether the goal is reached there.
+        """
+        lowest = max(1 / COARSE, self.least)
+        if not goal.fast(self.speed(lowest)):
+            return lowest, False
+        most = boundary(lambda share: goal.fast(self.speed(share)), lowest, 1.0, 1 / COARSE)
+        good = cache(lambda share: self.good(share, goal))
+        if not good(most):
+            return most, False
+        if goal.quality is None or good(lowest):
+            return (most if goal.quality is None else lowest), True
+        return boundary(good, most, lowest, 1 / FINE), True
+
+
+def boundary(holds: Callable[[float], bool], inside: float, outside: float, step: float) -> float:
+    """Return by bisection how far something holds.
+
+    Args:
+        holds: whether it does at a number.
+        inside: where it does.
+        outside: where it does not, or is not asked.
+        step: how near the result comes to where it no longer does.
+    """
+    while abs(outside - inside) > step:
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if holds(middle) else (inside, middle)
+    return inside
