@@ -93,7 +93,8 @@ def convert(args: Namespace) -> dict[str, Any]:
     args.seed = config.seed
     table = open_data(args) if args.data else None
     model = load_model(args)
-    check_convertible(model, config, table)
+    if not planned:  # a plan has settings of its own
+        check_convertible(model, config, table)
     batches, held_out, result, speed = None, None, dict[str, Any](), None
     if table is not None:
         batches, held_out = batches_of(args, model, table, config, planned)

@@ -8,19 +8,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..arguments import given, positive
-from ..bench.engines import ENGINES
-from ..config import MoEficationConfig
+from ..arguments import given, positive, read_yaml
+from ..config import SETTINGS, MoEficationConfig
 from ..data import TextBatches
 from ..errors import MoefyError
 from ..planning.candidates import CANDIDATES, NAMES, Candidate, candidates_for
-from ..planning.clock import Load
-from ..planning.plan import Plan, plan
+from ..planning.clock import RUNTIMES, Load
+from ..planning.plan import TOKENS, Plan, plan
 from ..planning.trial import FAST_ENOUGH, Goal
 
 EXIT_CODE = 3  # of a plan that chose nothing
 KEPT = ("towers", "layers", "seed", "calibration_tokens", "allocation")  # settings that every candidate has
-PLANS = ("validation", "method", "speedup", "dense", "dry_run")  # arguments that are of no use without a goal
+PLANS = ("validation", "runtime", "batch", "threads", "seconds", "method", "dense", "dry_run")  # of a plan alone
 
 
 def add_plan(command: argparse.ArgumentParser) -> None:
@@ -34,11 +33,10 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     group.add_argument("--speedup", type=float, help=fast)
     rows = "as --data: rows that quality is measured on (default: every fourth of --data)"
     group.add_argument("--validation", metavar="FILE", help=rows)
-    load = Load()
-    group.add_argument("--runtime", default=load.runtime, choices=["pytorch", *ENGINES], help="that runs it later")
-    group.add_argument("--batch", type=positive, default=load.batch, help="texts at once (default: 1)")
+    group.add_argument("--runtime", choices=[*RUNTIMES], help="that runs it later (default: pytorch)")
+    group.add_argument("--batch", type=positive, help="texts at once (default: 1)")
     group.add_argument("--threads", type=positive, help="of the CPU (default: all cores)")
-    group.add_argument("--seconds", type=float, default=load.seconds, help="for each timing (default: 6)")
+    group.add_argument("--seconds", type=float, help="for each timing (default: 6)")
     group.add_argument("--dense", metavar="FILE", help="the dense model's GGUF file, for llama.cpp")
     methods = "; ".join(f"{each.name}: {each.reason}" for each in CANDIDATES)
     group.add_argument("--method", nargs="+", choices=NAMES, metavar="NAME", help=f"try these alone. {methods}")
@@ -52,7 +50,7 @@ def is_planned(args: Namespace) -> bool:
         MoefyError: none, and arguments of a plan; or a goal, and a budget or no data.
     """
     if args.quality is None and args.speedup is None:
-        useless = [f"--{name}" for name in PLANS if vars(args)[name]]
+        useless = [f"--{name}" for name in PLANS if vars(args)[name] not in (None, False)]
         if useless:
             raise MoefyError(f"{', '.join(useless)} are for a plan: give --quality or --speedup")
         return False
@@ -65,22 +63,33 @@ def is_planned(args: Namespace) -> bool:
 
 
 def load_of(args: Namespace) -> Load:
-    """Return what is timed."""
-    threads = args.threads or torch.get_num_threads()
-    return Load(args.runtime, args.batch, threads=threads, seconds=args.seconds, gguf=args.dense)
+    """Return what is timed.
+
+    Raises:
+        MoefyError: as `Load`.
+    """
+    names = {"runtime": "runtime", "batch": "batch", "threads": "threads", "seconds": "seconds", "dense": "gguf"}
+    said = {field: vars(args)[name] for name, field in names.items() if vars(args)[name] is not None}
+    return Load(**{"threads": torch.get_num_threads(), **said})
 
 
 def found_plan(
     args: Namespace, model: PreTrainedModel, config: MoEficationConfig, batches: TextBatches, held_out: TextBatches
 ) -> Plan:
-    """Plan a conversion: of --method, of the settings on the command line, or of whatever suits the model."""
-    tried = candidates_for(model, config, tuple(args.method or ()))
-    said = {name: value for name, value in given(args, MoEficationConfig).items() if name not in KEPT}
-    if said or args.config:
+    """Plan a conversion: of --method, of the settings that were given, or of whatever suits the model.
+
+    Raises:
+        MoefyError: as `plan`, or both a method and settings.
+    """
+    said = {*given(args, MoEficationConfig), *(read_yaml(args.config) if args.config else ())}
+    if "calibration_tokens" not in said:
+        config = replace(config, calibration_tokens=TOKENS)
+    tried = candidates_for(model, config, tuple(args.method)) if args.method else None
+    if own := [name for name in SETTINGS if name in said and name not in (*KEPT, "k", "threshold")]:
         if args.method:
-            raise MoefyError(f"--method has settings of its own: leave out {', '.join(said) or '--config'}")
+            raise MoefyError(f"--method has settings of its own: leave out {', '.join(own)}")
         settings = {name: value for name, value in vars(config).items() if name not in (*KEPT, "k", "threshold")}
-        tried = [Candidate("as given", settings, "", "the settings on the command line", "")]
+        tried = [Candidate("as given", settings, "", "the settings that were given", "")]
     goal: dict[str, Any] = {"quality": args.quality, "speedup": args.speedup}
-    found = plan(model, batches, held_out, load=load_of(args), config=config, candidates=tried, **goal)
+    found = plan(model.to("cpu"), batches, held_out, load=load_of(args), config=config, candidates=tried, **goal)  # type: ignore[arg-type]
     return replace(found, validated=bool(args.validation))

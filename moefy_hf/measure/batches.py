@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 from ..errors import MoefyError
 
+LABELS = ("label", "start_positions", "end_positions")  # words in the names of labels
+
 
 def check_batch(model: PreTrainedModel, batch: Any) -> None:
     """Check that a model can run on a batch.
@@ -37,6 +39,17 @@ def check_batch(model: PreTrainedModel, batch: Any) -> None:
             f"the tokenizer gave token id {largest}, and the model has embeddings of {known} tokens: use its own "
             "tokenizer, or model.resize_token_embeddings(len(tokenizer)) and save it first"
         )
+
+
+def unlabelled(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a batch but those that models compute a loss of."""
+    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value) and value.dim()}
+    return {name: value for name, value in tensors.items() if not any(word in name for word in LABELS)}
+
+
+def rows_in(batch: Mapping[str, Any]) -> int:
+    """Return the number of rows of a batch."""
+    return len(next(value for value in batch.values() if torch.is_tensor(value) and value.dim()))
 
 
 def embeddings_of(model: PreTrainedModel) -> int | None:

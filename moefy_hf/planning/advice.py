@@ -5,13 +5,11 @@ import copy
 from transformers import PreTrainedModel
 
 from ..bench.engines import ENGINES
-from ..bench.engines.base import LANGUAGE_MODEL
+from ..bench.engines.base import ENCODER_DECODER, LANGUAGE_MODEL, kind_of
 from ..config import MoEficationConfig
 from ..conversion.convert import moefy_
-from ..errors import MoefyError
 from ..loading import check_moefied
-from ..modeling.ffn_sites import find_sites
-from .candidates import RELU, activation_of
+from .candidates import RELU, activation_of, converted_sites
 from .clock import Clock
 
 UNFITTED = MoEficationConfig(splitter="random", router="random", allocation="uniform", num_experts=1)
@@ -20,7 +18,6 @@ TASKS = {  # end of a class' name -> the task of `moefy train`
     "ForTokenClassification": "token_classification",
     "ForQuestionAnswering": "question_answering",
     "ForImageClassification": "image_classification",
-    "ForConditionalGeneration": "seq2seq",
     "ForCausalLM": "causal_lm",
     "LMHeadModel": "causal_lm",
 }
@@ -34,13 +31,15 @@ def advice_of(model: PreTrainedModel, clock: Clock, config: MoEficationConfig) -
         clock: that timed what became of it.
         config: which of its FFNs were converted.
     """
-    found = [training_line(model, activation_of(find_sites(model, config.towers)) == RELU)]
+    found = [training_line(model, activation_of(converted_sites(model, config)) == RELU)]
     return found + eight_bits(model, clock)
 
 
 def training_line(model: PreTrainedModel, relu: bool) -> str:
     """Return what training could do."""
     task = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None)
+    if kind_of(model) == ENCODER_DECODER:
+        task = "seq2seq"
     name = model.name_or_path or "MODEL"
     if task is None:
         return "fine-tune it for a task with ReLU and a sparsity penalty (moefy train), then convert"
@@ -65,6 +64,6 @@ def eight_bits(model: PreTrainedModel, clock: Clock) -> list[str]:
         moefy_(masked, UNFITTED, progress=False)
         ENGINES[name].check(check_moefied(masked), clock.load.gguf)
         speed = clock.dense_elsewhere(ENGINES[name], check_moefied(masked))
-    except MoefyError as error:
+    except Exception as error:  # whatever a runtime finds: the plan is made, and is not to be lost
         return [f"eight bits alone, without experts; not measured: {error}"]
     return [f"eight bits alone: the dense model in {name} is {speed.ratio:.2f} times as fast as in PyTorch here"]

@@ -12,6 +12,7 @@ from ..bench.engines.base import LANGUAGE_MODEL, kind_of
 from ..config import MoEficationConfig
 from ..errors import MoefyError
 from ..modeling.ffn_sites import FfnSite, find_sites
+from ..modeling.install import selected_sites
 
 FEWEST = 4  # experts: of fewer hardly any can be left out
 RELU, SMOOTH = "relu", "smooth"  # activations that are zero below zero, and others
@@ -23,7 +24,7 @@ class Candidate:
 
     Attributes:
         name: of it.
-        settings: of `MoEficationConfig`, without a budget. `expert_size` is the size that is wanted.
+        settings: of `MoEficationConfig`, without a budget. Of `CANDIDATES`, `expert_size` is the size that is wanted.
         activation: which it suits, `RELU` or `SMOOTH`.
         reason, source: why it is tried.
     """
@@ -90,8 +91,13 @@ def candidates_for(model: PreTrainedModel, config: MoEficationConfig, names: tup
         raise MoefyError(f"unknown method {', '.join(unknown)}; choose from {', '.join(NAMES)}")
     if names:
         return [each for each in CANDIDATES if each.name in names]
-    activation = activation_of(find_sites(model, config.towers))
+    activation = activation_of(converted_sites(model, config))
     return [each for each in CANDIDATES if each.activation == activation]
+
+
+def converted_sites(model: PreTrainedModel, config: MoEficationConfig) -> list[FfnSite]:
+    """Return the FFNs that are converted."""
+    return selected_sites(find_sites(model, config.towers), config.layers)
 
 
 def activation_of(sites: list[FfnSite]) -> str:
@@ -115,8 +121,9 @@ def config_of(
     kept = ("towers", "layers", "seed", "calibration_tokens")
     settings: dict[str, Any] = {name: getattr(config, name) for name in kept}
     settings |= {"allocation": allocation_of(model, config), "k": share, **candidate.settings}
-    sizes = [site.sizes[1] for site in find_sites(model, config.towers)]
-    settings["expert_size"] = nearest_divisor(gcd(*sizes), settings["expert_size"])
+    if candidate in CANDIDATES:
+        widths = [site.sizes[1] for site in converted_sites(model, config)]
+        settings["expert_size"] = nearest_divisor(gcd(*widths), settings["expert_size"])
     return MoEficationConfig(**settings)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..bench.engines import ENGINES, PYTORCH
@@ -17,6 +17,7 @@ from ..bench.tasks.language_models import continued, first
 from ..bench.timing import Call, against, quartiles, take_turns, threads_set
 from ..errors import MoefyError
 from ..loading import MoefiedModel
+from ..measure.batches import rows_in, unlabelled
 from ..measure.contexts import all_experts
 
 RUNTIMES: dict[str, Engine] = {"pytorch": PYTORCH, **ENGINES}
@@ -88,6 +89,8 @@ class Clock:
         self.engine, self.kind = RUNTIMES[load.runtime], kind_of(dense)
         if self.kind not in self.engine.kinds:
             raise MoefyError(f"{load.runtime} runs {' and '.join(self.engine.kinds)}s, not a {dense._get_name()}")
+        if next(dense.parameters()).device.type != "cpu":
+            raise MoefyError(f"plans are timed on the CPU, the model is on {next(dense.parameters()).device}")
         if self.engine.reads_gguf and load.gguf is None:
             raise MoefyError(f"{load.runtime} needs the dense model's GGUF file (--dense)")
         if self.kind == LANGUAGE_MODEL and load.batch > 1:
@@ -162,16 +165,15 @@ class Clock:
 
 def as_read(batch: Mapping[str, Any], kind: str) -> Batch:
     """Return the tensors of a batch that a kind of model reads: no labels, and nothing that it writes itself."""
-    left = ("label", "decoder_") if kind == ENCODER_DECODER else ("label",)
-    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
-    return {name: value for name, value in tensors.items() if not name.startswith(left)}
+    writes = kind == ENCODER_DECODER
+    return {name: each for name, each in unlabelled(batch).items() if not (writes and name.startswith("decoder_"))}
 
 
 def rows_of(batches: Sequence[Mapping[str, Any]], kind: str) -> Iterator[Batch]:
     """Return the rows of batches, without padding."""
     for batch in batches:
         given = as_read(batch, kind)
-        for row in range(len(next(iter(given.values())))):
+        for row in range(rows_in(given)):
             values = {name: value[row] for name, value in given.items()}
             for side in ("", "decoder_"):
                 if f"{side}attention_mask" in values:
@@ -197,14 +199,9 @@ def rebatched(model: PreTrainedModel, size: int, batches: Sequence[Mapping[str, 
 def padded(rows: Sequence[Batch], config: Any) -> Batch:
     """Return rows as a batch, padded behind."""
     found = {}
-    for name, value in rows[0].items():
+    for name in set.intersection(*(set(row) for row in rows)):
         fill = getattr(config, "pad_token_id", None) or 0 if name.endswith("input_ids") else 0
-        longest = max(len(row[name]) if value.dim() else 0 for row in rows)
-        same = [
-            F.pad(row[name], (0, longest - len(row[name])), value=fill) if value.dim() == 1 else row[name]
-            for row in rows
-        ]
-        found[name] = torch.stack(same)
+        found[name] = pad_sequence([row[name] for row in rows], batch_first=True, padding_value=fill)
     return found
 
 

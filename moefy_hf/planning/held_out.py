@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 from ..bench.tasks.encoders import has_head, states
 from ..errors import MoefyError
-from ..measure.batches import check_batch
+from ..measure.batches import check_batch, rows_in
 from ..measure.contexts import evaluating
 from ..measure.metrics import OVERFLOW, counted, is_causal, usable
 
 ROWS, POSITIONS = 1024, 4096  # no further rows are read after so many
-TOKENS, IMAGES = 512, 16  # that are compared at once
-LEAST = 8  # parts that are read however clear it is
+TOKENS, IMAGES = 256, 16  # that are compared at once
+LEAST, SOON = 8, 256  # rows without which nothing is sure, and positions that are read however clear it is
 ACCURACY, PERPLEXITY, AGREEMENT, COSINE = "accuracy", "perplexity", "agreement", "cosine"
 
 
@@ -28,7 +28,7 @@ class Relative:
 
     Attributes:
         value: 1 is dense. Of a perplexity less is better.
-        error: its standard error, parts of some hundred tokens being independent.
+        error: its standard error, rows being independent.
     """
 
     value: float
@@ -66,12 +66,14 @@ class HeldOut:
                 self.measure = self.measure or measure
                 self.batches.append(batch)
                 self.known.append(self.compared_with(given, labels))
-                rows, self.positions = rows + len(next(iter(batch.values()))), self.positions + len(given)
+                rows, self.positions = rows + rows_in(batch), self.positions + len(given)
                 bar.update(len(given))
-                if rows >= ROWS or self.positions >= POSITIONS:
+                if rows >= LEAST and (rows >= ROWS or self.positions >= POSITIONS):
                     break
         if not self.positions:
             raise MoefyError("there are no held-out rows to measure quality on, or all their labels are -100")
+        if rows < LEAST:
+            raise MoefyError(f"{rows} held-out rows are too few to say how sure a quality is: give {LEAST} or more")
         mean = float(torch.cat(self.known).float().mean()) if self.labelled else 1.0
         self.dense = math.exp(-mean) if self.measure == PERPLEXITY else mean
         if not self.dense:
@@ -114,17 +116,19 @@ class HeldOut:
             progress: whether a bar is shown.
             until: no further rows are read once this is true of what was found.
         """
-        sums, counts = [], []
+        sums: list[float] = []
+        counts: list[int] = []
         paired = zip(self.batches, self.known, strict=True)
         bar = tqdm(paired, "quality", len(self.known), unit="part", disable=not progress, leave=False)
         with evaluating(model), bar:
             for batch, known in bar:
                 given, labels, _ = read(model, batch)
                 scores = self.scores(given, labels, known)
-                before = known if self.labelled else torch.ones_like(scores)
-                sums.append(float((scores - before).double().sum()))
-                counts.append(len(scores))
-                if len(sums) >= LEAST and until(self.summed(sums, counts)):
+                worse = (scores - (known if self.labelled else torch.ones_like(scores))).double()
+                alone = len(worse) == rows_in(batch)  # what is compared of a row is independent of other rows alone
+                sums += worse.tolist() if alone else [float(worse.sum())]
+                counts += [1] * len(worse) if alone else [len(worse)]
+                if sum(counts) >= SOON and len(sums) >= LEAST and until(self.summed(sums, counts)):
                     break
         return self.summed(sums, counts)
 
@@ -132,8 +136,8 @@ class HeldOut:
         """Return the quality that differences of scores amount to.
 
         Args:
-            sums: of each part, over its positions.
-            counts: its positions.
+            sums: of rows, or of parts with several positions per row.
+            counts: positions of each.
         """
         mean, parts = sum(sums) / sum(counts), len(sums)
         off = sum((each - mean * count) ** 2 for each, count in zip(sums, counts, strict=True))
@@ -147,15 +151,13 @@ class HeldOut:
 
 
 def parts_of(model: PreTrainedModel, batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Return a batch in parts of some hundred tokens, whose scatter says how sure a mean is."""
+    """Return a batch in parts of few rows, whose scatter says how sure a mean is."""
     check_batch(model, batch)
-    size = len(next(value for value in batch.values() if torch.is_tensor(value)))
-    rows = max(1, TOKENS // batch["input_ids"].shape[-1]) if "input_ids" in batch else IMAGES
+    size, length = rows_in(batch), batch["input_ids"].shape[-1] if "input_ids" in batch else 0
+    rows = max(1, TOKENS // length) if length else IMAGES
+    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value) and value.shape[:1] == (size,)}
     for start in range(0, size, rows):
-        yield {
-            name: value[start : start + rows] if torch.is_tensor(value) and value.shape[:1] == (size,) else value
-            for name, value in batch.items()
-        }
+        yield {**batch, **{name: value[start : start + rows] for name, value in tensors.items()}}
 
 
 @torch.no_grad()

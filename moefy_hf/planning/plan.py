@@ -14,14 +14,17 @@ from ..conversion.checks import check_convertible
 from ..errors import MoefyError
 from ..io import markdown
 from ..measure.contexts import evaluating
-from ..measure.profile import ModelProfile, profile
+from ..measure.profile import profile
+from ..modeling.moefied import is_moefied
 from .advice import advice_of
 from .candidates import Candidate, candidates_for, config_of
 from .clock import Clock, Load
 from .held_out import PERPLEXITY, HeldOut, Relative
-from .trial import FAST_ENOUGH, SURE, Goal, Row, Trial
+from .trial import FAST_ENOUGH, SURE, Goal, Made, Row, Trial
 
 HELD_OUT = 4  # every fourth batch, where no others are given
+NOT_SURE = "not sure"  # good enough, but not by so much that other rows would say so, too
+TOKENS = 16_384  # that are calibrated on: enough to compare candidates
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Plan:
             return "reached"
         assert row.speed and row.quality  # those of a row that was tried
         near = self.goal.good(Relative(row.quality.value, 0.0), self.measure)
-        return "not sure: more held-out rows would tell" if near and self.goal.fast(row.speed) else "not reached"
+        return NOT_SURE if near and self.goal.fast(row.speed) else "not reached"
 
     @property
     def title(self) -> str:
@@ -89,7 +92,8 @@ class Plan:
         if not self.validated:
             dense += ". They are of the data that was fitted on: a model that was trained on it looks better there"
         if self.chosen is None:
-            return "\n".join([f"{dense}. Nothing here {self.asked()}.", *(f"- {each}" for each in self.advice)])
+            sure = "surely " if any(self.verdict(row) == NOT_SURE for row in self.rows if row.speed) else ""
+            return "\n".join([f"{dense}. Nothing here {sure}{self.asked()}.", *(f"- {each}" for each in self.advice)])
         row, others = self.chosen, sum(each.reached for each in self.rows) - 1
         best = "the fastest" if self.goal.quality is not None else "the best"
         why = f"{best} of {others + 1} that reach the goal" if others else "the only one that reaches the goal"
@@ -105,7 +109,7 @@ class Plan:
         if self.goal.quality is None:
             return speed
         at = "at most" if self.measure == PERPLEXITY else "at least"
-        return f"{speed} at {at} {self.goal.quality:g} of the dense {self.measure}"
+        return f"{speed} and keeps {at} {self.goal.quality:g} of the dense {self.measure}"
 
     def timed(self) -> str:
         """Return what was timed."""
@@ -155,37 +159,76 @@ def plan(
             where perplexity does (language models with labels).
         speedup: times as fast as dense, at least; 1.1 where a quality is given alone.
         load: what is timed; one text at once in PyTorch on all of torch's threads by default.
-        config: what is converted (`towers`, `layers`), `allocation`, `seed` and `calibration_tokens`.
+        config: what is converted (`towers`, `layers`), `allocation`, `seed` and `calibration_tokens` (16,384 by
+            default).
         candidates: what is tried, instead of what suits the model.
 
     Raises:
-        MoefyError: no goal, one out of range, a model that cannot be converted, or data that do not suit it.
+        MoefyError: no goal, one out of range, a model that no candidate can convert or that is not on the CPU, or data
+            that do not suit it.
 
     Example:
         >>> found = plan(model, batches, quality=0.99, load=Load(batch=32))
         >>> print(found.table())
     """
-    goal, config = Goal(quality, speedup), config or MoEficationConfig()
+    goal, config = Goal(quality, speedup), config or MoEficationConfig(calibration_tokens=TOKENS)
     load = load or Load(threads=torch.get_num_threads())
-    tried: dict[str, tuple[str, MoEficationConfig]] = {}  # what a small model makes one candidate of is tried once
-    for each in candidates_for(model, config) if candidates is None else candidates:
-        settings = config_of(each, model, config, 1.0)
-        check_convertible(model, settings, data)
-        tried.setdefault(str(settings), (each.name, settings))
-    fitted, held = (data, list(validation)) if validation is not None else parted(list(data))
+    tried, refused = settings_of(model, config, candidates, data)
+    fitted, held = (data, validation) if validation is not None else parted(list(data))
     with evaluating(model):
         held_out = HeldOut(model, held, progress)
         goal.check(held_out.measure)
         clock = Clock(load, model, held_out.batches, progress)
-        which: dict[str, Any] = {"towers": config.towers, "layers": config.layers}
-        tokens = config.calibration_tokens
-        bar = tqdm(tried.values(), "candidates", disable=not progress, leave=False)
-        with profile(model, fitted, max_tokens=tokens, progress=progress, **which) as found:
-            rows = [tried_row(model, name, settings, found, clock, held_out, goal, progress) for name, settings in bar]
+        which: dict[str, Any] = {"towers": config.towers, "layers": config.layers, "progress": progress}
+        bar = tqdm(tried.items(), "candidates", disable=not progress, leave=False)
+        with profile(model, fitted, max_tokens=config.calibration_tokens, **which) as found:
+            made = Made(model, found, clock, held_out, progress)
+            rows = [tried_row(made, name, settings, goal) for name, settings in bar] + refused
+        check_tried(rows)
         chosen = best_of(rows, goal, held_out.measure)
         advice = [] if chosen else advice_of(model, clock, config)
     measured = held_out.measure, held_out.dense, held_out.positions, validation is not None
     return Plan(rows, chosen, goal, load, *measured, hardware(), advice)
+
+
+def settings_of(
+    model: PreTrainedModel,
+    config: MoEficationConfig,
+    candidates: Sequence[Candidate] | None,
+    data: Iterable[Mapping[str, Any]],
+) -> tuple[dict[str, MoEficationConfig], list[Row]]:
+    """Return how each candidate is converted, and a row for each that cannot be.
+
+    Raises:
+        MoefyError: the model cannot be converted at all.
+    """
+    if is_moefied(model):
+        check_convertible(model, config, data)
+    tried: dict[str, MoEficationConfig] = {}
+    refused = []
+    for each in candidates_for(model, config) if candidates is None else candidates:
+        settings = config_of(each, model, config, 1.0)
+        try:
+            check_convertible(model, settings, data)
+        except MoefyError as error:
+            refused.append(Row(each.name, settings, refused=str(error)))
+        else:
+            if settings not in tried.values():  # of a small model two sizes may be one
+                tried[each.name] = settings
+    if not tried:
+        check_tried(refused)
+    return tried, refused
+
+
+def check_tried(rows: Sequence[Row]) -> None:
+    """Check that something was tried.
+
+    Raises:
+        MoefyError: nothing was; says why.
+    """
+    if all(row.refused for row in rows):
+        reasons = dict.fromkeys(f"{row.candidate}: {row.refused}" for row in rows)
+        raise MoefyError(f"no candidate could be tried: {'; '.join(reasons)}")
 
 
 def shown(quality: Relative) -> str:
@@ -204,25 +247,16 @@ def parted(batches: list[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], l
     return [batch for place, batch in enumerate(batches) if place % HELD_OUT], batches[::HELD_OUT]
 
 
-def tried_row(
-    model: PreTrainedModel,
-    name: str,
-    settings: MoEficationConfig,
-    found: ModelProfile,
-    clock: Clock,
-    held_out: HeldOut,
-    goal: Goal,
-    progress: bool,
-) -> Row:
-    """Try one candidate."""
+def tried_row(made: Made, name: str, settings: MoEficationConfig, goal: Goal) -> Row:
+    """Try one candidate; whatever its runtime or its settings do not allow is said in its row."""
     try:
-        trial = Trial(model, settings, found, clock, held_out, progress)
+        trial = Trial(made, settings)
+        share, reached = trial.search(goal)
+        speed, quality = trial.speed(share), trial.quality(share)
     except MoefyError as error:
         return Row(name, settings, refused=str(error))
-    share, reached = trial.search(goal)
-    speed, quality = trial.speed(share), trial.quality(share)
-    budget = replace(settings, k=share)
-    return Row(name, budget, trial.experts(share), quality, speed, reached and goal.fast(speed))
+    reached = reached and goal.fast(speed) and goal.good(quality, made.held_out.measure)
+    return Row(name, replace(settings, k=share), trial.experts(share), quality, speed, reached)
 
 
 def best_of(rows: Sequence[Row], goal: Goal, measure: str) -> Row | None:

@@ -2,8 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..bench.models import variants
 from ..config import MoEficationConfig
+from ..conversion.compensation import compensate_
 from ..conversion.convert import moefy_
 from ..errors import MoefyError
 from ..evaluation.quality_check import share_of
@@ -21,7 +21,7 @@ from .held_out import PERPLEXITY, HeldOut, Relative
 
 COARSE, FINE = 16, 48  # steps of the share of the experts, where speed and where quality is searched
 SURE = 3  # standard errors by which a quality is better than what is asked for: of many budgets one looks so by luck
-CLEAR = 3  # standard errors from where a decision turns
+CLEAR = 3  # standard errors by which few rows must be beyond that, or short of what is asked for
 FAST_ENOUGH = 1.1  # times as fast as dense: less is not worth a conversion
 
 
@@ -70,7 +70,7 @@ class Goal:
 
     def clear(self, found: Relative, measure: str) -> bool:
         """Return whether more rows would hardly change what `good` says."""
-        return self.quality is None or abs(self.margin(found, measure) - SURE) >= CLEAR
+        return self.quality is None or not -CLEAR < self.margin(found, measure) < SURE + CLEAR
 
     def margin(self, found: Relative, measure: str) -> float:
         """Return by how many standard errors a quality is better than the one that is asked for."""
@@ -106,58 +106,81 @@ class Row:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Made:
+    """What all trials share: the dense model, which stays as it is, its profile, and what measures others."""
+
+    model: PreTrainedModel
+    profile: ModelProfile
+    clock: Clock
+    held_out: HeldOut
+    progress: bool = True
+
+
 class Trial:
     """A candidate that was made, and is measured at one share of its experts after another.
 
     Args:
-        model: the dense one, which stays as it is.
+        made: of what, and with what.
         config: how it is converted.
-        profile: of it.
-        clock, held_out: what measures it.
 
     Raises:
         MoefyError: it cannot be converted so, or does not run in the runtime.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        config: MoEficationConfig,
-        profile: ModelProfile,
-        clock: Clock,
-        held_out: HeldOut,
-        progress: bool = True,
-    ):
-        copied = copy.deepcopy(model)
-        moefy_(copied, config, profile, progress=progress)
+    def __init__(self, made: Made, config: MoEficationConfig):
+        copied = copy.deepcopy(made.model)
+        moefy_(copied, replace(config, compensation=False), made.profile, progress=made.progress)
         self.masked = check_moefied(copied.eval())
-        clock.check(self.masked)
+        made.clock.check(self.masked)
         (self.auto,) = variants(self.masked, ("auto",)).values()
-        self.clock, self.held_out, self.progress = clock, held_out, progress
+        self.profile = made.profile if config.compensation else None
+        self.clock, self.held_out, self.progress = made.clock, made.held_out, made.progress
         self.least = 1 / min(routed(site).num_experts for site in self.masked.moe_sites())
-        self.speed, self.quality = cache(self._speed), cache(self._quality)
+        self.speeds: dict[float, Speed] = {}
+        self.qualities: dict[float, Relative] = {}
+        self.verdicts: dict[float, bool] = {}
+        self.at(max(1 / COARSE, self.least), means=True)  # so that adding means is timed
 
-    def at(self, share: float) -> None:
-        """Compute a share of the experts from here on."""
+    def at(self, share: float, means: bool = False) -> None:
+        """Compute a share of the experts from here on.
+
+        Args:
+            share: of them.
+            means: measure what the others contribute, where that is compensated, at this share.
+        """
         for model in (self.masked, self.auto):
             model.set_selection(k=share)
+        if means and self.profile is not None:
+            compensate_(self.masked, self.profile, progress=self.progress)
+            for site, other in zip(self.masked.moe_sites(), self.auto.moe_sites(), strict=True):
+                if (measured := routed(site).compensation) is not None:
+                    routed(other).compensate_(measured)
 
-    def _speed(self, share: float) -> Speed:
-        self.at(share)
-        return self.clock.speed(self.masked, self.auto)
+    def speed(self, share: float) -> Speed:
+        """Time the model at a share of the experts."""
+        if share not in self.speeds:
+            self.at(share)
+            self.speeds[share] = self.clock.speed(self.masked, self.auto)
+        return self.speeds[share]
 
-    def _quality(self, share: float) -> Relative:
-        self.at(share)
-        with torch.inference_mode():
-            return self.held_out.relative(self.auto, self.progress)
+    def quality(self, share: float) -> Relative:
+        """Compare the model at a share of the experts, on all held-out rows."""
+        if share not in self.qualities:
+            self.at(share, means=True)
+            with torch.inference_mode():
+                self.qualities[share] = self.held_out.relative(self.auto, self.progress)
+        return self.qualities[share]
 
     def good(self, share: float, goal: Goal) -> bool:
         """Return whether quality is enough, from as many rows as it takes to see that."""
-        self.at(share)
-        measure = self.held_out.measure
-        clear = lambda found: goal.clear(found, measure)  # noqa: E731
-        with torch.inference_mode():
-            return goal.good(self.held_out.relative(self.auto, self.progress, clear), measure)
+        if share not in self.verdicts:
+            self.at(share, means=True)
+            measure = self.held_out.measure
+            with torch.inference_mode():
+                found = self.held_out.relative(self.auto, self.progress, lambda each: goal.clear(each, measure))
+            self.verdicts[share] = goal.good(found, measure)
+        return self.verdicts[share]
 
     def experts(self, share: float) -> float:
         """Return the share of the experts that is computed, where that asked for is not a whole number of them."""
@@ -175,12 +198,13 @@ class Trial:
         if not goal.fast(self.speed(lowest)):
             return lowest, False
         most = boundary(lambda share: goal.fast(self.speed(share)), lowest, 1.0, 1 / COARSE)
-        good = cache(lambda share: self.good(share, goal))
-        if not good(most):
+        if goal.quality is None:
+            return most, True
+        if not self.good(most, goal):
             return most, False
-        if goal.quality is None or good(lowest):
-            return (most if goal.quality is None else lowest), True
-        return boundary(good, most, lowest, 1 / FINE), True
+        if self.good(lowest, goal):
+            return lowest, True
+        return boundary(lambda share: self.good(share, goal), most, lowest, 1 / FINE), True
 
 
 def boundary(holds: Callable[[float], bool], inside: float, outside: float, step: float) -> float:

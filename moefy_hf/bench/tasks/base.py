@@ -141,11 +141,6 @@ class Task(ABC):
         return tqdm(items, desc=title, disable=not self.progress, leave=False)
 
 
-def unlabelled(batch: Batch) -> Batch:
-    """Return a batch without its labels, of which models would compute a loss."""
-    return {name: value for name, value in batch.items() if name != "labels"}
-
-
 def median_tokens(batches: Sequence[Batch]) -> int:
     """Return the tokens of a batch, padding included."""
     return int(statistics.median(batch["input_ids"].numel() for batch in batches))

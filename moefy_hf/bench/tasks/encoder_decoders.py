@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
+from ...measure.batches import unlabelled
 from ..engines.base import Batch, EncoderDecoder
-from .base import CHECKED_AT_ONCE, Task, Timed, median_tokens, unlabelled
+from .base import CHECKED_AT_ONCE, Task, Timed, median_tokens
 
 
 class EncoderDecoderTask(Task):

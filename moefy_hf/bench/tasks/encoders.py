@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...measure.batches import unlabelled
 from ...measure.metrics import Quality, counted
 from ..engines.base import Batch, Encoder
-from .base import CHECKED_AT_ONCE, Task, Timed, median_tokens, unlabelled
+from .base import CHECKED_AT_ONCE, Task, Timed, median_tokens
 
 
 class Cosine:
@@ -73,5 +74,5 @@ def has_head(output: Mapping[str, Any]) -> bool:
 def states(output: Mapping[str, Any], batch: Batch) -> torch.Tensor:
     """Return hidden states (N, d), of an output's first tensor (B, L, d) those that are no padding."""
     found = next(iter(output.values()))
-    mask = batch.get("decoder_attention_mask", batch["attention_mask"])
-    return found[mask.bool()] if found.shape[:2] == mask.shape else found.flatten(0, -2)
+    mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+    return found[mask.bool()] if mask is not None and found.shape[:2] == mask.shape else found.flatten(0, -2)
