@@ -53,16 +53,9 @@ CANDIDATES = (
     ),
     Candidate(
         "output_aware",
-        {"splitter": "output_aware", "router": "linear", "expert_size": 8, "compensation": True},
-        SMOOTH,
-        "small experts follow a token; the average of those that do not run is added",
-        "G-MoEfication; results/language_models.md",
-    ),
-    Candidate(
-        "output_aware_large",
         {"splitter": "output_aware", "router": "linear", "expert_size": 32, "compensation": True},
         SMOOTH,
-        "the same with a smaller router",
+        "groups what matters to the output; the average of experts that do not run is added",
         "G-MoEfication; results/splits_and_routers.md",
     ),
     Candidate(

@@ -19,8 +19,9 @@ from ..measure.profile import ModelProfile
 from .clock import Clock, Speed
 from .held_out import PERPLEXITY, HeldOut, Relative
 
-COARSE, FINE = 16, 48  # steps of the share of the experts, where speed and where quality is searched
+COARSE, FINE = 8, 48  # steps of the share of the experts, where speed and where quality is searched
 SURE = 3  # standard errors by which a quality is better than what is asked for: of many budgets one looks so by luck
+LOWEST = 1 / 16  # of the experts, which no search goes below
 CLEAR = 3  # standard errors by which few rows must be beyond that, or short of what is asked for
 FAST_ENOUGH = 1.1  # times as fast as dense: less is not worth a conversion
 
@@ -140,7 +141,7 @@ class Trial:
         self.speeds: dict[float, Speed] = {}
         self.qualities: dict[float, Relative] = {}
         self.verdicts: dict[float, bool] = {}
-        self.at(max(1 / COARSE, self.least), means=True)  # so that adding means is timed
+        self.at(max(LOWEST, self.least), means=True)  # so that adding means is timed
 
     def at(self, share: float, means: bool = False) -> None:
         """Compute a share of the experts from here on.
@@ -194,7 +195,7 @@ class Trial:
         Returns:
             the share of the experts, and whether the goal is reached there.
         """
-        lowest = max(1 / COARSE, self.least)
+        lowest = max(LOWEST, self.least)
         if not goal.fast(self.speed(lowest)):
             return lowest, False
         most = boundary(lambda share: goal.fast(self.speed(share)), lowest, 1.0, 1 / COARSE)
