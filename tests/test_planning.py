@@ -33,7 +33,7 @@ from moefy_hf.planning.candidates import (
 from moefy_hf.planning.clock import Clock, Load, Speed, rebatched, rows_of
 from moefy_hf.planning.held_out import ACCURACY, AGREEMENT, COSINE, PERPLEXITY, HeldOut, Relative
 from moefy_hf.planning.plan import best_of, plan
-from moefy_hf.planning.trial import Goal, Row, boundary
+from moefy_hf.planning.trial import Goal, Row, Trial, boundary
 
 CLASSIFIER, LANGUAGE, WRITER = (f"AutoModelFor{head}" for head in ("SequenceClassification", "CausalLM", "Seq2SeqLM"))
 QUICK = Load(prompt=4, new_tokens=2, seconds=0.0)
@@ -237,6 +237,24 @@ def test_boundaries_are_found_from_either_side(edge):
     below = boundary(lambda share: share <= edge, 0.0, 1.0, 1 / 48)
     above = boundary(lambda share: share >= edge, 1.0, 0.0, 1 / 48)
     assert edge - 1 / 48 <= below <= edge <= above <= edge + 1 / 48
+
+
+@pytest.mark.parametrize("fast", [0.05, 0.2, 0.35, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("good", [0.01, 0.1, 0.3, 0.55, 0.9])
+def test_budgets_that_are_good_and_fast_enough_are_found(good, fast):
+    made, timings = object.__new__(Trial), []
+    made.least = 1 / 48
+    made.good = lambda share, goal: share >= good
+    made.speed = lambda share: timings.append(share) or Speed(2.0 if share <= fast else 1.0, (1, 1), 1, 1)
+    share, reached = made.search(Goal(quality=0.99))
+    if good + 1 / 8 < fast:  # it need not find a narrower range
+        assert reached
+    if reached:
+        assert good <= fast and share <= fast
+        assert good <= share <= max(good, 1 / 16) + 1 / 48
+    else:
+        assert share <= max(fast, 1 / 16)
+    assert len(timings) <= 5
 
 
 def test_the_fastest_that_is_good_enough(monkeypatch):

@@ -15,7 +15,7 @@ from ..io import markdown
 REQUIRED = ("torch", "transformers", "accelerate", "peft", "datasets", "huggingface_hub", "safetensors")
 OPTIONAL = (
     *("triton", "onnxruntime", "onnx", "onnxscript", "llama-cpp-python", "gguf", "torchao", "bitsandbytes", "vllm"),
-    *("lm-eval", "evaluate", "trl", "sentence-transformers", "setfit", "optimum-onnx"),
+    *("lm-eval", "evaluate", "seqeval", "trl", "sentence-transformers", "setfit", "optimum-onnx"),
     *("trackio", "tensorboard", "wandb", "mlflow", "pymetis", "matplotlib", "plotly"),
 )
 

@@ -189,23 +189,35 @@ class Trial:
         return share_of(self.masked)
 
     def search(self, goal: Goal) -> tuple[float, bool]:
-        """Find the budget: the most experts that are fast enough and, if a quality is asked for, the fewest below that
-        are good enough.
+        """Find the budget: the most experts that are fast enough or, where a quality is asked for, the fewest that are
+        good enough, if they are fast enough, too.
+
+        More experts are better and slower. So there is no such budget where one is neither good nor fast enough.
 
         Returns:
-            the share of the experts, and whether the goal is reached there.
+            the share of the experts, and whether the goal is reached there; if not, the most that was tried and is
+            fast enough.
         """
         lowest = max(LOWEST, self.least)
-        if not goal.fast(self.speed(lowest)):
-            return lowest, False
-        most = boundary(lambda share: goal.fast(self.speed(share)), lowest, 1.0, 1 / COARSE)
         if goal.quality is None:
-            return most, True
-        if not self.good(most, goal):
-            return most, False
+            if not goal.fast(self.speed(lowest)):
+                return lowest, False
+            return boundary(lambda share: goal.fast(self.speed(share)), lowest, 1.0, 1 / COARSE), True
+        low, high, fastest = lowest, 1.0, lowest
+        while high - low > 1 / COARSE:
+            middle = (low + high) / 2
+            good, fast = self.good(middle, goal), goal.fast(self.speed(middle))
+            fastest = max(fastest, middle) if fast else fastest
+            if good == fast:
+                return (self.fewest(middle, lowest, goal), True) if good else (fastest, False)
+            low, high = (low, middle) if good else (middle, high)
+        return fastest, self.good(fastest, goal) and goal.fast(self.speed(fastest))
+
+    def fewest(self, enough: float, lowest: float, goal: Goal) -> float:
+        """Return the smallest share of the experts that is good enough, from one that is down to the lowest."""
         if self.good(lowest, goal):
-            return lowest, True
-        return boundary(lambda share: self.good(share, goal), most, lowest, 1 / FINE), True
+            return lowest
+        return boundary(lambda share: self.good(share, goal), enough, lowest, 1 / FINE)
 
 
 def boundary(holds: Callable[[float], bool], inside: float, outside: float, step: float) -> float:

@@ -22,6 +22,7 @@ from moefy_hf.cli.main import main
 from moefy_hf.errors import UnsupportedModel
 from moefy_hf.hub.verification import verify
 
+pytestmark = pytest.mark.xdist_group("remote_code")  # what its fixtures make is made once
 NAMES = list(FILES)
 ELSEWHERE = """
 import json
@@ -30,8 +31,6 @@ import sys
 sys.modules["moefy_hf"] = None  # importing it fails
 import torch
 import transformers
-
-pytestmark = pytest.mark.xdist_group("remote_code")  # what its fixtures make is made once
 
 for name, head in json.load(open("asked.json")).items():
     found = {}
