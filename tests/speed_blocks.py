@@ -187,6 +187,29 @@ def gguf_speed() -> str:
     return table([{**line, "perplexity": line.pop("perplexity")} for line in lines.values()])
 
 
+def plans() -> str:
+    """Every committed plan: what was asked for, and what was found of each candidate."""
+    rows = []
+    for path in sorted(SPEED.glob("plan_*.json")):
+        found = read(path)["plan"]
+        goal, load = found["goal"], found["load"]
+        asked = f"{found['measure']} of dense {goal['quality']:g}, batch {load['batch']}, {load['threads']} thread{'s' * (load['threads'] > 1)}"
+        for row in found["rows"]:
+            quality, speed = row["quality"], row["speed"]
+            rows.append(
+                {
+                    "model": path.stem.removeprefix("plan_"),
+                    "asked for": asked,
+                    "candidate": row["candidate"],
+                    "computed": f"{row['experts']:.0%}",
+                    "quality of dense": f"{quality['value']:.4f} ± {3 * quality['error']:.4f}",
+                    "times dense": f"{speed['ratio']:.2f}",
+                    "": "chosen" if row["candidate"] == found["chosen"] else "reached" if row["reached"] else "",
+                }
+            )
+    return table(rows)
+
+
 BLOCKS = {
     function.__name__: function
     for function in (
@@ -197,6 +220,7 @@ BLOCKS = {
         speed_models,
         training_step,
         costs,
+        plans,
         split_times,
     )
 }
