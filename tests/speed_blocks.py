@@ -193,7 +193,8 @@ def plans() -> str:
     for path in sorted(SPEED.glob("plan_*.json")):
         found = read(path)["plan"]
         goal, load = found["goal"], found["load"]
-        asked = f"{found['measure']} of dense {goal['quality']:g}, batch {load['batch']}, {load['threads']} thread{'s' * (load['threads'] > 1)}"
+        threads = f"{load['threads']} thread{'s' * (load['threads'] > 1)}"
+        asked = f"{found['measure']} of dense {goal['quality']:g}, batch {load['batch']}, {threads}"
         for row in found["rows"]:
             quality, speed = row["quality"], row["speed"]
             rows.append(
