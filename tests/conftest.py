@@ -12,6 +12,7 @@ os.environ["HF_MODULES_CACHE"] = MODULES.name
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hub_server import HubServer, use_in_process  # noqa: E402
+from moefy_ffn import build  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from moefy_hf.conversion import checks as convertible  # noqa: E402
@@ -30,6 +31,15 @@ def pytest_collection_finish():
 def conversions_are_quick(monkeypatch):
     """Looking for a whole around the model goes through all of Python's objects: that is done where it is tested."""
     monkeypatch.setattr(convertible, "whole_around", lambda model: None)
+
+
+@pytest.fixture
+def kernel_cache(monkeypatch, tmp_path):
+    """An empty folder for the compiled kernel."""
+    monkeypatch.setenv("MOEFY_KERNELS", str(tmp_path))
+    build.library.cache_clear()
+    yield tmp_path
+    build.library.cache_clear()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import pytest
 import torch
 from moefy_ffn import build
 
@@ -18,14 +17,6 @@ from moefy_hf.cli.main import main
 from moefy_hf.runtime.backends import BACKENDS
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("MOEFY_KERNELS", str(tmp_path))
-    build.library.cache_clear()
-    yield tmp_path
-    build.library.cache_clear()
 
 
 def found(capsys) -> dict:
@@ -69,16 +60,16 @@ def test_instruction_sets_are_those_that_matter(capsys, monkeypatch):
         assert found(capsys)["processor"]["instruction_sets"] == kept
 
 
-def test_the_kernel_that_is_compiled_is_loaded_and_none_is_compiled(cache, capsys):
+def test_the_kernel_that_is_compiled_is_loaded_and_none_is_compiled(kernel_cache, capsys):
     assert found(capsys)["kernels"]["load_error"] is None and "not compiled yet" in printed(capsys)["compiled kernel"]
     path = build.compiled()
     path.write_bytes(b"no library")
     assert str(path) in found(capsys)["kernels"]["load_error"]
     assert printed(capsys)["compiled kernel"].startswith(f"{path}, does not load: ")
-    assert [*cache.iterdir()] == [path]
+    assert [*kernel_cache.iterdir()] == [path]
 
 
-def test_without_a_compiler(cache, capsys, monkeypatch):
+def test_without_a_compiler(kernel_cache, capsys, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     rows = printed(capsys)

@@ -11,14 +11,6 @@ from moefy_hf.cli.main import main
 from moefy_hf.runtime.backends import BACKENDS
 
 
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("MOEFY_KERNELS", str(tmp_path))
-    build.library.cache_clear()
-    yield tmp_path
-    build.library.cache_clear()
-
-
 def info(capsys) -> dict:
     main(["kernels", "info", "--json"])
     return json.loads(capsys.readouterr().out)
@@ -28,10 +20,14 @@ def test_every_implementation_is_reported(capsys):
     assert set(info(capsys)["implementations"]) == {"masked", *BACKENDS}
 
 
-def test_info_compiles_nothing_and_build_does(cache, capsys, monkeypatch):
+def test_info_compiles_nothing_and_build_does(kernel_cache, capsys, monkeypatch):
     found = info(capsys)
     assert found["implementations"]["cpu"] == {"runs": True, "reason": None} and found["bytes"] is None
-    assert found["cache"] == str(cache) and Path(found["file"]).parent == cache and not list(cache.iterdir())
+    assert (
+        found["cache"] == str(kernel_cache)
+        and Path(found["file"]).parent == kernel_cache
+        and not list(kernel_cache.iterdir())
+    )
     assert found["compiler"] == build.compiler() and found["flags"] == list(build.FLAGS) and found["version"]
     main(["kernels", "info"])
     assert "| cpu | yes |" in capsys.readouterr().out
@@ -46,7 +42,7 @@ def test_info_compiles_nothing_and_build_does(cache, capsys, monkeypatch):
     assert info(capsys)["bytes"] == 3 and made == [Path(found["file"])] * 2
 
 
-def test_build_leaves_a_kernel_that_loads(cache, capsys):
+def test_build_leaves_a_kernel_that_loads(kernel_cache, capsys):
     main(["kernels", "build", "--json"])
     captured = capsys.readouterr()
     found = json.loads(captured.out)
@@ -65,7 +61,7 @@ def test_triton_wants_itself_and_a_gpu(monkeypatch, capsys):
         assert info(capsys)["implementations"]["triton"] == {"runs": False, "reason": reason}
 
 
-def test_without_a_compiler(cache, capsys, monkeypatch):
+def test_without_a_compiler(kernel_cache, capsys, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     found = info(capsys)

@@ -217,10 +217,11 @@ def test_rows_lose_their_padding_and_get_as_little_as_they_need():
             lambda: Clock(Load("llama.cpp"), tiny_model("llama", LANGUAGE), data(2)),
             "llama.cpp needs the dense model's",
         ),
+        (lambda: plan(classifier().to("meta"), data(24), quality=0.9), "timed on the CPU, the model is on meta"),
         (Goal, "a plan needs a goal"),
         (lambda: Goal(speedup=0.9), "speed-up of 0.9 is no goal"),
         (lambda: Goal(quality=0.9).check(PERPLEXITY), "perplexity of 0.9 of dense is no target"),
-        (lambda: Goal(quality=1.1).check(ACCURACY), "1.1 of the dense accuracy is no target"),
+        (lambda: Goal(quality=1.1).check(ACCURACY), "1.1 of the dense model's accuracy is no target"),
     ],
 )
 def test_bad_input(make, message, monkeypatch):
@@ -440,7 +441,7 @@ def test_nothing_is_written_where_nothing_is_worth_it(folder, tmp_path, monkeypa
         (("out", "--batch", "32"), "give --quality or --speedup"),
         (("--quality", "0.9"), "OUTPUT is missing"),
         (("out", "--quality", "0.9", "--k", "0.2"), "--k is what a plan finds"),
-        (("out", "--quality", "1.5"), "1.5 of the dense accuracy is no target"),
+        (("out", "--quality", "1.5"), "1.5 of the dense model's accuracy is no target"),
         (("out", "--quality", "0.9", "--method", "moefication", "--router", "mlp"), "leave out router"),
         (("out", "--speedup", "0.5"), "a speed-up of 0.5 is no goal"),
         (("out", "--quality", "0.9", "--batch", "500"), "too few for a batch of 500"),

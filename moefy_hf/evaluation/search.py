@@ -166,8 +166,17 @@ def less_is_better(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]],
         MoefyError: the quality is out of range for that.
     """
     perplexity = is_causal(model) and next(iter(batches), {}).get("labels") is not None
-    if perplexity and not quality >= 1:
-        raise MoefyError(f"a perplexity of {quality:g} of dense is no target: it must be 1 or more")
-    if not perplexity and not 0 < quality <= 1:
-        raise MoefyError(f"{quality:g} of the dense model's quality is no target: it must lie in (0, 1]")
+    check_target(quality, "perplexity" if perplexity else "quality")
     return perplexity
+
+
+def check_target(quality: float, measure: str) -> None:
+    """Check that a quality relative to dense is one that a model can have.
+
+    Raises:
+        MoefyError: it is out of range for this measure: of a perplexity less is better.
+    """
+    if measure == "perplexity" and not quality >= 1:
+        raise MoefyError(f"a perplexity of {quality:g} of dense is no target: it must be 1 or more")
+    if measure != "perplexity" and not 0 < quality <= 1:
+        raise MoefyError(f"{quality:g} of the dense model's {measure} is no target: it must lie in (0, 1]")

@@ -89,8 +89,6 @@ class Clock:
         self.engine, self.kind = RUNTIMES[load.runtime], kind_of(dense)
         if self.kind not in self.engine.kinds:
             raise MoefyError(f"{load.runtime} runs {' and '.join(self.engine.kinds)}s, not a {dense._get_name()}")
-        if next(dense.parameters()).device.type != "cpu":
-            raise MoefyError(f"plans are timed on the CPU, the model is on {next(dense.parameters()).device}")
         if self.engine.reads_gguf and load.gguf is None:
             raise MoefyError(f"{load.runtime} needs the dense model's GGUF file (--dense)")
         if self.kind == LANGUAGE_MODEL and load.batch > 1:

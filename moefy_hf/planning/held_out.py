@@ -163,12 +163,10 @@ def parts_of(model: PreTrainedModel, batch: Mapping[str, Any]) -> Iterator[Mappi
 @torch.no_grad()
 def read(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None, str]:
     """Return logits (N, C) and labels (N,) or None, or hidden states (N, d) and None; and what counts."""
-    device = next(model.parameters()).device
-    moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-    output = model(**moved)
+    output = model(**batch)
     if not has_head(output):
-        return states(output, moved).float(), None, COSINE
-    logits, labels = counted(model, output, moved)
+        return states(output, dict(batch)).float(), None, COSINE
+    logits, labels = counted(model, output, batch)
     if labels is None:
         return logits.float(), None, AGREEMENT
     return logits.float(), labels, PERPLEXITY if is_causal(model) else ACCURACY

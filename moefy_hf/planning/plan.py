@@ -202,6 +202,8 @@ def settings_of(
     Raises:
         MoefyError: the model cannot be converted at all.
     """
+    if model.device.type != "cpu":
+        raise MoefyError(f"plans are timed on the CPU, the model is on {model.device}: model.to('cpu')")
     if is_moefied(model):
         check_convertible(model, config, data)
     tried: dict[str, MoEficationConfig] = {}

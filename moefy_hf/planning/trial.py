@@ -14,6 +14,7 @@ from ..conversion.compensation import compensate_
 from ..conversion.convert import moefy_
 from ..errors import MoefyError
 from ..evaluation.quality_check import share_of
+from ..evaluation.search import check_target
 from ..loading import check_moefied, routed
 from ..measure.profile import ModelProfile
 from .clock import Clock, Speed
@@ -54,12 +55,8 @@ class Goal:
         Raises:
             MoefyError: it is out of range.
         """
-        if self.quality is None:
-            return
-        if measure == PERPLEXITY and not self.quality >= 1:
-            raise MoefyError(f"a perplexity of {self.quality:g} of dense is no target: it must be 1 or more")
-        if measure != PERPLEXITY and not 0 < self.quality <= 1:
-            raise MoefyError(f"{self.quality:g} of the dense {measure} is no target: it must lie in (0, 1]")
+        if self.quality is not None:
+            check_target(self.quality, measure)
 
     def fast(self, speed: Speed) -> bool:
         """Return whether a model is fast enough."""

@@ -38,18 +38,24 @@ class DatasetArguments(Group):
 
 
 @dataclass
-class TextDataArguments(DatasetArguments):
-    """Labelled text."""
+class TokenisedArguments(DatasetArguments):
+    """A data set of texts, or so many rows of it."""
 
-    text_column: str = about("column with the text", "text")
-    label_column: str = about("column with the label", "label")
     max_seq_length: int = about("longer texts are cut to so many tokens", 128)
     max_train_samples: int | None = about("train on so many rows (seeded)", None)
     max_eval_samples: int | None = about("measure on so many rows of validation and test each (seeded)", None)
 
 
 @dataclass
-class TokenDataArguments(DatasetArguments):
+class TextDataArguments(TokenisedArguments):
+    """Labelled text."""
+
+    text_column: str = about("column with the text", "text")
+    label_column: str = about("column with the label", "label")
+
+
+@dataclass
+class TokenDataArguments(TokenisedArguments):
     """Texts with a tag for each word, in columns or in the files of CoNLL."""
 
     dataset_name: str = needed(
@@ -57,13 +63,10 @@ class TokenDataArguments(DatasetArguments):
     )
     tokens_column: str = about("column with the words, a list or a text with spaces", "tokens")
     tags_column: str = about("column with their tags", "tags")
-    max_seq_length: int = about("longer texts are cut to so many tokens", 128)
-    max_train_samples: int | None = about("train on so many rows (seeded)", None)
-    max_eval_samples: int | None = about("measure on so many rows of validation and test each (seeded)", None)
 
 
 @dataclass
-class QuestionDataArguments(DatasetArguments):
+class QuestionDataArguments(TokenisedArguments):
     """Questions whose answers are spans of a text, as in SQuAD."""
 
     dataset_name: str = needed(f"{DATASET}; or directory of SQuAD's json files")
@@ -75,8 +78,6 @@ class QuestionDataArguments(DatasetArguments):
     max_seq_length: int = about("tokens of a question with a window of the text", 384)
     doc_stride: int = about("tokens that neighbouring windows share", 128)
     max_answer_length: int = about("longer spans, in tokens, are no answers", 30)
-    max_train_samples: int | None = about("train on so many rows (seeded)", None)
-    max_eval_samples: int | None = about("measure on so many rows of validation and test each (seeded)", None)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArgum
 
 from ..config import MoEficationConfig
 from .arguments import EvaluationArguments
+from .data import Batches, CollatedBatches
 from .given import GIVEN, fetch_given
 from .inputs import public
 from .plans import DENSE
@@ -29,9 +30,9 @@ class Run:
         splits: train, validation and test, with `labels`; `names` are those of the classes.
         processor: tokenizer or image processor, saved beside every model.
         auto: the AutoModel class that loads the models.
-        batches: (rows, shuffle, seed) -> model-ready batches that can be read any number of times.
         metrics: of the library evaluate, which judge what `predict` makes of a model: predictions and references.
-        collator: what the Trainer makes batches with; None for its own.
+        collator: makes batches of rows, the Trainer's too; None where texts are padded, and for the Trainer's own.
+        batch_size: rows of a batch that is measured or calibrated on.
         task_type: peft's name of the task; None for those it has none for.
         trainer: the Trainer class, and `compute_metrics` what it computes from predictions and labels.
     """
@@ -42,10 +43,10 @@ class Run:
     names: list[str]
     processor: Any
     auto: Any
-    batches: Callable[[Dataset, bool, int], Iterable[Batch]]
     metrics: Metrics
     predict: Callable[["Run", PreTrainedModel], tuple[Sequence, Sequence]] | None = None
     collator: Callable | None = None
+    batch_size: int = 64
     task_type: str | None = None
     trainer: type[Trainer] = Trainer
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
@@ -106,6 +107,12 @@ class Run:
             "id2label": dict(enumerate(self.names)),
             "label2id": {name: position for position, name in enumerate(self.names)},
         }
+
+    def batches(self, rows: Dataset, shuffle: bool, seed: int) -> Iterable[Batch]:
+        """Return rows as model-ready batches that can be read any number of times."""
+        if self.collator is None:
+            return Batches(rows, self.processor, self.batch_size, shuffle, seed)
+        return CollatedBatches(rows, self.collator, self.batch_size, shuffle, seed)
 
     def calibration(self) -> Iterable[Batch]:
         """Return the training rows as shuffled batches."""

@@ -26,7 +26,7 @@ from ...errors import MoefyError
 from ...exporters.export import check_expressible, choose_format, export
 from ...loading import check_moefied
 from .. import arguments as of
-from ..data import CollatedBatches, load_tokenizer
+from ..data import load_tokenizer
 from ..plans import given_plan, models
 from ..prose import ProseRun, collate, load_prose, perplexities, read_prose
 from ..run import Run
@@ -80,14 +80,12 @@ def load(arguments: Arguments, stages: Stages) -> ProseRun:
         raise MoefyError("generated_tokens must be at least 2")
     tokenizer = load_tokenizer(arguments.model)
     splits = load_prose(arguments.data, held_out, tokenizer, training.seed)
-    size = training.per_device_eval_batch_size
-
-    def batches(rows, shuffle, seed):
-        return CollatedBatches(rows, collate, size, shuffle=shuffle, seed=seed)
-
     auto, judge = AutoModelForCausalLM, Metrics([], [])
     return ProseRun(
-        *(arguments, stages, splits, [], tokenizer, auto, batches, judge), collator=collate, task_type="CAUSAL_LM"
+        *(arguments, stages, splits, [], tokenizer, auto, judge),
+        collator=collate,
+        batch_size=training.per_device_eval_batch_size,
+        task_type="CAUSAL_LM",
     )
 
 

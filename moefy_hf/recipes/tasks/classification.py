@@ -16,7 +16,7 @@ routes and anneals. Any setting of the YAML file can be given on the command lin
 from transformers import AutoModelForSequenceClassification
 
 from .. import arguments as of
-from ..data import Batches, load_texts, load_tokenizer
+from ..data import load_texts, load_tokenizer
 from ..run import Run
 from ..scores import Metrics, classes
 from ..settings import Arguments
@@ -34,9 +34,6 @@ def load(arguments: Arguments, stages: Stages) -> Run:
     splits, names = load_texts(arguments.data, tokenizer)
     judge = Metrics(arguments[of.MetricArguments].metrics, sample=range(len(names)))
 
-    def batches(rows, shuffle, seed):
-        return Batches(rows, tokenizer, shuffle=shuffle, seed=seed)
-
     return Run(
         arguments,
         stages,
@@ -44,7 +41,6 @@ def load(arguments: Arguments, stages: Stages) -> Run:
         names,
         tokenizer,
         AutoModelForSequenceClassification,
-        batches,
         judge,
         predict=classes,
         task_type="SEQ_CLS",

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from .. import arguments as of
-from ..data import CollatedBatches, load_images, override
+from ..data import load_images, override
 from ..inputs import resolve
 from ..run import Run
 from ..scores import Metrics, classes
@@ -43,9 +43,6 @@ def load(arguments: Arguments, stages: Stages) -> Run:
     judge = Metrics(arguments[of.MetricArguments].metrics, sample=range(len(names)))
     collator = partial(collate, processor, arguments[of.ImageDataArguments])
 
-    def batches(rows, shuffle, seed):
-        return CollatedBatches(rows, collator, shuffle=shuffle, seed=seed)
-
     return Run(
         arguments,
         stages,
@@ -53,7 +50,6 @@ def load(arguments: Arguments, stages: Stages) -> Run:
         names,
         processor,
         AutoModelForImageClassification,
-        batches,
         judge,
         predict=classes,
         collator=collator,

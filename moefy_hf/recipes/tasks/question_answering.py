@@ -23,7 +23,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrai
 
 from ...errors import MoefyError
 from .. import arguments as of
-from ..data import CollatedBatches, load_splits, load_tokenizer, sampled
+from ..data import load_splits, load_tokenizer, sampled
 from ..inputs import resolve
 from ..run import Run
 from ..scores import Metrics
@@ -51,9 +51,6 @@ def load(arguments: Arguments, stages: Stages) -> Run:
     )
     pad = partial(collate, tokenizer)
 
-    def batches(rows, shuffle, seed):
-        return CollatedBatches(rows, pad, shuffle=shuffle, seed=seed)
-
     return Run(
         arguments,
         stages,
@@ -61,7 +58,6 @@ def load(arguments: Arguments, stages: Stages) -> Run:
         [],
         tokenizer,
         AutoModelForQuestionAnswering,
-        batches,
         judge,
         predict=partial(answers, raw),
         collator=pad,

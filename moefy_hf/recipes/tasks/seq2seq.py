@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from .. import arguments as of
-from ..data import CollatedBatches, load_pairs, override
+from ..data import load_pairs, override
 from ..inputs import resolve
 from ..run import Run
 from ..scores import Metrics
@@ -50,9 +50,6 @@ def load(arguments: Arguments, stages: Stages) -> Run:
     judge = Metrics(arguments[of.MetricArguments].metrics, sample=["a text"])
     collator = DataCollatorForSeq2Seq(tokenizer)
 
-    def batches(rows, shuffle, seed):
-        return CollatedBatches(rows, collator, shuffle=shuffle, seed=seed)
-
     shown = arguments[Seq2SeqTrainingArguments].predict_with_generate
     return Run(
         arguments,
@@ -61,7 +58,6 @@ def load(arguments: Arguments, stages: Stages) -> Run:
         [],
         tokenizer,
         AutoModelForSeq2SeqLM,
-        batches,
         judge,
         predict=generate,
         collator=collator,

@@ -28,7 +28,7 @@ from transformers import (
 
 from ...errors import MoefyError
 from .. import arguments as of
-from ..data import CollatedBatches, encoded_splits, load_splits, load_tokenizer, sampled
+from ..data import encoded_splits, load_splits, load_tokenizer, sampled
 from ..inputs import resolve
 from ..run import Run
 from ..scores import Metrics
@@ -51,9 +51,6 @@ def load(arguments: Arguments, stages: Stages) -> Run:
     judge = Metrics(arguments[of.MetricArguments].metrics, sample=[names])
     pad = DataCollatorForTokenClassification(tokenizer)
 
-    def batches(rows, shuffle, seed):
-        return CollatedBatches(rows, pad, shuffle=shuffle, seed=seed)
-
     def shown(found: EvalPrediction) -> dict[str, float]:
         return judge(*tag_lists(np.asarray(found.predictions).argmax(-1), found.label_ids, names))
 
@@ -64,7 +61,6 @@ def load(arguments: Arguments, stages: Stages) -> Run:
         names,
         tokenizer,
         AutoModelForTokenClassification,
-        batches,
         judge,
         predict=tags,
         collator=pad,
