@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,11 +36,14 @@ class Progress:
 
     Args:
         profile: gets the sums of a profile that was interrupted, and its sample, cut to what those sums are of.
+        sample: whether it has one.
         folder: where both are kept; None where they are not.
     """
 
-    def __init__(self, profile: "ModelProfile", folder: Path | None):
+    def __init__(self, profile: "ModelProfile", sample: bool, folder: Path | None):
         self.profile, sites = profile, len(profile.sites)
+        if sample:
+            profile.directory = Folder(folder) if folder else TemporaryDirectory(prefix="moefy_profile_")
         self.files = [profile.file(f"{position}.bin") for position in range(sites)] if profile.directory else []
         self.path = None if folder is None else folder / "profile.safetensors"
         self.digests: list[str] = []  # of the batches that were run
@@ -79,10 +83,10 @@ class Progress:
             if self.whole and number + 1 >= self.kept:
                 return
 
-    def save(self, batch: Mapping[str, Any] | None, whole: bool) -> None:
-        """Keep what the profile is after one more batch, or at its end."""
+    def save(self, batch: Mapping[str, Any] | None, whole: bool) -> bool:
+        """Keep what the profile is after one more batch, or at its end; return whether it is `whole`."""
         if self.path is None or self.whole:
-            return
+            return whole
         if batch is not None:
             self.digests.append(digest(batch))
         self.whole, self.kept = whole, len(self.profile.batches)
@@ -93,6 +97,7 @@ class Progress:
         facts["tokens"] = [stats.tokens for stats in sites]
         with written_file(self.path) as temporary:
             save_file(sums, temporary, metadata={"facts": json.dumps(facts)})
+        return whole
 
     def map_sample(self) -> None:
         """Give the profile its sample."""

@@ -189,9 +189,7 @@ def profile(
     """
     sites = selected_sites(find_sites(model, towers), layers)
     result = ModelProfile([SiteProfile(site.sizes[1]) for site in sites])
-    if sample:
-        result.directory = Folder(Path(folder)) if folder else tempfile.TemporaryDirectory(prefix="moefy_profile_")
-    state = Progress(result, Path(folder) if folder else None)
+    state = Progress(result, sample, folder and Path(folder))
     bar = token_bar(max_tokens, "profile", progress)
 
     def see(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
@@ -210,8 +208,7 @@ def profile(
             if result.tokens < KEPT_TOKENS:
                 result.batches.append(batch)
             run(batch)
-            state.save(batch, whole=result.tokens >= max_tokens)
-            if result.tokens >= max_tokens:
+            if state.save(batch, whole=result.tokens >= max_tokens):
                 break
     state.save(None, whole=True)
     if result.tokens == 0:
