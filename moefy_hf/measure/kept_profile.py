@@ -40,12 +40,12 @@ class Progress:
         folder: where both are kept; None where they are not.
     """
 
-    def __init__(self, profile: "ModelProfile", sample: bool, folder: Path | None):
+    def __init__(self, profile: "ModelProfile", sample: bool, folder: str | Path | None):
         self.profile, sites = profile, len(profile.sites)
         if sample:
-            profile.directory = Folder(folder) if folder else TemporaryDirectory(prefix="moefy_profile_")
+            profile.directory = Folder(Path(folder)) if folder else TemporaryDirectory(prefix="moefy_profile_")
         self.files = [profile.file(f"{position}.bin") for position in range(sites)] if profile.directory else []
-        self.path = None if folder is None else folder / "profile.safetensors"
+        self.path = Path(folder, "profile.safetensors") if folder else None
         self.digests: list[str] = []  # of the batches that were run
         self.whole = False
         self.kept = 0  # of these, how many a profile keeps

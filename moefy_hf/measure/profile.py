@@ -175,8 +175,8 @@ def profile(
             layer), for splitters and routers that learn from data. Memory does not grow with the number of tokens.
         towers: parts of a composite model, see `MoEficationConfig`.
         layers: positions of the FFNs to profile; all by default.
-        folder: keeps the sample, also when the profile is closed. A profile that was interrupted goes on there behind
-            the last batch that was run, if the batches come in the same order.
+        folder: keeps the sample, also when the profile is closed. One that was interrupted goes on there behind the
+            last batch that was run; the same batches must be given.
         progress: show a progress bar.
 
     Raises:
@@ -189,7 +189,7 @@ def profile(
     """
     sites = selected_sites(find_sites(model, towers), layers)
     result = ModelProfile([SiteProfile(site.sizes[1]) for site in sites])
-    state = Progress(result, sample, folder and Path(folder))
+    state = Progress(result, sample, folder)
     bar = token_bar(max_tokens, "profile", progress)
 
     def see(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
@@ -208,9 +208,9 @@ def profile(
             if result.tokens < KEPT_TOKENS:
                 result.batches.append(batch)
             run(batch)
-            if state.save(batch, whole=result.tokens >= max_tokens):
+            if state.save(batch, result.tokens >= max_tokens):
                 break
-    state.save(None, whole=True)
+    state.save(None, True)
     if result.tokens == 0:
         result.close()
         raise MoefyError(why_empty(batches, batch))
