@@ -4,11 +4,12 @@ import shutil
 
 import pytest
 import torch
+from gguf_files import write_dense
 from safetensors.torch import load_file
 from test_cli import number_tokenizer
 from tiny import VOCAB, tiny_inputs, tiny_model
 
-from moefy_hf import MoEficationConfig, load, moefy_, profile
+from moefy_hf import MoEficationConfig, export, load, moefy_, profile
 from moefy_hf.cli import offloading
 from moefy_hf.cli.main import main
 from moefy_hf.conversion import fit_routers, pipeline
@@ -177,6 +178,32 @@ def test_another_conversion_is_not_taken_up(tmp_path):
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "letter.txt").write_text("mine")
         moefy_(tiny_model("bert", HEADS["bert"]), config, batches("bert"), work_dir=tmp_path / "full", progress=False)
+
+
+@pytest.mark.parametrize("to", ["granitemoe", "mixtral", "dense", "gguf"])
+def test_exports_are_those_in_memory(to, dense, tmp_path):
+    name = "llama-without-biases"
+    moefy_(model := tiny_model(name, HEADS["llama"]), MoEficationConfig(**SETTINGS, k=0.5), batches("llama"))
+    model.set_selection(k=0.5, allocation="uniform")
+    model.save_pretrained(tmp_path / "moe", max_shard_size="20KB")
+    options = {}
+    if to == "gguf":
+        options["dense"] = tmp_path / "dense.gguf"
+        write_dense(tiny_model(name, HEADS["llama"]), options["dense"])
+    for way in (in_memory, on_disk):
+        export(way(tmp_path / "moe"), tmp_path / f"{way.__name__}.{to}", to, **options)
+    a, b = (tmp_path / f"{way.__name__}.{to}" for way in (in_memory, on_disk))
+    if to == "gguf":
+        assert a.read_bytes() == b.read_bytes()
+        return
+    same(*((load_file(each / "model.safetensors"), (each / "config.json").read_text()) for each in (a, b)))
+
+
+def test_a_graph_wants_the_weights_in_memory(dense, tmp_path):
+    moefy_(model := on_disk(dense("llama")), MoEficationConfig(**SETTINGS, k=0.5), batches("llama"))
+    with pytest.raises(MoefyError, match="in memory"):
+        export(model, tmp_path / "onnx", "onnx")
+    assert not (tmp_path / "onnx").exists()
 
 
 @pytest.fixture

@@ -126,16 +126,19 @@ def load_model(args: Namespace, offloaded: bool = False) -> PreTrainedModel:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     trust = args.trust_remote_code
     options: dict[str, Any] = {"head": args.head, "dtype": args.dtype, "trust_remote_code": trust}
-    if offloaded:
-        _FOLDERS.append(TemporaryDirectory(prefix="moefy_offload_"))  # for weights that are saved in another shape
-        options |= {"device_map": {"": "disk"}, "offload_folder": _FOLDERS[-1].name}
-    model = load(args.model, args.revision, **options)
+    model = load(args.model, args.revision, **options, **(on_disk() if offloaded else {}))
     if device is not None and not offloaded:
         return model.to(device)  # type: ignore[arg-type]
     if args.dtype == "auto" and model.dtype == torch.bfloat16 and not computes_bfloat16():
         logger.warning("this processor has no bfloat16: computing in float32 (--dtype bfloat16 keeps it, slowly)")
         model.float()
     return model
+
+
+def on_disk() -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that leave weights on disk until they are used."""
+    _FOLDERS.append(TemporaryDirectory(prefix="moefy_offload_"))  # for weights that are saved in another shape
+    return {"device_map": {"": "disk"}, "offload_folder": _FOLDERS[-1].name}
 
 
 def load_moefied(args: Namespace) -> MoefiedModel:

@@ -90,6 +90,8 @@ def fit_routers_(
     readers = inputs_from(sites)
     check_same_sample(sites, profile, readers)
     for site, stats in zip(sites, profile.sites, strict=True):
+        if any(each.is_meta for each in site.act.router.parameters()):
+            raise MoefyError(f"{site.name}: its router is offloaded, and cannot be fitted there: load it into memory")
         needed = tokens_needed(site.sizes[0], site.act.router.num_experts) if site.act.router.trainable else 1
         if stats.tokens < needed:
             raise MoefyError(

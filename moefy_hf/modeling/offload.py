@@ -29,6 +29,12 @@ def held(module: nn.Module, name: str) -> Any:
     return hook.weights_map[name].to(hook.execution_device, tensor.dtype)
 
 
+def tensor_of(model: nn.Module, name: str) -> Any:
+    """Return a parameter or buffer by its name; of one that is offloaded, a copy that is read now."""
+    path, _, leaf = name.rpartition(".")
+    return held(model.get_submodule(path), leaf)
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Return where a module, or the first in it that has parameters, computes."""
     for each in module.modules():
