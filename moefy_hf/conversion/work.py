@@ -59,7 +59,7 @@ class Work:
 def identity(model: PreTrainedModel, sites: Sequence[FfnSite]) -> dict[str, Any]:
     """Return what tells one model from another of its kind: the weights of its first and last FFN."""
     weights = [site.weights().down.detach().cpu().contiguous() for site in (sites[0], sites[-1])]
-    digests = [hashlib.sha256(memoryview(each.view(torch.uint8).numpy())).hexdigest() for each in weights]
+    digests = [hashlib.sha256(each.view(torch.uint8).numpy().tobytes()).hexdigest() for each in weights]
     return {"class": type(model).__name__, "ffns": [site.key for site in sites], "weights": digests}
 
 
