@@ -86,10 +86,13 @@ def export(
             write_onnx(model, folder, int8, batches, timing, progress)
             return output_dir
         tensors = own_tensors(model) if export_format is None else export_format.tensors(model)
-        write_shards(
-            tensors, folder, min(max_shard_bytes, OFFLOADED_SHARD if is_offloaded(model) else max_shard_bytes)
-        )
+        write_shards(tensors, folder, shard_bytes(model, max_shard_bytes))
     return output_dir
+
+
+def shard_bytes(model: PreTrainedModel, wanted: int) -> int:
+    """Return the size of a weights file: small ones where weights are not in memory."""
+    return min(wanted, OFFLOADED_SHARD) if is_offloaded(model) else wanted
 
 
 def targets_of(model: PreTrainedModel) -> list[str]:
