@@ -14,6 +14,7 @@ from moefy_hf.cli import offloading
 from moefy_hf.cli.main import main
 from moefy_hf.conversion import fit_routers, pipeline
 from moefy_hf.errors import CalibrationError, MoefyError
+from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.splitters import SPLITTERS
 
 HEADS = {
@@ -285,3 +286,12 @@ def test_a_plan_and_weights_on_disk_do_not_go_together(told, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([*told[0][:5], "--quality", "0.9", "--offload", "yes"])
     assert "--offload yes" in capsys.readouterr().err
+
+
+def test_weights_that_deepspeed_has_shared_out_have_their_shape():
+    """As ZeRO-3 leaves them in a process: empty."""
+    site = find_sites(tiny_model("bert", HEADS["bert"]))[0]
+    for linear in (site.up, site.down):
+        linear.weight.ds_shape, linear.weight.data = linear.weight.shape, torch.empty(0)
+    weights = site.weights()
+    assert weights.up.shape == (48, 16) and weights.down.shape == (16, 48) and weights.up.is_meta

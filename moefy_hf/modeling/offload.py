@@ -22,8 +22,13 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 def held(module: nn.Module, name: str) -> Any:
-    """Return a parameter of a module, or None; of one that is offloaded, a copy that is read now."""
+    """Return a parameter of a module, or None; of one that is offloaded, a copy that is read now.
+
+    Of one that DeepSpeed has shared out among processes (ZeRO-3) there is the shape alone.
+    """
     tensor = getattr(module, name)
+    if hasattr(tensor, "ds_shape") and not tensor.numel():
+        return torch.empty(tensor.ds_shape, dtype=tensor.dtype, device="meta")
     if tensor is None or not tensor.is_meta or (hook := offload_hook(module)) is None:
         return tensor
     return hook.weights_map[name].to(hook.execution_device, tensor.dtype)

@@ -159,7 +159,8 @@ class Router(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise as transformers does a new module: tensors that a checkpoint has loaded stay as they are."""
         for weight in self.parameters():
-            init.normal_(weight, mean=0.0, std=weight.shape[-1] ** -0.5)
+            width = max(weight.shape[-1], 1)  # 0 where another process has a loaded one (ZeRO-3)
+            init.normal_(weight, mean=0.0, std=width**-0.5)
 
     def init_from_experts_(self, ffn: FfnWeights) -> None:
         """Start from the weights of the E experts that are routed to, which lie expert by expert."""
