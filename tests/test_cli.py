@@ -21,8 +21,6 @@ from moefy_hf.hub.facts import read_facts
 from moefy_hf.loading import load
 from moefy_hf.measure.sparsity import LEVELS
 
-pytestmark = pytest.mark.xdist_group("cli")  # what its fixtures make is made once
-
 CAUSAL = "AutoModelForCausalLM"
 
 

@@ -12,8 +12,6 @@ from accelerate.commands.config.config_args import load_config_from_file
 from ddp_run import learned
 from test_callback import losses_of
 
-pytestmark = pytest.mark.xdist_group("ddp")  # what its fixtures make is made once
-
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "recipes" / "accelerate_configs"
 

@@ -17,8 +17,6 @@ from moefy_hf.cli.main import main
 from moefy_hf.hub import PushError, VerificationError, add_facts
 from moefy_hf.hub import push as hub
 
-pytestmark = pytest.mark.xdist_group("hub")  # what its fixtures make is made once
-
 HEAD, REPO = "AutoModelForSequenceClassification", "user/bert-moe"
 
 

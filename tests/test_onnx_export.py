@@ -111,7 +111,6 @@ def classifier(tmp_path_factory) -> Classifier:
     return Classifier(tmp_path_factory.mktemp("classifier") / "out")
 
 
-@pytest.mark.xdist_group("onnx_classifier")
 def test_files_are_what_optimum_reads(classifier):
     folder = classifier.folder
     assert {path.name for path in folder.iterdir()} == {"model.onnx", "config.json", "moefy_onnx.json"}
@@ -236,7 +235,6 @@ def test_large_models_have_a_second_file(int8, tmp_path, monkeypatch):
         assert difference(model, session(tmp_path / "out"), inputs_of("bert", CLASSIFIER, 3, 9)) <= 1e-5
 
 
-@pytest.mark.xdist_group("onnx_classifier")
 def test_the_model_is_as_it_was(classifier):
     model = classifier.model
     assert model.training and torch.equal(classifier.logits_now(), classifier.logits)
@@ -258,7 +256,6 @@ def test_decoders_with_another_head_are_one_graph(tmp_path):
 # ---- checks
 
 
-@pytest.mark.xdist_group("onnx_classifier")
 def test_it_is_compared_on_given_batches(classifier, tmp_path):
     assert json.loads((classifier.folder / "moefy_onnx.json").read_text())["largest_difference"] <= 1e-5
     with pytest.raises(UnsupportedModel, match="texts or of images"):

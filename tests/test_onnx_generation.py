@@ -60,17 +60,12 @@ def exported(name: str, head: str, folder, **options) -> Exported:
     return Exported(model, folder, **options)
 
 
-def grouped(names) -> list:
-    """Let all tests of an export run in one process, which makes it once."""
-    return [pytest.param(name, marks=pytest.mark.xdist_group(f"onnx_{name}")) for name in names]
-
-
-@pytest.fixture(scope="module", params=grouped(DECODERS))
+@pytest.fixture(scope="module", params=DECODERS)
 def decoder(request, tmp_path_factory) -> Exported:
     return exported(request.param, CAUSAL, tmp_path_factory.mktemp(request.param) / "out")
 
 
-@pytest.fixture(scope="module", params=grouped(PAIRS))
+@pytest.fixture(scope="module", params=PAIRS)
 def pair(request, tmp_path_factory) -> Exported:
     return exported(request.param, SEQ2SEQ, tmp_path_factory.mktemp(request.param) / "out")
 

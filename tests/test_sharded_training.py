@@ -14,10 +14,7 @@ from tiny import convert, tiny_model
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 HERE = Path(__file__).parent
-pytestmark = [
-    pytest.mark.xdist_group("sharded"),  # what its fixtures make is made once
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),  # the name has changed lately
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # the name has changed lately
 
 
 @pytest.fixture(scope="module")
