@@ -177,9 +177,8 @@ def test_offloaded_layers_run(compensation, buffers, tmp_path):
     assert all(torch.equal(each, model.state_dict()[name]) for name, each in again.state_dict().items())
 
 
-def test_a_router_that_reads_offloaded_weights_says_so(tmp_path):
+def test_a_router_that_reads_weights_reads_offloaded_ones(tmp_path):
     model = tiny_model("llama-without-biases", CAUSAL)
     convert(model, k=2, router="partial_input")
     model.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="partial_input router runs part of its FFN, whose weights are offloaded"):
-        run(offloaded(tmp_path), tiny_inputs("llama"))
+    assert distance(run(offloaded(tmp_path), tiny_inputs("llama")), run(model, tiny_inputs("llama"))) < 1e-5

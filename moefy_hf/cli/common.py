@@ -6,6 +6,7 @@ import platform
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..loading import MoefiedModel, check_moefied, load
 from ..modeling.moefied import is_moefied
 
 logger = logging.get_logger("moefy_hf")
+_FOLDERS: list[TemporaryDirectory] = []  # that go when the process ends
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DATA = (
     "csv, tsv, json lines or parquet file, plain text with a text per line, a folder of one kind of these, - for "
@@ -114,17 +116,29 @@ def new_folder(path: str) -> Path:
     return Path(path)
 
 
-def load_model(args: Namespace) -> PreTrainedModel:
-    """Load MODEL on the accelerator, where there is one; in float32 where the processor knows no bfloat16."""
+def load_model(args: Namespace, offloaded: bool = False) -> PreTrainedModel:
+    """Load MODEL on the accelerator, where there is one; in float32 where the processor knows no bfloat16.
+
+    Args:
+        args: with MODEL.
+        offloaded: leave weights on disk until they are used, and compute on the CPU.
+    """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     trust = args.trust_remote_code
-    model = load(args.model, args.revision, head=args.head, dtype=args.dtype, trust_remote_code=trust)
-    if device is not None:
+    options: dict[str, Any] = {"head": args.head, "dtype": args.dtype, "trust_remote_code": trust}
+    model = load(args.model, args.revision, **options, **(on_disk() if offloaded else {}))
+    if device is not None and not offloaded:
         return model.to(device)  # type: ignore[arg-type]
     if args.dtype == "auto" and model.dtype == torch.bfloat16 and not computes_bfloat16():
         logger.warning("this processor has no bfloat16: computing in float32 (--dtype bfloat16 keeps it, slowly)")
         model.float()
     return model
+
+
+def on_disk() -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that leave weights on disk until they are used."""
+    _FOLDERS.append(TemporaryDirectory(prefix="moefy_offload_"))  # for weights that are saved in another shape
+    return {"device_map": {"": "disk"}, "offload_folder": _FOLDERS[-1].name}
 
 
 def load_moefied(args: Namespace) -> MoefiedModel:

@@ -1,6 +1,7 @@
 """`moefy convert`: a dense checkpoint becomes a MoEfied one."""
 
 import argparse
+import shutil
 from argparse import Namespace
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..hub.facts import add_facts
 from ..hub.push import add_license
 from ..io import written_whole
 from ..measure.metrics import is_causal
+from ..modeling.offload import is_offloaded
 from ..planning.held_out import ROWS
 from ..planning.plan import HELD_OUT
 from ..recipes import arguments as recipe_arguments
@@ -39,6 +41,7 @@ from .common import (
     show_table,
     text_batches,
 )
+from .offloading import add_offload, wants_offload
 from .planned import EXIT_CODE, add_plan, found_plan, is_planned
 
 
@@ -50,6 +53,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_data(command, required=False, help=help, seed=False)
     command.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below, or a recipe's")
     command.add_argument("--force", action="store_true", help="write the model even if it is of no use as it is")
+    add_offload(command)
     add_plan(command)
     add_settings(command, MoEficationConfig, flags=True)
 
@@ -89,10 +93,14 @@ def convert(args: Namespace) -> dict[str, Any]:
             --force.
     """
     planned, config = is_planned(args), config_of(args)
+    if planned and args.offload == "yes":
+        raise MoefyError(
+            "a plan tries copies of the model in memory: --offload yes goes with settings (--k ...) alone"
+        )
     output = output_of(args)
     args.seed = config.seed
     table = open_data(args) if args.data else None
-    model = load_model(args)
+    model = load_model(args, offloaded=not planned and wants_offload(args))
     if not planned:  # a plan has settings of its own
         check_convertible(model, config, table)
     batches, held_out, result, speed = None, None, dict[str, Any](), None
@@ -106,7 +114,8 @@ def convert(args: Namespace) -> dict[str, Any]:
         config, speed = found.chosen.settings, found.speed()
     if output is None:
         return result
-    report = moefy_(model, config, batches)
+    work = output.with_name(f".{output.name}.work") if is_offloaded(model) else None
+    report = moefy_(model, config, batches, work_dir=work)
     check, line = check_of(model, held_out)
     if check is not None and check.degenerate and not args.force:
         raise MoefyError(f"{check.message()}; nothing was written (--force writes it all the same)")
@@ -115,6 +124,8 @@ def convert(args: Namespace) -> dict[str, Any]:
         calibration = table and table.source.name
         add_facts(folder, conversion=report, calibration=calibration, prediction=check, speed=speed)
         add_license(folder, HfApi())
+    if work:
+        shutil.rmtree(work)
     written = {"output": str(output), "table": "\n\n".join(filter(None, (result.get("table"), report.table(), line)))}
     return result | report.to_dict() | written | {"prediction": check and check.to_dict()}
 
@@ -157,6 +168,8 @@ def check_of(model: PreTrainedModel, held_out: TextBatches | None) -> tuple[Qual
         model: the MoEfied model.
         held_out: texts that it was not fitted on.
     """
+    if is_offloaded(model):
+        return None, "quality is not predicted where weights stay on disk: moefy sweep measures it"
     if held_out is None or not len(held_out):
         return None, "quality is not predicted without --data: moefy sweep measures it"
     try:

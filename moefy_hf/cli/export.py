@@ -26,10 +26,12 @@ from .common import (
     load_tokenizer,
     new_folder,
     of_model,
+    on_disk,
     open_data,
     show_output,
     text_batches,
 )
+from .offloading import add_offload, wants_offload
 
 
 def add_export(command: argparse.ArgumentParser) -> None:
@@ -45,6 +47,7 @@ def add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no_timing", action="store_true", help=help)
     help = f"with --to onnx: texts on which it is compared with MODEL (default: random inputs); {DATA}"
     add_data(command, required=False, help=help, leave_out=("label_column", "target_column"))
+    add_offload(command)
 
 
 def add_adapter(command: argparse.ArgumentParser) -> None:
@@ -61,8 +64,8 @@ def export_model(args: Namespace) -> dict[str, Any]:
         raise MoefyError("--int8, --data and --no_timing belong to --to onnx")
     table = open_data(args) if args.data else None
     # on the CPU, where it is written from
-    trust = args.trust_remote_code
-    model = load(args.model, args.revision, head=args.head, dtype=args.dtype, trust_remote_code=trust)
+    options = {"head": args.head, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    model = load(args.model, args.revision, **options, **(on_disk() if wants_offload(args) else {}))
     if args.k is not None and is_moefied(model):
         check_moefied(model).set_selection(k=args.k, allocation="uniform")
     if args.to == "gguf":

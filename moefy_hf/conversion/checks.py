@@ -18,6 +18,7 @@ from ..measure.profile import ModelProfile
 from ..modeling.ffn_sites import FfnSite, find_sites
 from ..modeling.install import check_shared, selected_sites, split_sizes
 from ..modeling.moefied import is_moefied
+from ..modeling.offload import is_offloaded, offload_hook
 from ..modeling.routers import ROUTERS
 from ..modeling.selection_config import count_experts, per_layer, resolve_selection
 from ..splitters import SPLITTERS
@@ -59,14 +60,14 @@ def check_convertible(
     for site in sites:
         check_plain(site)
         for name, param, _, _ in site.neuron_dims():
-            if type(param) is not torch.nn.Parameter or param.is_meta:
+            offloaded = offload_hook(site.owner.get_submodule(name.rpartition(".")[0])) is not None
+            if type(param) is not torch.nn.Parameter or (param.is_meta and not offloaded):
                 kind = "on the meta device" if param.is_meta else f"a {type(param).__name__}"
-                raise MoefyError(
-                    f"{site.name}.{name} is {kind}: convert a model that is neither sharded, quantised nor offloaded"
-                )
+                wanted = "convert a model that is neither sharded, quantised nor without weights"
+                raise MoefyError(f"{site.name}.{name} is {kind}: {wanted}")
             if (other := owners.setdefault(id(param), site.key)) != site.key:
                 raise MoefyError(f"{site.key} and {other} share {name}: one order of neurons cannot suit both")
-            if not param.isfinite().all():
+            if not offloaded and not param.isfinite().all():  # reading all of them takes long; a profile finds out
                 raise MoefyError(f"{site.name}.{name} holds weights that are not finite in {param.dtype}: {OVERFLOW}")
         if next(site.act.parameters(), None) is not None:
             raise MoefyError(
@@ -208,10 +209,16 @@ def _headless(model: PreTrainedModel) -> bool:
 
 
 def with_allocation(config: MoEficationConfig, model: PreTrainedModel, data: bool) -> MoEficationConfig:
-    """Return the settings with allocation "auto" decided: by sensitivity where there is data and a head."""
+    """Return the settings with allocation "auto" decided.
+
+    It is "sensitivity" where there is data and a head, and the weights are in memory.
+    """
     if config.allocation != AUTO or config.threshold is not None:
         return config
     if not data or isinstance(config.k, list | tuple):
+        return replace(config, allocation="uniform")
+    if is_offloaded(model):
+        logger.warning_once('budgets are uniform: "sensitivity" would read all offloaded weights some hundred times')
         return replace(config, allocation="uniform")
     if _headless(model):
         logger.warning_once(f"{type(model).__name__} predicts nothing to measure sensitivity by: budgets are uniform")

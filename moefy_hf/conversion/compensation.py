@@ -41,7 +41,7 @@ def compensate_(model: PreTrainedModel, profile: ModelProfile, *, progress: bool
     bar = tqdm(sites, desc="means", unit="layer", disable=not progress)
     for site, stats, read in zip(bar, profile.sites, readers, strict=True):
         means = means_of_dropped(site, stats.sample, profile.sites[read].sample)
-        site.act.compensate_(means.to(site.down.weight.device, site.down.weight.dtype))
+        site.act.compensate_(means.to(site.device, site.down.weight.dtype))
     Section(model.config).compensation = True
 
 

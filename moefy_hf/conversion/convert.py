@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from .checks import check_convertible, check_predictions, check_profile, with_al
 from .compensation import compensate_
 from .fit_routers import RouterFit
 from .pipeline import find_experts_, timed
+from .work import Work, identity
 
 logger = logging.get_logger("moefy_hf")
 
@@ -68,6 +70,7 @@ def moefy_(
     config: MoEficationConfig | None = None,
     calibration: Iterable[Mapping[str, Any]] | ModelProfile | None = None,
     *,
+    work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> ConversionReport:
     """MoEfy a dense model in place: profile, split, route, select. The same Python object, now of its Moefied class.
@@ -79,9 +82,13 @@ def moefy_(
             `profile`, to convert copies of it in several ways. Methods that learn nothing from data (splits "random",
             "parameter_clustering" and "gate_clustering" with routers that are not fitted) work without.
 
+        work_dir: folder that keeps what is found, batch by batch and layer by layer. A conversion that was interrupted
+            goes on from there, given the same model, settings and batches. It may be deleted afterwards.
+
     Raises:
         MoefyError: unsupported, already MoEfied, wrapped, adapted or sharded model, part of a larger one, settings
-            that do not fit it, or missing, too little or not finite calibration data. The model is unchanged then.
+            that do not fit it, missing, too little or not finite calibration data, or a `work_dir` of another
+            conversion. The model is unchanged then.
 
     Example:
         >>> report = moefy_(model, MoEficationConfig(expert_size=32, k=0.2), batches)
@@ -91,12 +98,13 @@ def moefy_(
     sites, sizes = check_convertible(model, config, calibration)
     config, base_model = with_allocation(config, model, calibration is not None), model.name_or_path or ""
     seconds: dict[str, float] = {}
-    with profile_of(model, calibration, config, seconds, progress) as dense:
+    work = None if work_dir is None else Work(work_dir, {"model": identity(model, sites), "settings": asdict(config)})
+    with profile_of(model, calibration, config, work, seconds, progress) as dense:
         if dense is not None:
             check_profile(config, sites, sizes, dense)
             if config.allocation in COMPARING_PREDICTIONS:
                 check_predictions(model, dense.batches)
-        experts = find_experts_(model, sites, config, dense, progress=progress)
+        experts = find_experts_(model, sites, config, dense, work=work, progress=progress)
         (moefied := check_moefied(model)).set_selection(**config.selection_section())
         seconds |= experts.seconds
         if config.compensation and dense is not None:
@@ -119,6 +127,7 @@ def profile_of(
     model: PreTrainedModel,
     calibration: Iterable[Mapping[str, Any]] | ModelProfile | None,
     config: MoEficationConfig,
+    work: Work | None,
     seconds: dict[str, float],
     progress: bool,
 ) -> Iterator[ModelProfile | None]:
@@ -133,6 +142,7 @@ def profile_of(
     try:
         with timed(seconds, "profile"):
             which: dict[str, Any] = {"towers": config.towers, "layers": config.layers}
+            which["folder"] = work and work.folder / "profile"
             tokens = config.calibration_tokens
             dense = profile(model, calibration, max_tokens=tokens, progress=progress, **which)
     except NotFiniteError as error:

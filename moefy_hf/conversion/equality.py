@@ -15,6 +15,7 @@ from ..measure.made_up_inputs import made_up_batch
 from ..measure.profile import ModelProfile
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.moefied import is_moefied
+from ..modeling.offload import device_of
 
 logger = logging.get_logger("moefy_hf")
 
@@ -86,7 +87,7 @@ class DenseReference:
         for position, site in enumerate(sites):
             hooks.append(site.first.register_forward_pre_hook(lambda _, a, i=position: seen.__setitem__(i, a[0])))
             hooks.append(site.down.register_forward_pre_hook(lambda _, a, i=position: check(i, a[0])))
-        device = next(model.parameters()).device
+        device = device_of(model)
         batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
         devices = [device] if device.type == "cuda" else []
         complete = all_experts(check_moefied(model)) if model is self.moefied else nullcontext()

@@ -84,7 +84,7 @@ def matched_orders(
         stack = [positions[site.key] for site in members]
         compared = [stack[0] if position in stack else position for position in range(len(sites))]
         check_same_sample(sites, profile, compared)
-        with torch.autocast(sites[0].down.weight.device.type, enabled=False):
+        with torch.autocast(sites[0].device.type, enabled=False):
             match_stack_(stack, sites, orders, num_experts, profile, shared)
     return orders
 

@@ -24,6 +24,7 @@ from ..modeling.section import Section
 from ..modeling.selection import SELECTIONS
 from .expert_matching import expert_targets, shares_of
 from .thresholds import calibrate_thresholds_
+from .work import Found, Work, found
 
 HELD_OUT = 0.1  # share of the tokens that measures the fit: the last ones, so of other texts than the rest
 BATCH = 512  # tokens per step, as in the paper
@@ -61,6 +62,7 @@ def fit_routers_(
     epochs: int = 10,
     lr: float = 0.003,
     seed: int = 0,
+    work: Work | None = None,
     progress: bool = True,
 ) -> list[RouterFit]:
     """Train every layer's router, in place, on the profile's sample.
@@ -72,6 +74,7 @@ def fit_routers_(
     Args:
         profile: of this model's routed FFNs, with a sample; neurons may have been permuted since.
         epochs: passes over the sample, learning rate `lr` (Adam) falling to zero along a cosine.
+        work: keeps the routers that are fitted, and has those that were.
 
     Raises:
         MoefyError: the model is not MoEfied; or the profile belongs to another number of FFNs, has no sample, or holds
@@ -87,6 +90,8 @@ def fit_routers_(
     readers = inputs_from(sites)
     check_same_sample(sites, profile, readers)
     for site, stats in zip(sites, profile.sites, strict=True):
+        if any(each.is_meta for each in site.act.router.parameters()):
+            raise MoefyError(f"{site.name}: its router is offloaded, and cannot be fitted there: load it into memory")
         needed = tokens_needed(site.sizes[0], site.act.router.num_experts) if site.act.router.trainable else 1
         if stats.tokens < needed:
             raise MoefyError(
@@ -94,26 +99,45 @@ def fit_routers_(
             )
     fits: list[RouterFit] = []
     for position, site in enumerate(tqdm(sites, desc="routers", unit="layer", disable=not progress)):
-        read = readers[position]
-        inputs = profile.sites[read].sample.inputs
-        with (
-            torch.enable_grad(),
-            torch.autocast(site.down.weight.device.type, enabled=False),
-        ):  # targets and losses in full precision
-            targets = _targets(sites, profile, position)
-            best_epoch = fits[read].best_epoch if read < position else 0
-            if read == position and site.act.router.trainable and epochs:
-                led = [each for each, other in enumerate(readers) if other == position]
-                aim = targets if len(led) == 1 else _mean_shares(sites, profile, led)
-                best_epoch = _fit(site, inputs, aim, epochs, lr, torch.Generator().manual_seed(seed))
-            held_out, k = _held_out(len(inputs)), _measured_k(site)
-            captured = _captured(sites[read], inputs[held_out:], targets[held_out:], k)
-            oracle = _share(targets[held_out:], targets[held_out:], k)
-        fits.append(RouterFit(site.name, k, captured, oracle, k / targets.shape[1], best_epoch))
+
+        def fit(position: int = position, site: FfnSite = site) -> Found:
+            fitted = _fit_one(sites, profile, readers, fits, position, epochs=epochs, lr=lr, seed=seed)
+            return site.act.router.state_dict(), fitted.to_dict()
+
+        tensors, facts = found(work, f"router_{position}", fit)
+        site.act.router.load_state_dict(tensors)
+        fits.append(RouterFit(**facts))
     if measured := [kind for kind in Section(model.config).thresholds if kind in SELECTIONS]:
         calibrate_thresholds_(model, profile, measured)  # what the old routers spent says nothing of the new ones
         model.set_selection()
     return fits
+
+
+def _fit_one(
+    sites: Sequence[FfnSite],
+    profile: ModelProfile,
+    readers: Sequence[int],
+    fits: Sequence[RouterFit],
+    position: int,
+    *,
+    epochs: int,
+    lr: float,
+    seed: int,
+) -> RouterFit:
+    """Train the router of the FFN at a position, if it has one of its own, and measure it."""
+    site, read = sites[position], readers[position]
+    inputs = profile.sites[read].sample.inputs
+    with torch.enable_grad(), torch.autocast(site.device.type, enabled=False):  # targets and losses in full precision
+        targets = _targets(sites, profile, position)
+        best_epoch = fits[read].best_epoch if read < position else 0
+        if read == position and site.act.router.trainable and epochs:
+            led = [each for each, other in enumerate(readers) if other == position]
+            aim = targets if len(led) == 1 else _mean_shares(sites, profile, led)
+            best_epoch = _fit(site, inputs, aim, epochs, lr, torch.Generator().manual_seed(seed))
+        held_out, k = _held_out(len(inputs)), _measured_k(site)
+        captured = _captured(sites[read], inputs[held_out:], targets[held_out:], k)
+        oracle = _share(targets[held_out:], targets[held_out:], k)
+    return RouterFit(site.name, k, captured, oracle, k / targets.shape[1], best_epoch)
 
 
 def _held_out(tokens: int) -> int:
@@ -131,7 +155,7 @@ def _fit(
 ) -> int:
     """Train one router on inputs (T, d) and targets (T, E), and keep its best epoch, which is returned."""
     router: Router = site.act.router
-    fitting, k, device = _held_out(len(inputs)), _measured_k(site), site.down.weight.device
+    fitting, k, device = _held_out(len(inputs)), _measured_k(site), site.device
     held_out = inputs[fitting:], targets[fitting:]
     best, best_epoch, best_weights = _captured(site, *held_out, k), 0, copy.deepcopy(router.state_dict())
     steps = epochs * sum(1 for _ in _batches(inputs[:fitting], targets[:fitting], None))
@@ -198,7 +222,7 @@ def _batches(
 
 @torch.no_grad()
 def _captured(site: FfnSite, inputs: torch.Tensor, targets: torch.Tensor, k: int) -> float:
-    router, device = site.act.router, site.down.weight.device
+    router, device = site.act.router, site.device
     scores = torch.cat([scores_of(router, x.to(device)).cpu() for x in inputs.split(CHUNK)])
     return _share(scores, targets, k)
 

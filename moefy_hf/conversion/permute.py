@@ -1,10 +1,13 @@
 """Reorder the neurons of an FFN, with what an optimizer remembers of them."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from ..errors import MoefyError
 from ..modeling.ffn_sites import FfnSite
+from ..modeling.offload import Reordered, offload_hook
 from ..modeling.routed_activation import is_routed
 
 
@@ -29,6 +32,8 @@ def check_plain(site: FfnSite) -> None:
 def permute_neurons_(site: FfnSite, order: torch.Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Reorder the neurons of one FFN in place, with what the optimizer remembers of them. Its function is unchanged.
 
+    Parameters that accelerate has offloaded stay where they are, and are read in this order from then on.
+
     Args:
         order: (f,) the old index of each new neuron, a permutation of range(f).
         optimizer: its per-parameter tensors of the parameter's shape (Adam's moments) are permuted alike.
@@ -42,9 +47,11 @@ def permute_neurons_(site: FfnSite, order: torch.Tensor, optimizer: torch.optim.
     check_plain(site)
     neurons = site.sizes[1]
     tensors: list[tuple[torch.Tensor, int, torch.Tensor]] = []
+    offloaded: list[tuple[Any, str, int, torch.Tensor]] = []
     held = {id(param) for group in optimizer.param_groups for param in group["params"]} if optimizer else set()
     for name, param, dim, blocks in site.neuron_dims():
-        if type(param) is not nn.Parameter or param.shape[dim] != blocks * neurons:
+        hook = offload_hook(site.owner.get_submodule(name.rpartition(".")[0])) if param.is_meta else None
+        if type(param) is not nn.Parameter or param.shape[dim] != blocks * neurons or (param.is_meta and not hook):
             kind = f"{type(param).__name__} of shape {tuple(param.shape)}"
             raise MoefyError(
                 f"{site.name}: {name} is a {kind}; sharded, quantised or adapted neurons cannot be permuted"
@@ -54,13 +61,21 @@ def permute_neurons_(site: FfnSite, order: torch.Tensor, optimizer: torch.optim.
                 f"{site.name}: {name} is trained, but not by the {type(optimizer).__name__} itself: copies that it "
                 "keeps elsewhere cannot follow a permutation"
             )
-        whole = torch.cat([order + block * neurons for block in range(blocks)]).to(param.device)
+        whole = torch.cat([order + block * neurons for block in range(blocks)])
+        if hook is not None:
+            offloaded.append((hook, name.rpartition(".")[2], dim, whole))
+            continue
+        whole = whole.to(param.device)
         tensors.append((param, dim, whole))
         tensors += [(moment, dim, whole) for moment in moments(optimizer, param, f"{site.name}.{name}")]
     if is_routed(site.act) and getattr(site.act, "neuron_order", None) is not None:
         tensors.append((site.act.neuron_order, 0, order.to(site.act.neuron_order.device)))
     for tensor, dim, whole in tensors:
         tensor.copy_(tensor.index_select(dim, whole))
+    for hook, name, dim, whole in offloaded:
+        if not isinstance(hook.weights_map, Reordered):
+            hook.weights_map = Reordered(hook.weights_map)
+        hook.weights_map.reorder_(name, dim, whole)
     torch.clear_autocast_cache()  # it may hold half-precision copies in the old order
 
 

@@ -30,6 +30,7 @@ from .equality import DenseReference
 from .expert_matching import matched_orders
 from .fit_routers import RouterFit, fit_routers_
 from .thresholds import calibrate_thresholds_
+from .work import Found, Work, found
 
 _MADE: set[type[PreTrainedModel]] = set()  # MoEfied classes of which this process has made a model
 
@@ -60,6 +61,7 @@ def find_experts_(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     warm: bool = False,
+    work: Work | None = None,
     progress: bool = True,
 ) -> Experts:
     """Split the neurons of a model, in place, fit its routers, and measure what its selection needs.
@@ -73,18 +75,19 @@ def find_experts_(
         profile: of this model, with a sample; None where nothing in `config.needs()`.
         optimizer: what it remembers of neurons is permuted with them.
         warm: the neurons lie in experts already; a split that cannot be improved on from there is kept.
+        work: keeps what is found layer by layer, and has what was found.
     """
     result = Experts()
     with timed(result.seconds, "split"):
         moefied = check_moefied(model) if is_moefied(model) else None
-        result.orders = neuron_orders(sites, config, profile, warm=warm, progress=progress)
+        result.orders = neuron_orders(sites, config, profile, warm=warm, work=work, progress=progress)
         with restored_on_error(model, sites):
             reference = DenseReference(model, sites, profile)
             if moefied is None:
                 moefied = install_checked_(model, config, reference)
             permute_checked_(moefied.moe_sites(), result.orders, optimizer, reference)
     with timed(result.seconds, "routers"):
-        result.fits = start_routers_(moefied, profile, config.seed, progress=progress)
+        result.fits = start_routers_(moefied, profile, config.seed, work=work, progress=progress)
         kind = config.selection_section()["type"]
         if profile is not None and setting_name(kind):
             calibrate_thresholds_(moefied, profile, [kind])
@@ -159,11 +162,11 @@ def permute_checked_(
 
 
 def start_routers_(
-    model: MoefiedModel, profile: ModelProfile | None, seed: int, *, progress: bool = True
+    model: MoefiedModel, profile: ModelProfile | None, seed: int, *, work: Work | None = None, progress: bool = True
 ) -> list[RouterFit]:
     """Start every router from the experts that its FFN has now, in place, and fit those that learn from a profile."""
     init_routers_(model, seed)
-    return fit_routers_(model, profile, seed=seed, progress=progress) if profile is not None else []
+    return fit_routers_(model, profile, seed=seed, work=work, progress=progress) if profile is not None else []
 
 
 def neuron_orders(
@@ -172,6 +175,7 @@ def neuron_orders(
     profile: ModelProfile | None,
     *,
     warm: bool = False,
+    work: Work | None = None,
     progress: bool = False,
 ) -> list[torch.Tensor]:
     """Find one order of neurons (f,) per FFN, expert by expert, as `config.splitter` groups them; change nothing.
@@ -184,8 +188,14 @@ def neuron_orders(
     for position, (site, experts) in enumerate(zip(bar, num_experts, strict=True)):
         generator = torch.Generator().manual_seed(config.seed + position)
         stats = profile.sites[position] if profile else None
-        with torch.autocast(site.down.weight.device.type, enabled=False):  # half-precision sums scramble a split
-            orders.append(neuron_order(site.weights(), stats, experts, config, generator, warm))
+
+        how = stats, experts, config, generator, warm
+
+        def split(site: FfnSite = site, how: Any = how) -> Found:
+            with torch.autocast(site.device.type, enabled=False):  # half-precision sums scramble a split
+                return {"order": neuron_order(site.weights(), *how)}, {}
+
+        orders.append(found(work, f"order_{position}", split)[0]["order"])
         check_permutation(site, orders[-1])
     return matched_orders(config.router, sites, orders, num_experts, profile, config.shared_experts)
 
@@ -245,5 +255,5 @@ def init_routers_(model: MoefiedModel, seed: int) -> None:
                 weight.copy_(noise)  # the same on every device
             first = site.act.shared * site.act.expert_size
             router.init_from_experts_(site.weights().of_neurons(torch.arange(first, site.sizes[1])))
-        site.act.to(site.down.weight.device)
+        site.act.to(site.device)
         site.act.train(site.owner.training)

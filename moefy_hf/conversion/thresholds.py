@@ -76,7 +76,7 @@ def calibrate_thresholds_(
 @torch.no_grad()
 def sampled_strengths(site: FfnSite, sample: FfnSample) -> torch.Tensor:
     """Return the routing weights (T, E - S) of an FFN's router on the first tokens of a sample of what it reads."""
-    router, inputs = site.act.router, sample.inputs[:TOKENS].to(site.down.weight.device)
+    router, inputs = site.act.router, sample.inputs[:TOKENS].to(site.device)
     return router.strengths(scores_of(router, inputs)).float().cpu()
 
 

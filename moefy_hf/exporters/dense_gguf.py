@@ -11,6 +11,7 @@ import torch
 from ..errors import MoefyError
 from ..loading import MoefiedModel
 from ..modeling.ffn_sites import FfnSite
+from ..modeling.offload import tensor_of
 from .formats import layer_of
 
 Type = gguf.GGMLQuantizationType
@@ -160,15 +161,15 @@ def check_same_model(dense: DenseGguf, model: MoefiedModel) -> None:
     table = gguf.get_tensor_name_map(architectures[dense.architecture], config.num_hidden_layers)
     ffns = tuple(f"{site.name}." for site in model.moe_sites())
     left = {name for name in dense.tensors if name.split(".")[-2] not in FFN_PARTS} - {"rope_freqs.weight"}
-    embedding = model.get_input_embeddings().weight
-    for key, tensor in model.state_dict(keep_vars=True).items():
+    for key in model.state_dict():
         if key.startswith(ffns):
             continue
         name = table.get_name(key, try_suffixes=(".weight", ".bias")) or ""
-        if name == "output.weight" and name not in dense.tensors and tensor is embedding:
+        if name == "output.weight" and name not in dense.tensors and config.tie_word_embeddings:
             continue
         if name not in dense.tensors:
             raise different(dense, f"it lacks the model's {key}")
+        tensor = tensor_of(model, key)
         rows = sample(len(tensor))
         check_numbers(dense, name, rows, tensor.detach()[rows] if tensor.dim() > 1 else tensor.detach(), tensor.shape)
         left.discard(name)

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..errors import MoefyError
 from ..io import written_whole
 from ..loading import MoefiedModel, check_moefied
+from ..modeling.offload import is_offloaded
 from ..modeling.routers import router_facts
 from ..modeling.section import NAME, Section
 from ..modeling.selection import selection_facts
@@ -20,6 +21,7 @@ from .formats import EXPORT_FORMATS, ExportFormat, own_tensors
 from .onnx_export import check_onnx, write_onnx
 
 OTHERS = ("onnx", "gguf", "dense")  # targets that are no served architecture
+OFFLOADED_SHARD = 1_000_000_000  # bytes
 LLAMA_CPP = ("llama", "mistral", "qwen2", "qwen3")  # what "gguf" is written of
 
 if TYPE_CHECKING:
@@ -49,7 +51,8 @@ def export(
             Runtime) and "gguf" (of Llama, Mistral, Qwen2 and Qwen3, for llama.cpp), exact; or "dense" (any model: all
             its neurons, no routers). By default the first served one that has its attention.
         tokenizer: saved beside the weights.
-        max_shard_bytes: size of a weights file; beyond the model itself so much memory is needed.
+        max_shard_bytes: size of a weights file; beyond the model itself so much memory is needed. Of a model whose
+            weights are offloaded it is 1 GB at most.
         int8: of "onnx": whether matrices become 8-bit; routers stay in float32.
         batches: of "onnx": inputs on which the graphs are compared with the model; made up by default.
         dense: the GGUF file of the dense model, which "gguf" needs: its metadata, tokenizer and types are kept.
@@ -73,6 +76,10 @@ def export(
         return export_gguf(model, output_dir, dense).output
     if dense is not None:
         raise MoefyError("dense is for to='gguf' alone")
+    if offloaded := is_offloaded(model):
+        max_shard_bytes = min(max_shard_bytes, OFFLOADED_SHARD)
+    if to == "onnx" and offloaded:
+        raise MoefyError("a graph is traced with the whole model in memory: load it without offloading for to='onnx'")
     if to != "onnx" and (int8 or batches is not None or not timing):
         raise MoefyError(f"int8, batches and timing belong to to='onnx', not to {to!r}")
     export_format = checked_format(model, to)

@@ -27,6 +27,7 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 from ..loading import MoefiedModel
 from ..modeling.ffn_sites import FfnSite
+from ..modeling.offload import is_offloaded, tensor_of
 from ..modeling.routers import router_facts
 
 # standard deviations of scaled scores
@@ -91,7 +92,7 @@ class ExportFormat:
 
     def router(self, model: MoefiedModel, site: FfnSite) -> torch.Tensor:
         """Return the router's matrix (E, d), scaled."""
-        norm = model.get_parameter(f"{site.name.rpartition('.')[0]}.post_attention_layernorm.weight").detach()
+        norm = tensor_of(model, f"{site.name.rpartition('.')[0]}.post_attention_layernorm.weight").detach()
         spread = HALF_SPREAD if model.dtype == torch.bfloat16 else self.spread
         return scaled(router_weight(site), norm, spread).to(model.dtype)
 
@@ -99,7 +100,7 @@ class ExportFormat:
         """Yield those of one routed FFN; here of an architecture that selects and weighs by a softmax."""
         act = site.act
         yield f"{prefix}.gate.weight", self.router(model, site)
-        gate, up, down = (part.weight.detach() for part in (site.gate, site.up, site.down))
+        gate, up, down = matrices(site)
         for expert in range(act.num_experts):
             own = slice(expert * act.expert_size, (expert + 1) * act.expert_size)
             tensors = gate[own], up[own], down[:, own] * act.selection.k
@@ -139,20 +140,20 @@ class GraniteMoe(ExportFormat):
             "intermediate_size": size,
             "head_dim": width,
             "attention_multiplier": model.config.to_dict().get("attention_multiplier", width**-0.5),
-            "attention_bias": any(name.endswith(".q_proj.bias") for name, _ in own_tensors(model)),
+            "attention_bias": any(name.endswith(".q_proj.bias") for name in own_names(model)),
         }
 
     def tensors(self, model: MoefiedModel) -> Iterator[tuple[str, torch.Tensor]]:
         yield from super().tensors(model)
-        names = {name for name, _ in own_tensors(model)}
+        names = own_names(model)
         for bias in (name.replace(".q_proj.", ".o_proj.") for name in names if name.endswith(".q_proj.bias")):
             if bias not in names:
-                output = model.get_parameter(bias.replace(".bias", ".weight"))
-                yield bias, output.detach().new_zeros(len(output))
+                output = tensor_of(model, bias.replace(".bias", ".weight")).detach()
+                yield bias, output.new_zeros(len(output))
 
     def ffn_tensors(self, model: MoefiedModel, site: FfnSite, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         act = site.act
-        gate, up, down = (part.weight.detach() for part in (site.gate, site.up, site.down))
+        gate, up, down = matrices(site)
         yield f"{prefix}.router.layer.weight", self.router(model, site)
         first, routed = act.shared * act.expert_size, (-1, act.expert_size)
         both = torch.cat([each[first:].unflatten(0, routed) for each in (gate, up)], 1)  # (E, 2m, d)
@@ -208,10 +209,10 @@ class Qwen2Moe(QwenMoe):
 
     def ffn_tensors(self, model: MoefiedModel, site: FfnSite, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         yield from super().ffn_tensors(model, site, prefix)
-        size, (d, _), gate = site.act.expert_size, site.sizes, site.gate.weight.detach()
-        yield f"{prefix}.shared_expert_gate.weight", gate.new_zeros(1, d)
+        size, (d, _) = site.act.expert_size, site.sizes
+        yield f"{prefix}.shared_expert_gate.weight", torch.zeros(1, d, dtype=model.dtype)
         for part, shape in zip(self.parts, ((size, d), (size, d), (d, size)), strict=True):
-            yield f"{prefix}.shared_expert.{part}.weight", gate.new_zeros(shape)
+            yield f"{prefix}.shared_expert.{part}.weight", torch.zeros(shape, dtype=model.dtype)
 
 
 class Qwen3Moe(QwenMoe):
@@ -228,9 +229,16 @@ FORMATS = (GraniteMoe(), Mixtral(), Qwen2Moe(), Qwen3Moe())
 EXPORT_FORMATS: dict[str, ExportFormat] = {each.name: each for each in FORMATS}
 
 
+def matrices(site: FfnSite) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return those of a gated FFN: gate (f, d), up (f, d), down (d, f)."""
+    weights = site.weights()
+    return weights.keys.detach(), weights.up.detach(), weights.down.detach()
+
+
 def router_weight(site: FfnSite) -> torch.Tensor:
     """Return the router's matrix (E, d)."""
-    return site.act.router.get_parameter(router_facts(site.act.router).export_weight).detach()
+    name = router_facts(site.act.router).export_weight or ""  # which `check_routing` has asked for
+    return tensor_of(site.act.router, name).detach()
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -244,13 +252,21 @@ def layer_of(site: FfnSite) -> int:
 
 
 def own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield all tensors that are saved, tied ones once, without routers."""
-    seen = set()
+    """Yield all tensors that are saved, tied ones once, without routers; those that are offloaded are read one by
+    one."""
+    for name in own_names(model):
+        yield name, tensor_of(model, name).detach()
+
+
+def own_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of what `own_tensors` yields."""
+    if is_offloaded(model):
+        model.tie_weights()  # accelerate has put new objects in the places of those that were tied
+    names: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        added = ".router." in name or name.endswith(".neuron_order")
-        if not added and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, tensor.detach()
+        if ".router." not in name and not name.endswith(".neuron_order"):
+            names.setdefault(id(tensor), name)
+    return list(names.values())
 
 
 def scaled(router: torch.Tensor, norm: torch.Tensor, spread: float) -> torch.Tensor:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..loading import check_moefied, routed
 from ..modeling.ffn_sites import FfnSite, find_sites
 from ..modeling.moefied import is_moefied
+from ..modeling.offload import device_of
 from ..modeling.routed_activation import is_routed
 from ..modeling.routers import router_facts
 from .contexts import all_experts, evaluating, hooked
@@ -111,7 +112,7 @@ def model_flops(model: PreTrainedModel, batch: Mapping[str, Any]) -> ModelFlops:
         site.first.register_forward_pre_hook(lambda _, args, i=position: count(i, args))
         for position, site in enumerate(sites)
     )
-    device = next(model.parameters()).device
+    device = device_of(model)
     batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
     counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
     dense = all_experts(check_moefied(model)) if is_moefied(model) else contextlib.nullcontext()

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..modeling.ffn_sites import FfnSite
+from ..modeling.offload import device_of
 from .batches import check_batch
 from .contexts import evaluating, hooked
 from .metrics import is_causal
@@ -35,7 +36,7 @@ def run_with_hooks(
     """
     batch_now: Mapping[str, Any] = {}
     inputs: dict[int, torch.Tensor] = {}
-    device = next(model.parameters()).device
+    device = device_of(model)
 
     def on_input(position: int, args: tuple) -> None:
         inputs[position] = args[0]

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..errors import MoefyError
 from ..loading import check_moefied
 from ..modeling.moefied import is_moefied
+from ..modeling.offload import device_of
 from .batches import check_batch
 
 # decoders of encoder-decoder families: as language models of their own they take labels that are shifted already
@@ -79,7 +80,7 @@ def predictions(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch
         MoefyError: as `check_batch` and `counted`.
     """
     check_batch(model, batch)
-    device = next(model.parameters()).device
+    device = device_of(model)
     batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
     output = model(**batch)
     return counted(model, output, batch)

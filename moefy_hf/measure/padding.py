@@ -29,7 +29,7 @@ def real_tokens(model: PreTrainedModel, site: FfnSite, batch: Mapping[str, Any],
         return None
     if tokens_first(mask.shape, sizes):
         mask = mask.t()
-    return mask.reshape(-1).bool().to(site.down.weight.device)  # models may lie on several devices
+    return mask.reshape(-1).bool().to(site.device)  # models may lie on several devices
 
 
 def tokens_first(texts: Sequence[int], sizes: Sequence[int]) -> bool:

@@ -17,6 +17,7 @@ from ..errors import CalibrationError, MoefyError
 from ..modeling.ffn_sites import FfnSite, FfnWeights, find_sites
 from ..modeling.install import selected_sites
 from .hooks import run_with_hooks
+from .kept_profile import Folder, Progress
 from .metrics import OVERFLOW
 from .progress import token_bar
 from .sample import FfnSample, TensorFile
@@ -92,7 +93,7 @@ class ModelProfile:
 
     sites: list[SiteProfile]
     batches: list[Mapping[str, Any]] = field(default_factory=list, repr=False)
-    directory: tempfile.TemporaryDirectory | None = field(default=None, repr=False)
+    directory: tempfile.TemporaryDirectory | Folder | None = field(default=None, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -162,6 +163,7 @@ def profile(
     sample: bool = True,
     towers: str | Sequence[str] | None = None,
     layers: list[int] | None = None,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> ModelProfile:
     """Run calibration batches through the model once and describe what its FFNs do.
@@ -173,10 +175,13 @@ def profile(
             layer), for splitters and routers that learn from data. Memory does not grow with the number of tokens.
         towers: parts of a composite model, see `MoEficationConfig`.
         layers: positions of the FFNs to profile; all by default.
+        folder: keeps the sample, also when the profile is closed. One that was interrupted goes on there behind the
+            last batch that was run; the same batches must be given.
         progress: show a progress bar.
 
     Raises:
-        MoefyError: unsupported model type, no token in `batches`, or hidden states that are not finite.
+        MoefyError: unsupported model type, no token in `batches`, hidden states that are not finite, or a folder with
+            the profile of other batches.
         OSError: the disk is full.
 
     Example:
@@ -184,10 +189,7 @@ def profile(
     """
     sites = selected_sites(find_sites(model, towers), layers)
     result = ModelProfile([SiteProfile(site.sizes[1]) for site in sites])
-    files: list[TensorFile] = []
-    if sample:
-        result.directory = tempfile.TemporaryDirectory(prefix="moefy_profile_")
-        files = [result.file(f"{position}.bin") for position in range(len(sites))]
+    state = Progress(result, sample, folder)
     bar = token_bar(max_tokens, "profile", progress)
 
     def see(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
@@ -195,24 +197,24 @@ def profile(
         check_finite(sites[position].name, x, neurons)
         x, neurons = x[: max_tokens - stats.tokens], neurons[: max_tokens - stats.tokens]
         if sample and len(x):
-            files[position].append(x)
+            state.files[position].append(x)
         stats.update_(neurons)
         bar.update(len(x) / len(sites))
 
     batch = None
     with bar, run_with_hooks(model, sites, see) as run:
-        for batch in batches:
+        bar.update(result.tokens)
+        for batch in state.new(iter(batches)):
             if result.tokens < KEPT_TOKENS:
                 result.batches.append(batch)
             run(batch)
-            if result.tokens >= max_tokens:
+            if state.save(batch, result.tokens >= max_tokens):
                 break
+    state.save(None, True)
     if result.tokens == 0:
         result.close()
         raise MoefyError(why_empty(batches, batch))
-    for stats, file in zip(result.sites, files, strict=False):  # no file where nothing is kept
-        if file.rows:
-            stats.inputs = file.mapped()
+    state.map_sample()
     return result
 
 

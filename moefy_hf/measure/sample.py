@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -45,8 +46,8 @@ class TensorFile:
     """
 
     def __init__(self, path: Path):
-        self.path, self.rows = path, 0
-        self.file = open(path, "wb")
+        self.path, self.rows, self.width, self.dtype = path, 0, 0, torch.float32
+        self.file: BinaryIO | None = None
 
     def append(self, rows: torch.Tensor) -> None:
         """Write rows (t, d), of the same d and dtype in every call.
@@ -55,6 +56,7 @@ class TensorFile:
             OSError: the disk is full.
         """
         rows = rows.detach().cpu().contiguous()
+        self.file = self.file or open(self.path, "wb")
         self.width, self.dtype, self.rows = rows.shape[1], rows.dtype, self.rows + len(rows)
         try:
             self.file.write(rows.view(torch.uint8).numpy().tobytes())
@@ -63,8 +65,16 @@ class TensorFile:
             what = f"{error.strerror} for the sample of FFN inputs; use fewer tokens, or set TMPDIR"
             raise OSError(error.errno, what, str(self.path)) from error
 
+    def cut_to(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        """Go on behind the first rows (rows, width) of a file that was there before."""
+        self.file = open(self.path, "r+b")
+        self.file.truncate(rows * width * dtype.itemsize)
+        self.file.seek(0, 2)
+        self.rows, self.width, self.dtype = rows, width, dtype
+
     def mapped(self) -> torch.Tensor:
         """Return all rows (T, d), memory-mapped; nothing can be appended any more."""
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         size = self.rows * self.width
         return torch.from_file(str(self.path), shared=True, size=size, dtype=self.dtype).view(self.rows, self.width)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from .errors import MoefyError
 from .ffn_layouts import FfnSpec
 from .ffn_weights import ChangedActivation, FfnWeights
+from .offload import device_of, held
 from .routed_activation import is_routed
 from .section import Section
 
@@ -80,6 +82,11 @@ class FfnSite:
         return self.up if self.gate is None else self.gate
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes; parameters that are offloaded lie elsewhere meanwhile."""
+        return device_of(self.down)
+
+    @property
     def sizes(self) -> tuple[int, int]:
         """(d, f)."""
         down = self.down
@@ -100,22 +107,25 @@ class FfnSite:
                 yield f"{self.spec.norm}.{name}", param, 0, 1
 
     def weights(self) -> FfnWeights:
-        """The FFN as plain tensors, neurons first; parameters keep their gradients and storage."""
+        """The FFN as plain tensors, neurons first; parameters keep their gradients and storage.
+
+        Those that are offloaded are read for it, and go when it goes.
+        """
 
         def rows(linear: Any) -> Any:
-            return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
+            return held(linear, "weight").t() if isinstance(linear, Conv1D) else held(linear, "weight")
 
         act = self.act.inner if is_routed(self.act) else self.act
         if self.spec.before is not None:
             act = ChangedActivation(getattr(self.owner, self.spec.before), act)
         up, gate, norm = self.up, self.gate, self.norm
         if self.spec.parts == 2:
-            matrices, biases = rows(up).chunk(2), (None, None) if up.bias is None else up.bias.chunk(2)
+            matrices, biases = rows(up).chunk(2), (None, None) if up.bias is None else held(up, "bias").chunk(2)
             g, u = (1, 0) if self.spec.up_first else (0, 1)
             return FfnWeights(matrices[u], rows(self.down), act, biases[u], matrices[g], biases[g], norm)
         if gate is None:
-            return FfnWeights(rows(up), rows(self.down), act, up.bias, norm=norm)
-        return FfnWeights(rows(up), rows(self.down), act, up.bias, rows(gate), gate.bias, norm)
+            return FfnWeights(rows(up), rows(self.down), act, held(up, "bias"), norm=norm)
+        return FfnWeights(rows(up), rows(self.down), act, held(up, "bias"), rows(gate), held(gate, "bias"), norm)
 
 
 def find_sites(model: PreTrainedModel, towers: str | Sequence[str] | None = None) -> list[FfnSite]:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .offload import held
+
 
 @dataclass(frozen=True)
 class FfnWeights:
@@ -39,7 +41,7 @@ class FfnWeights:
         def taken(rows: torch.Tensor | None) -> torch.Tensor | None:
             return None if rows is None else rows[neurons.to(rows.device)]
 
-        scale: Any = 1 if self.norm is None else self.norm.weight
+        scale: Any = 1 if self.norm is None else held(self.norm, "weight")
         return replace(
             self,
             up=self.up[neurons.to(self.up.device)],

@@ -21,6 +21,7 @@ from .auto_map import heads_in, model_type_of, with_heads
 from .ffn_sites import FfnSite, find_sites
 from .install import connect_checkpointing_, freeze_, install_
 from .interventions import scaled
+from .offload import is_offloaded
 from .routed_activation import RoutedActivation, is_routed
 from .router_base import Router
 from .section import FORMAT_VERSION as FORMAT_VERSION  # home code looks for it here
@@ -140,7 +141,8 @@ class MoefiedMixin(_Base):
         """Save a model as transformers does.
 
         A subclass that was not registered for an Auto class is saved as the MoEfied class that it extends:
-        transformers does so with subclasses of its own classes.
+        transformers does so with subclasses of its own classes. An offloaded model is read shard by shard, of 1 GB by
+        default.
 
         Args:
             save_directory: the folder.
@@ -154,6 +156,9 @@ class MoefiedMixin(_Base):
         cls, saved, auto_map = type(self), self.moefied_class(), {**self.config.auto_map}
         if type(module := sys.modules[saved.__module__]) is not ModuleType:
             module.check(type(self.config))  # it was generated; with code of the user it may have to stay here
+        if is_offloaded(self):
+            self.tie_weights()  # accelerate has put new objects in the places of those that were tied
+            kwargs.setdefault("max_shard_size", "1GB")
         if not getattr(self, "_hf_peft_config_loaded", False):
             state_dict = self.state_dict() if state_dict is None else state_dict  # empty where another process saves
             state_dict = {DENSE_NOTE: torch.zeros(1, dtype=torch.uint8), **state_dict}
