@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command, launch_command_parser
 
 from moefy_hf.cli.main import main as moefy
 from moefy_hf.recipes.scores import BUNDLED
@@ -76,7 +77,7 @@ def site(tmp_path_factory) -> Path:
     return folder / "site"
 
 
-def test_a_copy_of_one_script_and_the_command_run_beside_the_wheel(site, inputs, tmp_path):
+def test_a_copy_of_one_script_and_the_command_run_beside_the_wheel(site, inputs, tmp_path, monkeypatch, capfd):
     script = tmp_path / "empty" / "moefy_classification.py"
     script.parent.mkdir()
     shutil.copy(ROOT / "recipes" / "moefy_classification.py", script)
@@ -91,16 +92,20 @@ def test_a_copy_of_one_script_and_the_command_run_beside_the_wheel(site, inputs,
     table = "| model | experts per token | accuracy | ms per batch | speed | ms masked |"
     assert table in done.stdout
     config = ROOT / "recipes" / "accelerate_configs" / "ddp_cpu.yaml"
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
-    launch += ["-m", "moefy_hf.cli", "train", "classification"]  # the same run goes on, in two processes
-    done = subprocess.run([sys.executable, *launch, *flags, "--recovery_epochs", "0.05"], **there)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(table) == 1 and "| MoEfied, then fine-tuned |" in done.stdout
-    assert done.stdout.count("dense: done before") == 2 and done.stdout.count("moefied: done before") == 1
+    launch = ["--config_file", str(config), "--main_process_port", "0"]
+    launch += ["-m", "moefy_hf.cli", "train", "classification"]
+    capfd.readouterr()
+    with monkeypatch.context() as patch:  # the same run goes on, in two processes, as `accelerate launch` starts them
+        for name in ("PYTHONPATH", "HF_DATASETS_CACHE"):
+            patch.setenv(name, env[name])
+        patch.chdir(script.parent)
+        launch_command(launch_command_parser().parse_args([*launch, *flags, "--recovery_epochs", "0.05"]))
+    out = capfd.readouterr().out
+    assert out.count(table) == 1 and "| MoEfied, then fine-tuned |" in out
+    assert out.count("dense: done before") == 2 and out.count("moefied: done before") == 1
     assert {path.name for path in script.parent.iterdir()} == {script.name, "out"}
     scores = json.loads((script.parent / "out" / "scores_moefied.json").read_text())
     assert 0 <= scores["moefied at 0.5"]["accuracy"] <= 1
-    (script.parent / "out" / "scores_moefied.json").unlink()
     program = "from importlib.util import find_spec; print(find_spec('moefy_hf').origin)"
     found = subprocess.run([sys.executable, "-c", program], cwd=script.parent, env=env, capture_output=True, text=True)
     assert found.stdout.strip() == str(site / "moefy_hf" / "__init__.py")
