@@ -10,19 +10,31 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_MODULES_CACHE"] = MODULES.name
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
-from hub_server import HubServer, use_in_process  # noqa: E402
-from moefy_ffn import build  # noqa: E402
-from transformers.utils import logging  # noqa: E402
 
-from moefy_hf.conversion import checks as convertible  # noqa: E402
 
-torch.set_num_threads(1)
-logging.disable_progress_bar()
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """All tests of a file run in one process, which makes what they share once.
+
+    Also with `--dist loadgroup`: pytest-xdist 3.8 groups nothing under pytest 9.2, where ids of tests are fixed.
+    """
+    if config.getvalue("dist") not in ("load", "loadgroup"):
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 def pytest_collection_finish():
-    """Modules stay: every Trainer ends with a collection of garbage, which need not look through them."""
+    """In the processes that run tests, and not in the one that only hands them out, which then starts sooner.
+
+    Modules stay: every Trainer ends with a collection of garbage, which need not look through them.
+    """
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
     gc.collect()
     gc.freeze()
 
@@ -30,12 +42,14 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def conversions_are_quick(monkeypatch):
     """Looking for a whole around the model goes through all of Python's objects: that is done where it is tested."""
-    monkeypatch.setattr(convertible, "whole_around", lambda model: None)
+    monkeypatch.setattr("moefy_hf.conversion.checks.whole_around", lambda model: None)
 
 
 @pytest.fixture
 def kernel_cache(monkeypatch, tmp_path):
     """An empty folder for the compiled kernel."""
+    from moefy_ffn import build
+
     monkeypatch.setenv("MOEFY_KERNELS", str(tmp_path))
     build.library.cache_clear()
     yield tmp_path
@@ -45,6 +59,8 @@ def kernel_cache(monkeypatch, tmp_path):
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     """A Hub on this machine, which the client of this process talks to."""
+    from hub_server import HubServer, use_in_process
+
     with HubServer() as server:
         use_in_process(monkeypatch, server, tmp_path / "cache")
         yield server

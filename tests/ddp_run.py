@@ -1,19 +1,14 @@
-"""Run by torchrun, one process or many: train with a callback, and save what this process ends with."""
+"""Training with a callback, in one process or in one of several."""
 
-import os
-import sys
 from pathlib import Path
+from typing import Any
 
-import torch
 import torch.distributed as dist
+from test_callback import SCHEDULE, callback_for, dense_model, losses_of, trainer_for
+from test_learned_selection import moefied
+from transformers import Trainer, TrainerCallback
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-from test_callback import SCHEDULE, callback_for, dense_model, losses_of, trainer_for  # noqa: E402
-from test_learned_selection import moefied  # noqa: E402
-from transformers import Trainer, TrainerCallback  # noqa: E402
-
-from moefy_hf import LearnedSelectionCallback  # noqa: E402
-from moefy_hf.recipes.settings import leave_processes  # noqa: E402
+from moefy_hf import LearnedSelectionCallback
 
 
 class Trace(TrainerCallback):
@@ -44,24 +39,15 @@ def learned(folder: Path, batch_size: int) -> Trainer:
 TRAINERS = {"schedule": schedule, "learned": learned}
 
 
-def main() -> None:
-    folder, batch_size = Path(sys.argv[1]), int(sys.argv[2])
-    torch.set_num_threads(1)
-    trainer = TRAINERS[sys.argv[3]](folder / "run", batch_size)
-    trace = Trace()
+def results(name: str, folder: Path, batch_size: int) -> dict[str, Any]:
+    """What this process, alone or one of several, ends with."""
+    trainer, trace = TRAINERS[name](folder / name, batch_size), Trace()
     trainer.add_callback(trace)
     trainer.train()
-    rank = int(os.environ.get("RANK", 0))
-    found = {
+    return {
         "state": trainer.model.state_dict(),
         "section": trainer.model.config.moefication,
         "digests": trace.digests,
         "losses": losses_of(trainer),
         "world": dist.get_world_size() if dist.is_initialized() else 1,
     }
-    torch.save(found, folder / f"{rank}.pt")
-    leave_processes()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,21 +1,18 @@
-"""Run by torchrun in two processes: train a MoEfied checkpoint that is loaded, wrapped in each way, and resume it."""
+"""Training a MoEfied checkpoint that is loaded, wrapped in each way, and resuming it, in one of two processes."""
 
 import contextlib
-import os
-import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch.distributed.checkpoint import state_dict as dcp  # noqa: E402
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard  # noqa: E402
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments  # noqa: E402
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 STEPS, ROWS, LENGTH, VOCAB = 4, 8, 16, 99
 WAYS = ("ddp", "fsdp1", "fsdp1_flat", "fsdp2")
@@ -129,21 +126,9 @@ def run_trainer(folder: Path, output_dir: Path, batch_size: int, resume: bool) -
     return {"losses": losses, "state": {name: each.detach() for name, each in model.named_parameters()}}
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def results(folder: Path) -> dict[Any, Any]:
+    """What the processes come to: by the Trainer, resumed and not, and in each way with each type."""
     found: dict[Any, Any] = {
         resume: run_trainer(folder, folder / "trained", ROWS // 2, resume) for resume in (False, True)
     }
-    for way, dtype in product(WAYS, DTYPES):
-        found[way, dtype] = run(folder, way, dtype)
-    if dist.get_rank() == 0:
-        torch.save(found, folder / "found.pt")
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads may hold tensors still
-
-
-if __name__ == "__main__":
-    main()
+    return found | {(way, dtype): run(folder, way, dtype) for way, dtype in product(WAYS, DTYPES)}

@@ -1,7 +1,9 @@
 """`moefy bench --against`: every engine computes what the models do; rows, quality and refusals. Never speeds."""
 
 import csv
+import hashlib
 import json
+import shutil
 
 import pytest
 import speed_blocks
@@ -13,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moefy_hf.bench import Reading, SideBySide, bench_against
-from moefy_hf.bench.engines import ENGINES, PYTORCH, base
+from moefy_hf.bench.engines import ENGINES, PYTORCH, base, onnx_runtime
 from moefy_hf.bench.engines.onnx_runtime import OnnxRuntime
 from moefy_hf.bench.engines.pytorch import running
 from moefy_hf.bench.models import checkpoint_models, variants
@@ -22,16 +24,18 @@ from moefy_hf.bench.tasks import TASKS, Timed
 from moefy_hf.cli.main import main, renamed
 from moefy_hf.data import TextSource
 from moefy_hf.errors import MoefyError
+from moefy_hf.exporters.onnx_export import write_onnx
 from moefy_hf.measure.contexts import all_experts
 
 CLASSIFIER, HIDDEN, CAUSAL, SEQ2SEQ = (
     *("AutoModelForSequenceClassification", "AutoModel"),
     *("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
 )
+ONE = {"num_hidden_layers": 1}  # graphs take long to write
 MODELS = {  # kind of model -> tiny model, head, changes
-    "classifier": ("bert", CLASSIFIER, {"hidden_act": "relu", "num_labels": 2}),
-    "hidden states": ("bert", HIDDEN, {"hidden_act": "relu"}),
-    "decoder": ("llama-without-biases", CAUSAL, {**DOUBLE, "use_cache": True, "vocab_size": 259}),
+    "classifier": ("bert", CLASSIFIER, {**ONE, "hidden_act": "relu", "num_labels": 2}),
+    "hidden states": ("bert", HIDDEN, {**ONE, "hidden_act": "relu"}),
+    "decoder": ("llama-without-biases", CAUSAL, {**ONE, **DOUBLE, "use_cache": True, "vocab_size": 259}),
     "encoder-decoder": ("t5", SEQ2SEQ, {"use_cache": True, "num_layers": 1, "num_decoder_layers": 1}),
 }
 # of a row's length: of the worst row in float32, of the median one in 8 bits, where some tokens are routed otherwise
@@ -100,6 +104,27 @@ def installed(name: str) -> bool:
     except MoefyError:
         return False
     return True
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> dict:
+    """Graphs that were written already: their weights, settings and types -> (their folder, what is known of them)."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def graphs_are_written_once(written, monkeypatch, tmp_path_factory):
+    def write(model, folder, int8=False, *args, **settings):
+        weights = tuple(hashlib.sha256(value.numpy().tobytes()).hexdigest() for value in model.state_dict().values())
+        key = (weights, str(model.config.moefication), int8)
+        if key not in written:
+            facts = write_onnx(model, folder, int8, *args, **settings)
+            written[key] = shutil.copytree(folder, tmp_path_factory.mktemp("graphs") / "kept"), facts
+        kept, facts = written[key]
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+        return facts
+
+    monkeypatch.setattr(onnx_runtime, "write_onnx", write)
 
 
 # graphs take long to write: in 8 bits those of classifiers and of decoders stand for all

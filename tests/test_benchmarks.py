@@ -18,10 +18,7 @@ from moefy_hf.evaluation import benchmarks
 from moefy_hf.hub.card import model_card
 from moefy_hf.hub.facts import read_facts
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval"),
-    pytest.mark.xdist_group("benchmarks"),  # lm-eval takes seconds to import
-]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval")
 
 EXAMPLES = 12
 TASK = {

@@ -311,14 +311,15 @@ def test_compiled_training_is_the_same_training(schedule, tmp_path):
     finished = []
     for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
         torch.compiler.reset()
-        trainer = trainer_for(dense_model(dropout=0.0), tmp_path, callback_for(schedule), max_steps=16, **settings)
+        callback = callback_for(schedule, expert_size=16)  # three budgets per layer: capturing takes seconds each
+        trainer = trainer_for(dense_model(dropout=0.0), tmp_path, callback, max_steps=16, **settings)
         trainer.train()
         finished.append(trainer)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     plain, compiled = finished
     assert losses_of(compiled) == pytest.approx(losses_of(plain), rel=1e-3)
     counts = [[site.act.selection.k for site in each.model.moe_sites()] for each in finished]
-    assert counts[0] == counts[1] and sum(counts[0]) == 4
+    assert counts[0] == counts[1] and sum(counts[0]) == 2
     inputs = {"input_ids": torch.stack([row["input_ids"] for row in Rows().rows[:8]])}
     with torch.no_grad():
         ours, theirs = (each.model.eval()(**inputs).logits for each in finished)

@@ -60,17 +60,12 @@ def exported(name: str, head: str, folder, **options) -> Exported:
     return Exported(model, folder, **options)
 
 
-def grouped(names) -> list:
-    """Let all tests of an export run in one process, which makes it once."""
-    return [pytest.param(name, marks=pytest.mark.xdist_group(f"onnx_{name}")) for name in names]
-
-
-@pytest.fixture(scope="module", params=grouped(DECODERS))
+@pytest.fixture(scope="module", params=DECODERS)
 def decoder(request, tmp_path_factory) -> Exported:
     return exported(request.param, CAUSAL, tmp_path_factory.mktemp(request.param) / "out")
 
 
-@pytest.fixture(scope="module", params=grouped(PAIRS))
+@pytest.fixture(scope="module", params=PAIRS)
 def pair(request, tmp_path_factory) -> Exported:
     return exported(request.param, SEQ2SEQ, tmp_path_factory.mktemp(request.param) / "out")
 
@@ -278,13 +273,19 @@ def test_int8(name, head, tmp_path):
     assert 1e-4 < off.median() < 0.1  # some tokens are so near a tie that bytes route them otherwise
 
 
-def test_graphs_are_timed(tmp_path, monkeypatch):
+def test_graphs_are_timed_and_compared_on_given_batches(tmp_path, monkeypatch):
+    """Also on those that are padded on the left, and those whose last tokens all are padding."""
     monkeypatch.setattr(onnx_times, "SECONDS", 0.1)
     model = tiny_model("gpt2", CAUSAL, n_layer=1)
     convert(model, 2)
     before = model.config.to_dict()
-    export(model, tmp_path / "out", "onnx")
+    mask, right = torch.ones(2, 2, 9, dtype=torch.long)
+    mask[0, :5] = 0
+    right[:, 3:] = 0
+    given = [{"input_ids": ids(2, 9), "attention_mask": each} for each in (mask, right)]
+    export(model, tmp_path / "out", "onnx", batches=given)
     facts = json.loads((tmp_path / "out" / "moefy_onnx.json").read_text())
+    assert 0 < facts["largest_difference"] <= 1e-5
     assert facts["times_dense"].keys() == {"prompt", "step"}
     assert all(by_rows.keys() == {"1", "8"} and min(by_rows.values()) > 0 for by_rows in facts["times_dense"].values())
     assert model.config.to_dict() == before and int(model.moe_sites()[0].act.k) == 2
@@ -305,19 +306,6 @@ def test_a_decoder_that_differs_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(VerificationError, match="differs by"):
         export(model, tmp_path / "out", "onnx", timing=False)
     assert not list(tmp_path.iterdir())
-
-
-def test_given_batches_are_compared(tmp_path):
-    """Also those that are padded on the left, and those whose last tokens all are padding."""
-    model = tiny_model("gpt2", CAUSAL, n_layer=1)
-    convert(model, 2)
-    mask = torch.ones(2, 9, dtype=torch.long)
-    mask[0, :5] = 0
-    right = torch.ones(2, 9, dtype=torch.long)
-    right[:, 3:] = 0
-    given = [{"input_ids": ids(2, 9), "attention_mask": each} for each in (mask, right)]
-    found = Exported(model, tmp_path / "out", batches=given).facts
-    assert 0 < found["largest_difference"] <= 1e-5
 
 
 def test_tokenizers_are_readable_by_transformers_4(tmp_path):

@@ -12,8 +12,6 @@ from moefy_hf.errors import UnsupportedModel, VerificationError
 from moefy_hf.hub.verification import verify
 from moefy_hf.measure.made_up_inputs import made_up_batch
 
-pytestmark = pytest.mark.xdist_group("verification")  # what its fixtures make is made once
-
 HEAD = "AutoModelForSequenceClassification"
 
 

@@ -158,19 +158,20 @@ def remembered_sites(model: PreTrainedModel, ffns: Iterable[Mapping[str, Any]]) 
     Raises:
         MoefyError: none of the model's modules has them.
     """
-    modules = dict(model.named_modules())
+    modules, layouts = dict(model.named_modules()), [(values["modules"], FfnSpec.from_dict(values)) for values in ffns]
+    prefix = prefix_of(model)
     for exact in (True, False):  # a head may hold its base model under another name than its class says
         sites = []
         for name, owner in modules.items():
-            names = place_of(model, name), place_of(model, name, numbered=True)
-            for values in ffns:
-                place, spec = values["modules"], FfnSpec.from_dict(values)
+            below = name.removeprefix(prefix)
+            names = starred(below), below
+            for place, spec in layouts:
                 fits = place in names if exact else any(each.endswith(f".{place}") for each in names)
                 if fits and all(f"{name}.{path}".lstrip(".") in modules for path in spec.linears):
                     sites.append(FfnSite(name, owner, spec))
         if sites:
             return sites
-    places = ", ".join(dict.fromkeys(values["modules"] for values in ffns))
+    places = ", ".join(dict.fromkeys(place for place, _ in layouts))
     raise MoefyError(f"{type(model).__name__} has none of the FFNs that its config names: {places}")
 
 
@@ -179,9 +180,13 @@ def place_of(model: PreTrainedModel, name: str, *, numbered: bool = False) -> st
 
     Heads of one architecture hold their base model under names of their own, which are left out.
     """
-    if model.base_model_prefix and model.base_model is not model:
-        name = name.removeprefix(f"{model.base_model_prefix}.")
+    name = name.removeprefix(prefix_of(model))
     return name if numbered else starred(name)
+
+
+def prefix_of(model: PreTrainedModel) -> str:
+    """Return what the names of a base model's modules begin with in this model: nothing in the base model itself."""
+    return f"{model.base_model_prefix}." if model.base_model_prefix and model.base_model is not model else ""
 
 
 def starred(name: str) -> str:

@@ -148,7 +148,7 @@ class Batches:
         seed: int = 0,
     ):
         self.rows, self.tokenizer = rows, tokenizer
-        lengths = torch.tensor(rows["length"])
+        lengths = torch.tensor(rows["length"][:])  # at once: a column by itself is read row by row
         order = torch.arange(len(rows))
         generator = torch.Generator().manual_seed(seed)
         window = len(rows)

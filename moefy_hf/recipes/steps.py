@@ -1,5 +1,6 @@
 """Steps of a run around a converted model: convert, compare budgets, set budgets, save."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from ..conversion.convert import moefy_
 from ..conversion.thresholds import calibrate_thresholds_
 from ..evaluation.quality_check import check_quality
 from ..evaluation.sweep import Sweep, evaluate
+from ..hub.card import PLOT
 from ..loading import check_moefied
 from ..modeling.moefied import is_moefied
 from ..modeling.section import Section
@@ -93,10 +95,10 @@ def save(model: PreTrainedModel, processor: Any, path: Path) -> None:
 
 
 def show_sweep(directory: Path) -> None:
-    """Print the sweep of the converted model, and draw it where matplotlib is there."""
-    found = Sweep.load(directory / "sweep.json")
-    print(found.table())
-    try:
-        found.plot(directory / "sweep.png")
-    except ImportError as error:
-        print(f"no plot: {error}")
+    """Print the sweep of the converted model, and put the picture of it that the model's card has beside it."""
+    print(Sweep.load(directory / "sweep.json").table())
+    drawn = directory / "moefied" / PLOT
+    if drawn.exists():
+        shutil.copyfile(drawn, directory / "sweep.png")
+    else:
+        print("no plot: plots need matplotlib: pip install 'moefy-hf[plots]'")

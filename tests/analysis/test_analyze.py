@@ -15,8 +15,6 @@ from moefy_hf.analysis.measuring import measure, measure_load, survey_texts
 from moefy_hf.conversion.pipeline import install_routers_
 from moefy_hf.data import TextSource
 
-pytestmark = pytest.mark.xdist_group("analyze")  # what its fixtures make is made once
-
 
 def stream(path: str, model, **settings) -> TextStream:
     rows = TextSource(path).open().rows(model, labels=True)

@@ -20,8 +20,6 @@ from moefy_hf.hub.facts import read_facts
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "figures"))
 from expert_facts import facts_of  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("analysis_commands")  # what its fixtures make is made once
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -12,8 +12,6 @@ from moefy_hf.analysis import TextStream, analyze, write_report
 from moefy_hf.analysis.report import as_csv, embedded
 from moefy_hf.data import TextSource
 
-pytestmark = pytest.mark.xdist_group("report")  # what its fixtures make is made once
-
 pytest.importorskip("plotly", reason="needs plotly: pip install 'moefy-hf[report]'")
 
 SWEEP = {

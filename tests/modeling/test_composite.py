@@ -41,7 +41,7 @@ for folder, head in json.load(open("asked.json")).items():
     with torch.no_grad():
         output = model(**batch)
     found = {"class": type(model).__name__, "output": output[0]}
-    if model.can_generate():
+    if model.can_generate() and folder.endswith("-all"):
         found["text"] = model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     torch.save(found, f"{folder}/found.pt")
 """
@@ -110,7 +110,7 @@ def test_the_whole_loads_and_generates_without_the_package(cases, tmp_path):
         model, batch, dense, full, sparse, folder = cases[name, tower]
         found = torch.load(folder / "found.pt")
         assert found["class"] == type(model).__name__ and torch.equal(found["output"], sparse[0]), (name, tower)
-        if name in GENERATING:
+        if name in GENERATING and tower == "all":
             text = model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
             assert torch.equal(found["text"], text), (name, tower)
 

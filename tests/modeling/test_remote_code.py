@@ -22,7 +22,6 @@ from moefy_hf.cli.main import main
 from moefy_hf.errors import UnsupportedModel
 from moefy_hf.hub.verification import verify
 
-pytestmark = pytest.mark.xdist_group("remote_code")  # what its fixtures make is made once
 NAMES = list(FILES)
 ELSEWHERE = """
 import json

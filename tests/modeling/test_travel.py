@@ -39,11 +39,15 @@ def usual_head(name: str) -> str:
     return CLASSIFIER if encoder else CAUSAL
 
 
-def run_elsewhere(script: str, folder: Path, *arguments: str) -> str:
-    """Run a script in a process of its own, in which importing moefy_hf fails and nobody can answer a question.
+def run_elsewhere(folder: Path, scripts: dict[str, tuple[str, list[str]]]) -> dict[str, str]:
+    """Run scripts in a process of its own, in which importing moefy_hf fails and nobody can answer a question.
+
+    Args:
+        folder: of the process' files; a script runs in the folder of its name there.
+        scripts: name -> (code, arguments), run one after the other.
 
     Returns:
-        what it wrote to standard error; it must succeed, and write nothing to standard output.
+        what each wrote to standard error; they must succeed, and write nothing to standard output.
     """
     environment = {
         "PATH": os.defpath,
@@ -54,7 +58,7 @@ def run_elsewhere(script: str, folder: Path, *arguments: str) -> str:
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", 'import sys\nsys.modules["moefy_hf"] = None\n' + script, *arguments],
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER, json.dumps(scripts)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -62,10 +66,43 @@ def run_elsewhere(script: str, folder: Path, *arguments: str) -> str:
         cwd=folder,
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    return done.stderr
+    return dict(zip(scripts, done.stderr.split(END), strict=False))
+
+
+END = "---- this script is done ----"
+ONE_AFTER_THE_OTHER = f"""
+import json
+import os
+import sys
+
+sys.modules["moefy_hf"] = None
+top = os.getcwd()
+for name, (code, arguments) in json.loads(sys.argv[1]).items():
+    os.chdir(os.path.join(top, name))
+    sys.argv[1:] = arguments
+    exec(code, {{}})
+    print({END!r}, file=sys.stderr, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> dict[str, tuple]:
+    """Script -> (its folder, what it printed, what is expected): all run in one process, which takes long to start.
+
+    Where nobody is trusted comes first, in a process that has loaded nothing yet.
+    """
+    top, prepared = tmp_path_factory.mktemp("elsewhere"), {}
+    for name, prepare in (("stock", for_stock), ("architectures", for_architectures), ("uses", for_uses)):
+        (top / name).mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(top / name)  # as elsewhere: the image has one name in both processes
+            prepared[name] = prepare(top / name)
+    printed = run_elsewhere(top, {name: (code, arguments) for name, (code, arguments, _) in prepared.items()})
+    return {name: (top / name, printed[name], expected) for name, (_, _, expected) in prepared.items()}
 
 
 ARCHITECTURES = """
+import sys
 import torch
 import transformers
 
@@ -86,18 +123,23 @@ for name, head in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
-def test_every_architecture_loads_without_the_package(tmp_path):
+def for_architectures(folder: Path) -> tuple:
     heads, expected = {name: usual_head(name) for name in TINY}, {}
     for name, head in heads.items():
         model, inputs = tiny_model(name, head), tiny_inputs(name, head)
         dense = run(model, inputs)[0]
         convert(model, k=2)
-        model.save_pretrained(tmp_path / name)
-        torch.save(inputs, tmp_path / name / "inputs.pt")
+        model.save_pretrained(folder / name)
+        torch.save(inputs, folder / name / "inputs.pt")
         expected[name] = (run(model, inputs)[0], dense)
-    run_elsewhere(ARCHITECTURES, tmp_path, *(word for pair in heads.items() for word in pair))
+    return ARCHITECTURES, [word for pair in heads.items() for word in pair], expected
+
+
+def test_every_architecture_loads_without_the_package(elsewhere):
+    folder, _, expected = elsewhere["architectures"]
+    assert expected.keys() == TINY.keys()
     for name, (sparse, dense) in expected.items():
-        found, resaved, full = torch.load(tmp_path / name / "outputs.pt")
+        found, resaved, full = torch.load(folder / name / "outputs.pt")
         assert torch.equal(found, sparse) and torch.equal(resaved, sparse), name
         assert distance([full], [dense]) < 1e-5 < distance([sparse], [dense]), name
 
@@ -136,8 +178,7 @@ def preprocessor(task: str) -> dict[str, Any]:
     return {"tokenizer": PreTrainedTokenizerFast(tokenizer_object=numbers, pad_token="0", eos_token="2")}
 
 
-def test_generate_and_pipelines_work_without_the_package(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # as elsewhere: the image has one name in both processes
+def for_uses(folder: Path) -> tuple:
     expected = {}
     for name, head in GENERATE.items():
         model = tiny_model(name, head, use_cache=True)
@@ -158,9 +199,13 @@ def test_generate_and_pipelines_work_without_the_package(tmp_path, monkeypatch):
         for part in parts.values():
             part.save_pretrained(name)
     asked = {"generate": GENERATE, "pipelines": PIPELINES, "longer": LONGER}
-    Path("asked.json").write_text(json.dumps(asked))
-    run_elsewhere(USES, tmp_path)
-    answers = json.loads(Path("answers.json").read_text())
+    (folder / "asked.json").write_text(json.dumps(asked))
+    return USES, [], expected
+
+
+def test_generate_and_pipelines_work_without_the_package(elsewhere):
+    folder, _, expected = elsewhere["uses"]
+    answers, expected = json.loads((folder / "answers.json").read_text()), dict(expected)
     for task in ("bert", "vit"):  # the last bit of a score may hang on where in memory a file's tensors lie
         found, own = (sorted(scores_of(each.pop(task))) for each in (answers, expected))
         assert [label for label, _ in found] == [label for label, _ in own]
@@ -175,6 +220,7 @@ def scores_of(answers: list) -> list[tuple[str, float]]:
 
 
 STOCK = """
+import sys
 import torch
 import transformers
 
@@ -186,25 +232,29 @@ for name, head in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
-def test_without_trust_it_is_the_dense_model_and_the_routers_are_reported(tmp_path):
-    """No question, no error and no warning but transformers' report of keys that the dense model has no use for."""
+def for_stock(folder: Path) -> tuple:
     heads, dense, routers = {"bert": CLASSIFIER, "llama": CAUSAL}, {}, []
     for name, head in heads.items():
         model, inputs = tiny_model(name, head), tiny_inputs(name, head)
         dense[name] = run(model, inputs)[0]
         convert(model, k=2)
-        model.save_pretrained(tmp_path / name)
-        torch.save(inputs, tmp_path / name / "inputs.pt")
+        model.save_pretrained(folder / name)
+        torch.save(inputs, folder / name / "inputs.pt")
         added = {key for key in model.state_dict() if ".router." in key or key.endswith(".neuron_order")}
         routers += [*{re.sub(r"\.\d\.", ".{0, 1}.", key) for key in added}, moefied.DENSE_NOTE]
-    printed = run_elsewhere(STOCK, tmp_path, *(word for pair in heads.items() for word in pair))
+    return STOCK, [word for pair in heads.items() for word in pair], (dense, routers)
+
+
+def test_without_trust_it_is_the_dense_model_and_the_routers_are_reported(elsewhere):
+    """No question, no error and no warning but transformers' report of keys that the dense model has no use for."""
+    folder, printed, (dense, routers) = elsewhere["stock"]
     rows = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines() if "|" in line]
     found = sorted(row[:2] for row in rows if row[0] != "Key")
     assert found == sorted([key, "UNEXPECTED"] for key in routers), printed
     printed = printed.replace(moefied.DENSE_NOTE, "")
     assert printed.count("LOAD REPORT") == 2 and not re.search("trust|error|warn|MISSING", printed, re.I), printed
     for name, outputs in dense.items():
-        assert distance([torch.load(tmp_path / name / "outputs.pt")], [outputs]) < 1e-5, name
+        assert distance([torch.load(folder / name / "outputs.pt")], [outputs]) < 1e-5, name
 
 
 def test_the_folder_is_flat():

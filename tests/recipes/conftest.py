@@ -16,6 +16,7 @@ from tiny import VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from moefy_hf.evaluation import plots
 from moefy_hf.recipes.tasks import main as run_task
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -25,6 +26,15 @@ classify = partial(run_task, "classification")
 
 NEUTRAL = [f"word{number}" for number in range(20)]
 MOOD = {"good": ["superb", "fine"], "bad": ["awful", "dull"]}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pictures_are_quick(request):
+    """Drawing takes as long as converting: test_moefy_classification.py does, others get a picture of nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "test_moefy_classification":
+            patch.setattr(plots, "plot_sweep", lambda sweep, path: path.write_bytes(b"\x89PNG"))
+        yield
 
 
 @pytest.fixture

@@ -64,7 +64,8 @@ def recipe(texts, run_config):
             "output_dir": str(output_dir),
             "calibration_tokens": 500,
             "budgets": [0.5, 1.0],
-            "learning_rate": 0.01,
+            "learning_rate": 0.02,
+            "per_device_train_batch_size": 8,
         }
         run_config(task, CONFIG, **(small | settings))
 

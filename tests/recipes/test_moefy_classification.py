@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moefy_hf import Sweep
+from moefy_hf.hub.card import PLOT
 from moefy_hf.hub.facts import read_facts
 from moefy_hf.modeling.ffn_sites import find_sites
 from moefy_hf.modeling.moefied import is_moefied
@@ -25,18 +26,20 @@ def finished(recipe, tmp_path_factory) -> Path:
 
 
 def times(folder: Path) -> dict[str, int]:
-    """When the results were written; the picture is drawn anew each time."""
+    """When the results were written; the picture is copied anew each time."""
     results = [*folder.glob("dense/*"), *folder.glob("moefied/*"), folder / "sweep.json"]
     return {str(path): path.stat().st_mtime_ns for path in results}
 
 
 def test_without_matplotlib_everything_but_the_picture(recipe, finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished, tmp_path / "run")
-    (tmp_path / "run" / "sweep.png").unlink()
+    for path in ("sweep.json", "sweep.png", f"moefied/{PLOT}"):
+        (tmp_path / "run" / path).unlink()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     recipe(tmp_path / "run")
     out = capsys.readouterr().out
     assert "no plot: plots need matplotlib: pip install 'moefy-hf[plots]'" in out and "MoEfied model: " in out
+    assert (tmp_path / "run" / "sweep.json").exists() and not [*(tmp_path / "run").rglob("*.png")]
 
 
 def test_leaves_models_sweep_and_picture(finished):

@@ -279,6 +279,7 @@ def test_facts_need_finished_runs_that_differ_only_in_their_seed(recipe, tmp_pat
     recipe(tmp_path / "run", max_steps=2)
     with pytest.raises(ValueError, match="lacks recovered.json or scheduled.json"):
         recovery_facts.facts_of([tmp_path / "run"])
+    shutil.copytree(tmp_path / "run", tmp_path / "b")  # which goes on from there
     for name, k in (("a", 0.25), ("b", 0.5)):
         recipe(tmp_path / name, "--recovery_epochs", "0.5", max_steps=2, k=k)
     with pytest.raises(ValueError, match="b differs from .*a in k"):
