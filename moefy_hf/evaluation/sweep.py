@@ -1,13 +1,14 @@
 """Quality against compute: sweep the budget of one converted model, with dense, oracle and random controls."""
 
+import functools
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import MoefyError
@@ -16,6 +17,8 @@ from ..loading import MoefiedModel, check_code, check_moefied, routed
 from ..measure.contexts import evaluating
 from ..measure.flops import ModelFlops, model_flops
 from ..measure.metrics import Quality, is_causal, predictions
+from ..measure.processes import ALONE, Processes
+from ..measure.progress import shared_batches
 from ..modeling.ffn_sites import find_sites
 from ..modeling.section import Section
 from .baselines import baseline_rows
@@ -111,6 +114,15 @@ class Measured:
     qualities: list[Quality]
     counts: list[dict[str, list[float]]]
 
+    def __add__(self, other: "Measured") -> "Measured":
+        """Return what was measured on the batches of both."""
+        qualities = [a + b for a, b in zip(self.qualities, other.qualities, strict=True)]
+        counts = [
+            {key: [x + y for x, y in zip(a.get(key, (0, 0)), b.get(key, (0, 0)), strict=True)] for key in a | b}
+            for a, b in zip(self.counts, other.counts, strict=True)
+        ]
+        return Measured(self.flops, self.dense + other.dense, qualities, counts)
+
 
 def evaluate(
     model: PreTrainedModel,
@@ -123,6 +135,7 @@ def evaluate(
     calibration: Iterable[Mapping[str, Any]] | None = None,
     local_tokens: int = 5_000,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> Sweep:
     """Sweep the budget of one converted model, beside its dense self and the controls; the model comes back as it was.
 
@@ -141,6 +154,8 @@ def evaluate(
         calibration: batches, some thousand tokens, that thresholds of "cats", "teal" and "wina" are set on.
         local_tokens: tokens on which each layer's captured mass, output error and chunk share are measured; 0 for
             none.
+        processes: that share the batches, see `moefy_hf.measure.processes.together`. Each calls this with the same
+            model and all batches, in the same order; each gets the whole sweep.
 
     Returns:
         rows with the quality ("accuracy", or "perplexity" for language models), loss, agreement of predictions with
@@ -161,10 +176,11 @@ def evaluate(
     budgets, (controls, baselines) = list(budgets), sorted_controls(controls, calibration)
     points = points_of(model, selections, controls, allocations, budgets)
     with evaluating(model), torch.no_grad():
-        measured = measure_points(model, batches, points, progress)
+        measured = measure_points(model, batches, points, progress, processes)
         rows = []
         if baselines and calibration is not None:
-            rows = baseline_rows(model, batches, calibration, baselines, budgets, measured.flops, progress)
+            options: dict[str, Any] = {"progress": progress, "processes": processes}
+            rows = baseline_rows(model, batches, calibration, baselines, budgets, measured.flops, **options)
     local = local_figures(model, batches, points, local_tokens) if local_tokens else None
     return sweep_of(model, points, measured, local, rows)
 
@@ -209,17 +225,35 @@ def points_of(
 
 
 def measure_points(
-    model: MoefiedModel, batches: Iterable[Mapping[str, Any]], points: Sequence[SweepPoint], progress: bool
+    model: MoefiedModel,
+    batches: Iterable[Mapping[str, Any]],
+    points: Sequence[SweepPoint],
+    progress: bool,
+    processes: Processes,
 ) -> Measured:
     """Compare a model at each point with its dense self, batch by batch.
+
+    Args:
+        processes: that share the batches.
 
     Raises:
         MoefyError: no position counts in any batch.
     """
+    bar = shared_batches(batches, "evaluate", processes, progress)
+    parts = [part for part in processes.gathered(lambda: measure_part(model, bar, points)) if part is not None]
+    if not parts or not any(part.dense.count for part in parts):
+        raise MoefyError("there is nothing to evaluate on: `batches` is empty, or all its labels are -100")
+    return functools.reduce(operator.add, parts)
+
+
+def measure_part(
+    model: MoefiedModel, batches: Iterable[Mapping[str, Any]], points: Sequence[SweepPoint]
+) -> Measured | None:
+    """Compare a model at each point with its dense self on some batches; return None where there are none."""
     dense, qualities = Quality(), [Quality() for _ in points]
     counts: list[dict[str, list[float]]] = [{} for _ in points]
     flops = None
-    for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
+    for batch in batches:
         with DENSE.on(model):
             expected, labels = predictions(model, batch)
             flops = flops or model_flops(model, batch)
@@ -227,9 +261,7 @@ def measure_points(
         for point, quality, count in zip(points, qualities, counts, strict=True):
             with point.on(model), point.counting(model, batch, count):
                 quality.update_(predictions(model, batch)[0], expected, labels)
-    if flops is None or dense.count == 0:
-        raise MoefyError("there is nothing to evaluate on: `batches` is empty, or all its labels are -100")
-    return Measured(flops, dense, qualities, counts)
+    return Measured(flops, dense, qualities, counts) if flops else None
 
 
 def sweep_of(
