@@ -1,6 +1,8 @@
 """Commands in several processes, as torchrun, `accelerate launch` and mpirun start them."""
 
+import atexit
 import os
+import time
 from typing import TYPE_CHECKING
 
 from ..errors import MoefyError
@@ -55,6 +57,9 @@ def joined(*data: str | None) -> "Processes":
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(state.local_process_index % torch.accelerator.device_count())
     processes = together()
+    atexit.register(
+        time.sleep, 1
+    )  # gloo's threads drop their last tensors with Python's lock: ending before can abort
     if not processes.first:
         be_quiet()
     return processes

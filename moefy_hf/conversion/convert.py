@@ -103,9 +103,10 @@ def moefy_(
     sites, sizes = check_convertible(model, config, calibration)
     config, base_model = with_allocation(config, model, calibration is not None), model.name_or_path or ""
     seconds: dict[str, float] = {}
-    work = processes.by_first(
-        lambda: work_dir and Work(work_dir, {"model": identity(model, sites), "settings": asdict(config)})
-    )
+    about = {"settings": asdict(config)}
+    work = None
+    if work_dir is not None:
+        work = processes.by_first(lambda: Work(work_dir, about | {"model": identity(model, sites)}))
     with profile_of(model, calibration, config, work, seconds, progress, processes) as dense:
         if dense is not None:
             check_profile(config, sites, sizes, dense)

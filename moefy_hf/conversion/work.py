@@ -1,5 +1,6 @@
 """What a conversion finds layer by layer: on disk, so that one that was interrupted goes on; in several processes."""
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -87,9 +88,11 @@ def each_layer(
     """
 
     def part() -> dict[int, Found]:
-        mine, here = processes.share(range(layers)) if apart else range(layers if processes.first else 0), {}
+        here: dict[int, Found] = {}
+        mine = processes.share(range(layers)) if apart else range(layers if processes.first else 0)
         for position in tqdm([*mine], desc=f"{name}s", unit="layer", disable=not progress):
-            found = work.found(f"{name}_{position}", lambda i=position: find(i)) if work else find(position)
+            now = functools.partial(find, position)
+            found = work.found(f"{name}_{position}", now) if work else now()
             here[position] = {key: each.detach().cpu() for key, each in found[0].items()}, found[1]
             take(position, found)
         return here
