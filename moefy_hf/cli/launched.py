@@ -57,9 +57,7 @@ def joined(*data: str | None) -> "Processes":
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(state.local_process_index % torch.accelerator.device_count())
     processes = together()
-    atexit.register(
-        time.sleep, 1
-    )  # gloo's threads drop their last tensors with Python's lock: ending before can abort
+    atexit.register(time.sleep, 1)  # gloo's threads drop their last tensors with Python's lock, or abort
     if not processes.first:
         be_quiet()
     return processes
