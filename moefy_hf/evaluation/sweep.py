@@ -1,8 +1,6 @@
 """Quality against compute: sweep the budget of one converted model, with dense, oracle and random controls."""
 
-import functools
 import json
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +13,16 @@ from ..errors import MoefyError
 from ..io import write_whole
 from ..loading import MoefiedModel, check_code, check_moefied, routed
 from ..measure.contexts import evaluating
-from ..measure.flops import ModelFlops, model_flops
-from ..measure.metrics import Quality, is_causal, predictions
+from ..measure.flops import ModelFlops
+from ..measure.metrics import is_causal
 from ..measure.processes import ALONE, Processes
-from ..measure.progress import shared_batches
 from ..modeling.ffn_sites import find_sites
 from ..modeling.section import Section
 from .baselines import baseline_rows
 from .controls import BASELINES, check_control
 from .local_figures import local_figures
-from .sweep_points import DENSE, SweepPoint, sweep_points
+from .measured import Measured, measure_points
+from .sweep_points import SweepPoint, sweep_points
 
 COLUMNS = {  # of the table: figure -> title and format; the quality stands after the FLOPs
     "router": ("router", "{}"),
@@ -96,32 +94,6 @@ class Sweep:
         from .plots import plot_sweep
 
         plot_sweep(self, path)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one pass over the batches measured.
-
-    Attributes:
-        flops: of the dense model.
-        dense: its quality.
-        qualities: of each point.
-        counts: for each point, the name of an FFN -> [experts computed, tokens], where that depends on the token.
-    """
-
-    flops: ModelFlops
-    dense: Quality
-    qualities: list[Quality]
-    counts: list[dict[str, list[float]]]
-
-    def __add__(self, other: "Measured") -> "Measured":
-        """Return what was measured on the batches of both."""
-        qualities = [a + b for a, b in zip(self.qualities, other.qualities, strict=True)]
-        counts = [
-            {key: [x + y for x, y in zip(a.get(key, (0, 0)), b.get(key, (0, 0)), strict=True)] for key in a | b}
-            for a, b in zip(self.counts, other.counts, strict=True)
-        ]
-        return Measured(self.flops, self.dense + other.dense, qualities, counts)
 
 
 def evaluate(
@@ -222,46 +194,6 @@ def points_of(
         with point.on(model):
             pass
     return points
-
-
-def measure_points(
-    model: MoefiedModel,
-    batches: Iterable[Mapping[str, Any]],
-    points: Sequence[SweepPoint],
-    progress: bool,
-    processes: Processes,
-) -> Measured:
-    """Compare a model at each point with its dense self, batch by batch.
-
-    Args:
-        processes: that share the batches.
-
-    Raises:
-        MoefyError: no position counts in any batch.
-    """
-    bar = shared_batches(batches, "evaluate", processes, progress)
-    parts = [part for part in processes.gathered(lambda: measure_part(model, bar, points)) if part is not None]
-    if not parts or not any(part.dense.count for part in parts):
-        raise MoefyError("there is nothing to evaluate on: `batches` is empty, or all its labels are -100")
-    return functools.reduce(operator.add, parts)
-
-
-def measure_part(
-    model: MoefiedModel, batches: Iterable[Mapping[str, Any]], points: Sequence[SweepPoint]
-) -> Measured | None:
-    """Compare a model at each point with its dense self on some batches; return None where there are none."""
-    dense, qualities = Quality(), [Quality() for _ in points]
-    counts: list[dict[str, list[float]]] = [{} for _ in points]
-    flops = None
-    for batch in batches:
-        with DENSE.on(model):
-            expected, labels = predictions(model, batch)
-            flops = flops or model_flops(model, batch)
-        dense.update_(expected, expected, labels)
-        for point, quality, count in zip(points, qualities, counts, strict=True):
-            with point.on(model), point.counting(model, batch, count):
-                quality.update_(predictions(model, batch)[0], expected, labels)
-    return Measured(flops, dense, qualities, counts) if flops else None
 
 
 def sweep_of(
