@@ -83,12 +83,10 @@ def moefy_(
         calibration: model-ready batches (mappings of tensors), shuffled; or a profile of this model, made with
             `profile`, to convert copies of it in several ways. Methods that learn nothing from data (splits "random",
             "parameter_clustering" and "gate_clustering" with routers that are not fitted) work without.
-
         work_dir: folder that keeps what is found, batch by batch and layer by layer. A conversion that was interrupted
             goes on from there, given the same model, settings and batches. It may be deleted afterwards.
-        processes: that share the work, see `moefy_hf.measure.processes.together`. Each calls this with the same model,
-            settings and batches, in the same order, and each has the whole converted model afterwards. Where they are
-            several, `work_dir` keeps no batches, and is a folder that all of them see.
+        processes: that share the work, see `moefy_hf.measure.processes.together`. Each is given the same, and has the
+            whole converted model afterwards; a `work_dir`, which all of them see, then keeps layers only.
 
     Raises:
         MoefyError: unsupported, already MoEfied, wrapped, adapted or sharded model, part of a larger one, settings
@@ -103,9 +101,9 @@ def moefy_(
     sites, sizes = check_convertible(model, config, calibration)
     config, base_model = with_allocation(config, model, calibration is not None), model.name_or_path or ""
     seconds: dict[str, float] = {}
-    about = {"settings": asdict(config)}
     work = None
     if work_dir is not None:
+        about = {"settings": asdict(config)}
         work = processes.by_first(lambda: Work(work_dir, about | {"model": identity(model, sites)}))
     with profile_of(model, calibration, config, work, seconds, progress, processes) as dense:
         if dense is not None:

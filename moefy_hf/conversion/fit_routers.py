@@ -89,17 +89,7 @@ def fit_routers_(
     """
     model = check_moefied(model)
     sites = model.moe_sites()
-    check_sample(sites, profile)
-    readers = inputs_from(sites)
-    check_same_sample(sites, profile, readers)
-    for site, stats in zip(sites, profile.sites, strict=True):
-        if any(each.is_meta for each in site.act.router.parameters()):
-            raise MoefyError(f"{site.name}: its router is offloaded, and cannot be fitted there: load it into memory")
-        needed = tokens_needed(site.sizes[0], site.act.router.num_experts) if site.act.router.trainable else 1
-        if stats.tokens < needed:
-            raise MoefyError(
-                f"{site.name}: {stats.tokens} calibration tokens cannot fit a router; at least {needed} are needed"
-            )
+    readers = _check_fittable(sites, profile)
     fits: dict[int, RouterFit] = {}
 
     def fit(position: int) -> Found:
@@ -111,13 +101,32 @@ def fit_routers_(
         sites[position].act.router.load_state_dict(tensors)
         fits[position] = RouterFit(**facts)
 
-    apart = readers == [*range(len(sites))]
     options: dict[str, Any] = {"work": work, "processes": processes, "progress": progress}
-    each_layer("router", len(sites), fit, take, apart=apart, **options)
+    each_layer("router", len(sites), fit, take, apart=readers == [*range(len(sites))], **options)
     if measured := [kind for kind in Section(model.config).thresholds if kind in SELECTIONS]:
         calibrate_thresholds_(model, profile, measured)  # what the old routers spent says nothing of the new ones
         model.set_selection()
     return [fits[position] for position in range(len(sites))]
+
+
+def _check_fittable(sites: Sequence[FfnSite], profile: ModelProfile) -> list[int]:
+    """Return for each FFN the position of the one whose input its router reads.
+
+    Raises:
+        MoefyError: as `fit_routers_`.
+    """
+    check_sample(sites, profile)
+    readers = inputs_from(sites)
+    check_same_sample(sites, profile, readers)
+    for site, stats in zip(sites, profile.sites, strict=True):
+        if any(each.is_meta for each in site.act.router.parameters()):
+            raise MoefyError(f"{site.name}: its router is offloaded, and cannot be fitted there: load it into memory")
+        needed = tokens_needed(site.sizes[0], site.act.router.num_experts) if site.act.router.trainable else 1
+        if stats.tokens < needed:
+            raise MoefyError(
+                f"{site.name}: {stats.tokens} calibration tokens cannot fit a router; at least {needed} are needed"
+            )
+    return readers
 
 
 def _fit_one(

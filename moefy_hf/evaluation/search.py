@@ -122,7 +122,7 @@ def search(
         current = Section(model.config).selection
         kind, allocation = current["type"], current.get("allocation") or "uniform"
         experts = max(routed(site).num_experts for site in model.moe_sites())
-        sweeps: dict[int, Sweep] = {}
+        sweeps, options = dict[int, Sweep](), dict[str, Any](progress=progress, processes=processes)
 
         def enough(count: int) -> bool:
             sweeps[count] = evaluate(
@@ -133,8 +133,7 @@ def search(
                 allocations=[allocation],
                 controls=[],
                 local_tokens=0,
-                progress=progress,
-                processes=processes,
+                **options,
             )
             relative = sweeps[count].rows[1]["relative_quality"]
             return relative <= quality if less else relative >= quality
