@@ -10,11 +10,17 @@ from pathlib import Path
 
 import figure_blocks
 import reference_blocks
+import scale_blocks
 import speed_blocks
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-BLOCKS: dict[str, Callable[..., str]] = {**figure_blocks.BLOCKS, **speed_blocks.BLOCKS, **reference_blocks.BLOCKS}
+BLOCKS: dict[str, Callable[..., str]] = {
+    **figure_blocks.BLOCKS,
+    **speed_blocks.BLOCKS,
+    **scale_blocks.BLOCKS,
+    **reference_blocks.BLOCKS,
+}
 
 
 def pages() -> list[Path]:

@@ -67,7 +67,8 @@ def saved(kind: str, tmp_path):
 def given(moe, engines, **changes) -> SideBySide:
     folder, data, gguf = moe
     source = TextSource(str(data), **changes)
-    reading = Reading(source, batch_sizes=(1, 3), prompt=6, new_tokens=4, rounds=2)
+    options = {"prompt": 6, "new_tokens": 4} if gguf else {"batch_sizes": (1, 3)}
+    reading = Reading(source, rounds=2, **options)
     return SideBySide(str(folder), engines, reading, str(gguf) if gguf and engines else None)
 
 
@@ -244,6 +245,10 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         (["moe", "--data", "x", "--against", "onnxruntime", "--k", "2"], r"(--k) must lie in (0, 1]"),
         (["moe", "--data", "x", "--against", "onnxruntime", "--generate", "0", "2"], "prompt must be positive"),
         (["moe", "--data", "texts.csv", "--against", "onnxruntime", "--batch_sizes", "13"], "12 texts, too few"),
+        (
+            ["moe", "--data", "texts.csv", "--against", "onnxruntime", "--generate", "8", "8"],
+            "no use for --generate: leave it out; it takes --batch_sizes, --max_length",
+        ),
         (["moe", "--data", "texts.csv", "--against", "llama.cpp"], "llama.cpp runs language models"),
         (["moe", "--data", "nothing.csv", "--against", "onnxruntime"], "nothing.csv is no file"),
     ],
@@ -278,6 +283,26 @@ def test_what_a_prompt_or_a_dense_file_lacks(tmp_path, monkeypatch):
         side = SideBySide(str(folder), engines, Reading(TextSource(str(data)), prompt=prompt, new_tokens=4))
         with pytest.raises(MoefyError, match=message):
             bench_against(side, progress=False)
+
+
+def test_options_of_other_kinds_of_models(tmp_path):
+    for kind, options, message in (
+        (
+            "decoder",
+            {"batch_sizes": (1,)},
+            "no use for --batch_sizes: leave it out; it takes --generate, --max_length",
+        ),
+        ("encoder-decoder", {"prompt": 4, "max_length": 8}, "--generate or --max_length, not both"),
+    ):
+        folder = tmp_path / kind
+        folder.mkdir()
+        moe, data, _ = saved(kind, folder)
+        with pytest.raises(MoefyError, match=message):
+            bench_against(SideBySide(str(moe), (), Reading(TextSource(str(data)), **options)), progress=False)
+    reading = Reading(TextSource(str(data)), batch_sizes=(2,), prompt=4, new_tokens=3, rounds=1)
+    found = bench_against(SideBySide(str(moe), (), reading), progress=False)
+    assert found["settings"]["max_length"] == 4 and "prompt" not in found["settings"]
+    assert [row["tokens"] for row in found["rows"]] == [2 * 4] * 2 + [2 * 3] * 2
 
 
 def test_a_file_after_json_is_an_output(capsys):

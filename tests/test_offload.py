@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_cli import number_tokenizer
 from tiny import VOCAB, tiny_inputs, tiny_model
 
-from moefy_hf import MoEficationConfig, export, load, moefy_, profile
+from moefy_hf import MoEficationConfig, evaluate, export, load, moefy_, profile
 from moefy_hf.cli import offloading
 from moefy_hf.cli.main import main
 from moefy_hf.conversion import fit_routers, pipeline
@@ -100,6 +100,41 @@ def test_weights_stay_where_they_are(dense, tmp_path):
     assert all(each.is_meta for name, each in model.named_parameters() if ".router." not in name)
     torch.testing.assert_close(model(**tiny_inputs("llama", HEADS["llama"])).logits, reference)
     assert before == {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_some_layers_on_disk(dense, tmp_path):
+    """As `device_map="auto"` places them where memory ends amid the layers; a sweep runs there, too."""
+    folder = dense("llama")
+    config = MoEficationConfig(**SETTINGS, k=0.5, allocation="sensitivity")
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "lm_head", "model.rotary_emb")
+    places = {**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"}
+    found = []
+    for way in (in_memory, lambda path: load(path, device_map=places, offload_folder=str(path / "offload"))):
+        model = way(folder)
+        moefy_(model, config, batches("llama"), progress=False)
+        swept = evaluate(model, batches("llama", 3), [0.5], progress=False).rows
+        found.append((saved(model, tmp_path / str(len(found))), swept))
+    same(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta and not model.model.layers[0].mlp.up_proj.weight.is_meta
+
+
+def test_a_full_disk_leaves_nothing_half_written(told, monkeypatch, capsys):
+    """And what was found stays: a second try goes on."""
+    arguments, folder = told
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--offload", "yes"])
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (folder / "moe").exists() and not (folder / ".moe.unfinished").exists()
+    assert (folder / ".moe.work" / "router_1.safetensors").exists()
+    monkeypatch.undo()
+    main([*arguments, "--offload", "yes"])
+    assert (folder / "moe" / "config.json").exists()
 
 
 @pytest.mark.parametrize("where", ["profile", "split", "routers"])

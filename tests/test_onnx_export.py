@@ -5,12 +5,14 @@ import json
 
 import pytest
 import torch
+import transformers
 from batches import text_batches
 from tiny import VOCAB, convert, tiny_inputs, tiny_model
 from transformers import AutoConfig
 
 from moefy_hf import export as export_model
 from moefy_hf.errors import MoefyError, UnsupportedModel, VerificationError
+from moefy_hf.exporters import export as exporting
 from moefy_hf.exporters import onnx_export, onnx_ffn, onnx_graphs
 
 onnx = pytest.importorskip("onnx")
@@ -304,3 +306,14 @@ def test_what_has_to_be_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(MoefyError, match=r"needs onnxscript: pip install 'moefy-hf\[onnx\]'"):
         export(moefied("bert", CLASSIFIER), tmp_path / "out", "onnx")
+
+
+def test_two_towers_are_refused_before_any_work(tmp_path, monkeypatch):
+    model = moefied("clip", "AutoModel")
+    monkeypatch.setattr(exporting, "written_whole", None)
+    with pytest.raises(MoefyError, match="made of vision_config, text_config: export one of these models by itself"):
+        export(model, tmp_path / "out", "onnx")
+    model.save_pretrained(tmp_path / "clip")
+    tower = transformers.CLIPVisionModel.from_pretrained(tmp_path / "clip")
+    convert(tower, 2)
+    onnx_export.check_onnx(tower)

@@ -59,7 +59,7 @@ def check_together(args: Namespace) -> None:
     if args.against:
         wrong = [name for name in NOT_AGAINST if name in said]
         if args.model is None or args.data is None:
-            raise MoefyError("--against compares a MoEfied MODEL on texts: give MODEL and --data")
+            raise MoefyError("--against compares a MoEfied MODEL on texts or images: give MODEL and --data")
     else:
         wrong = [name for name in AGAINST if name in said]
     if wrong:

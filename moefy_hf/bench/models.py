@@ -49,6 +49,11 @@ def bench_model(
             config = preset_config(settings.source, settings.moefication().section())
             check_length(shape_of(config), length, new_tokens)
         dense, model = preset_models(settings) if settings.preset else checkpoint_models(settings)
+        if model.main_input_name != "input_ids":
+            raise MoefyError(
+                f"a {model._get_name()} reads {model.main_input_name}, and this makes up texts: time it on real rows, "
+                "with --against and --data"
+            )
         check_length(model, length, new_tokens)
         generator = torch.Generator().manual_seed(0)
         vocabulary = model.config.get_text_config().vocab_size

@@ -8,7 +8,7 @@ from ..io import markdown, write_csv
 CELLS: dict[str, Callable[[dict[str, Any]], str]] = {  # column -> what it shows of a row
     "tokens": lambda row: str(row["tokens"]),
     "implementation": lambda row: row["implementation"],
-    "work": lambda row: f"{row['work']}, {row['batch']} text{'s' if row['batch'] > 1 else ''}",
+    "work": lambda row: f"{row['work']}, {counted(row)}",
     "engine": lambda row: row["engine"],
     "model": lambda row: row["model"],
     "times dense": lambda row: f"{row['ratio']:.2f}",
@@ -17,13 +17,13 @@ CELLS: dict[str, Callable[[dict[str, Any]], str]] = {  # column -> what it shows
     "times best dense": lambda row: f"{row['ratio_best_dense']:.2f} ({row['best_dense']})",
     "of the bound": lambda row: f"{row['fraction_of_bound']:.0%} ({row['bound']})",
     "ms": lambda row: f"{row['milliseconds']:.3g}",
-    "tokens per second": lambda row: f"{row['tokens_per_second']:.0f}",
+    "per second": lambda row: f"{row[f'{unit_of(row)}_per_second']:.0f}",
     "quality": lambda row: f"{row['quality']:.4g}",
     "rounds": lambda row: str(row["rounds"]),
 }
 OF_FFNS = ("times best dense", "of the bound")  # which whole models have no figures for
 ALONE = ("tokens", "implementation", "times dense", "middle half", *OF_FFNS, "ms", "rounds")
-SPEEDS = ("times dense", "middle half", "times the engine's dense", "ms", "tokens per second")
+SPEEDS = ("times dense", "middle half", "times the engine's dense", "ms", "per second")
 AGAINST = ("work", "engine", "model", *SPEEDS, "quality")
 
 
@@ -37,9 +37,21 @@ def table(figures: dict[str, Any]) -> str:
 
 def shown(figures: dict[str, Any], columns: Iterable[str]) -> str:
     """Return what was measured where, and some columns; a quality has the name of its measure."""
-    names = {name: figures["settings"]["quality"] if name == "quality" else name for name in columns}
+    titles = {"per second": f"{unit_of(figures['rows'][0])} per second", "quality": figures["settings"].get("quality")}
+    names = {name: titles.get(name, name) for name in columns}
     rows = [{title: CELLS[name](row) for name, title in names.items()} for row in figures["rows"]]
     return f"{described(figures)}\n\n{markdown(rows)}"
+
+
+def unit_of(row: dict[str, Any]) -> str:
+    """Return what a speed is given in."""
+    return "images" if "images" in row else "tokens"
+
+
+def counted(row: dict[str, Any]) -> str:
+    """Return how many texts or images are run at once."""
+    name = "image" if unit_of(row) == "images" else "text"
+    return f"{row['batch']} {name}{'s' if row['batch'] > 1 else ''}"
 
 
 def described(figures: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import MoefyError
 from ..evaluation.quality_check import share_of
@@ -18,7 +17,8 @@ from .engines import ENGINES, PYTORCH
 from .engines.base import LANGUAGE_MODEL, Engine, Running, Subject, kind_of
 from .models import check, check_length, checkpoint_models, variants
 from .settings import Settings
-from .tasks import TASKS, Reading, Timed
+from .tasks import TASKS, Reading, Task, Timed, load_processor
+from .tasks.base import TRIED
 from .timing import against, hardware, quartiles, threads_set
 
 DENSE, MOEFIED = "dense", "MoEfied"
@@ -31,7 +31,7 @@ class SideBySide:
     Args:
         checkpoint: a MoEfied one, at its own budget unless `share` says another.
         engines: of `ENGINES`.
-        reading: the texts, and how they are read.
+        reading: the texts or images, and how they are read.
         gguf: the dense model's file for llama.cpp.
         share: of the experts that are computed, in every layer alike.
         threads: of the CPU.
@@ -58,9 +58,10 @@ class SideBySide:
         if self.gguf is not None and not any(ENGINES[name].reads_gguf for name in self.engines):
             readers = ", ".join(name for name, engine in ENGINES.items() if engine.reads_gguf)
             raise MoefyError(f"a dense GGUF file (--dense) is for {readers}")
-        reading = self.reading
-        numbers = {"batch_sizes": min(reading.batch_sizes, default=0), "max_length": reading.max_length}
-        numbers |= {"prompt": reading.prompt, "new_tokens": reading.new_tokens}
+        numbers = {
+            name: min(given, default=0) if isinstance(given, tuple) else given
+            for name, given in self.reading.said.items()
+        }
         for name, value in numbers.items():
             if value < 1:
                 raise MoefyError(f"{name} must be positive, got {value}")
@@ -80,7 +81,7 @@ class SideBySide:
 
 
 def bench_against(given: SideBySide, *, progress: bool = True) -> dict[str, Any]:
-    """Time a checkpoint's dense and MoEfied model in PyTorch and in other engines, on texts.
+    """Time a checkpoint's dense and MoEfied model in PyTorch and in other engines, on texts or images.
 
     Args:
         given: what is compared.
@@ -89,10 +90,10 @@ def bench_against(given: SideBySide, *, progress: bool = True) -> dict[str, Any]
     Returns:
         `settings`, `hardware`, `versions` of the engines, and `rows`: `ratio`, how many times as fast as the dense
             model in PyTorch, with its `spread`; `ratio_in_engine`, the same to the dense model in the row's engine;
-            `milliseconds` and `tokens_per_second`; and `quality`, which `settings` names.
+            `milliseconds` and `tokens_per_second`, or `images_per_second`; and `quality`, which `settings` names.
 
     Raises:
-        MoefyError: the checkpoint is not MoEfied, an engine cannot run it, or the texts do not suit it.
+        MoefyError: the checkpoint is not MoEfied, an engine cannot run it, or the data or an option do not suit it.
 
     Example:
         >>> figures = bench_against(SideBySide("my-moe", ("onnxruntime",), Reading(TextSource("test.csv"))))
@@ -103,15 +104,14 @@ def bench_against(given: SideBySide, *, progress: bool = True) -> dict[str, Any]
         dense, model = checkpoint_models(given.settings)
         for engine in engines:
             engine.check(model, given.gguf)
-        task = TASKS[kind_of(dense)](given.reading, dense, load_tokenizer(given.checkpoint), progress)
-        batches = task.batches[:2]
-        subject = subject_of(given, dense, model, batches, Path(folder))
+        task = TASKS[kind_of(dense)](given.reading, dense, load_processor(dense, given.checkpoint), progress)
+        subject = subject_of(given, task, model, Path(folder))
         task.quality({DENSE: PYTORCH.dense(subject)}, most=1)  # whether there is something to measure
         running, places = run_in(engines, subject, progress)
         with torch.inference_mode():
             measure, quality = task.quality(running)
             timed = task.times(running)
-    settings = given.reading.to_dict() | {"checkpoint": given.checkpoint, "threads": given.threads, "gguf": given.gguf}
+    settings = task.to_dict() | {"checkpoint": given.checkpoint, "threads": given.threads, "gguf": given.gguf}
     settings |= {"kind": subject.kind, "experts": share_of(model), "selection": Section(model.config).selection}
     return {
         "settings": settings | {"quality": measure},
@@ -121,33 +121,19 @@ def bench_against(given: SideBySide, *, progress: bool = True) -> dict[str, Any]
     }
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint.
-
-    Raises:
-        MoefyError: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (ValueError, OSError) as error:
-        raise MoefyError(f"the tokenizer of {name} cannot be loaded: {error}") from error
-
-
-def subject_of(
-    given: SideBySide, dense: PreTrainedModel, model: MoefiedModel, batches: Sequence[Any], folder: Path
-) -> Subject:
+def subject_of(given: SideBySide, task: Task, model: MoefiedModel, folder: Path) -> Subject:
     """Return the model for the engines, after its sparse implementation was compared with the masked one.
 
     Raises:
         MoefyError: the model has too few positions for what is generated.
     """
-    reading, kind = given.reading, kind_of(dense)
-    if kind == LANGUAGE_MODEL:
-        check_length(dense, reading.prompt, reading.new_tokens)
+    dense, batches, options = task.model, task.batches[:TRIED], task.options
+    if kind_of(dense) == LANGUAGE_MODEL:
+        check_length(dense, options["prompt"], options["new_tokens"])
     (auto,) = variants(model, ("auto",)).values()
     probed = {name: value for name, value in batches[0].items() if not name.startswith("decoder_")}
     check({DENSE: dense, "auto": auto}, model, probed)
-    tokens = max(reading.max_length, reading.prompt + reading.new_tokens)
+    tokens = max(options.get("max_length", 0), options.get("prompt", 0) + options.get("new_tokens", 0))
     return Subject(dense, model, auto, batches, folder, tokens, given.threads, given.gguf)
 
 
@@ -191,8 +177,8 @@ def rows_of(timed: Timed, places: Mapping[str, tuple[str, str]], quality: Mappin
                 "ratio_in_engine": against(taken[f"{engine}, {DENSE}"], seconds)["ratio"],
                 "milliseconds": 1e3 * middle,
                 "milliseconds_spread": [1e3 * low, 1e3 * high],
-                "tokens": timed.tokens,
-                "tokens_per_second": timed.tokens / middle,
+                timed.unit: timed.amount,
+                f"{timed.unit}_per_second": timed.amount / middle,
                 "quality": quality[name],
                 "rounds": len(seconds),
             }

@@ -30,7 +30,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--nonzero", type=float, metavar="SHARE", help="at most so many neurons of ReLU are not zero")
     whole = command.add_mutually_exclusive_group()
     lengths: dict[str, Any] = {"type": int, "nargs": 2}
-    generated = "whole model, one text, greedy (of --against, language models and encoder-decoders: 64 32)"
+    generated = "whole model, one text, greedy; of --against language models (64 32) and encoder-decoders (256 32)"
     whole.add_argument("--generate", **lengths, metavar=("PROMPT", "NEW"), help=generated)
     whole.add_argument("--batches", **lengths, metavar=("BATCH", "LENGTH"), help="whole model (encoder), forward")
     add_against(command)
@@ -47,7 +47,8 @@ def add_against(command: argparse.ArgumentParser) -> None:
     """Add the arguments that compare engines."""
     engines = f"beside other engines, whole and in float32, on --data: {', '.join(ENGINES)}"
     command.add_argument("--against", nargs="+", choices=list(ENGINES), metavar="ENGINE", help=engines)
-    add_data(command, required=False, help=f"of --against: {DATA}", seed=False, max_length=None)
+    images = "for a model of images a folder of them, or a table or dataset with a column of them"
+    add_data(command, required=False, help=f"of --against: {DATA}; {images}", seed=False, max_length=None)
     command.add_argument("--dense", metavar="GGUF", help="of --against: GGUF file of the dense model, for llama.cpp")
-    sizes = "of --against: texts at once, of encoders and encoder-decoders (default: 1 8 32)"
+    sizes = "of --against: texts or images at once; not of language models (default: 1 8 32)"
     command.add_argument("--batch_sizes", type=positive, nargs="+", help=sizes)

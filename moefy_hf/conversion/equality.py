@@ -12,10 +12,11 @@ from ..errors import UnsupportedModel
 from ..loading import check_moefied
 from ..measure.contexts import all_experts, evaluating, hooked
 from ..measure.made_up_inputs import made_up_batch
+from ..measure.metrics import is_causal
 from ..measure.profile import ModelProfile
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.moefied import is_moefied
-from ..modeling.offload import device_of
+from ..modeling.offload import device_of, is_offloaded
 
 logger = logging.get_logger("moefy_hf")
 
@@ -90,10 +91,13 @@ class DenseReference:
         device = device_of(model)
         batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
         devices = [device] if device.type == "cuda" else []
+        run: torch.nn.Module = model
+        if is_offloaded(model) and is_causal(model):  # the head, which nothing has changed, is the largest of all
+            run, batch = model.base_model, {key: value for key, value in batch.items() if key != "labels"}
         complete = all_experts(check_moefied(model)) if model is self.moefied else nullcontext()
         with complete, evaluating(model), hooked(hooks), torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            outputs = [tensor.clone() for tensor in tensors_of(model(**batch)) if tensor.is_floating_point()]
+            outputs = [tensor.clone() for tensor in tensors_of(run(**batch)) if tensor.is_floating_point()]
         self.missed = [site for position, site in enumerate(sites) if position not in ran]
         return outputs
 

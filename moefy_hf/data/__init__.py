@@ -1,11 +1,15 @@
-"""Texts out of files, standard input and datasets, as model-ready batches."""
+"""Texts and images out of files, standard input and datasets, as model-ready batches."""
 
 from .batches import CutTexts, TextBatches, TokenBudget, decoder_start_of, longest_text, padding
+from .images import ImageBatches, Images, ImageTable, pixels
 from .tables import TextRows, TextSource, TextTable
 from .texts import Row, Texts, split_off
 
 __all__ = [
     "CutTexts",
+    "ImageBatches",
+    "ImageTable",
+    "Images",
     "Row",
     "TextBatches",
     "TextRows",
@@ -16,5 +20,6 @@ __all__ = [
     "decoder_start_of",
     "longest_text",
     "padding",
+    "pixels",
     "split_off",
 ]

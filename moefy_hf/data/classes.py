@@ -1,10 +1,41 @@
 """What tables call classes, as class ids of a model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..errors import MoefyError
 from .texts import say
+
+
+class Classes:
+    """The class ids that the labels of a table stand for.
+
+    Args:
+        config: of the model.
+        path: what the table is called.
+        columns: of the table: name -> feature.
+        column: of the labels.
+    """
+
+    def __init__(self, config: PreTrainedConfig, path: str, columns: Mapping[str, Any], column: str):
+        self.path = path
+        self.ids = class_ids(config, getattr(columns[column], "names", None), path)
+        self.known = ", ".join(map(str, (config.id2label or {}).values()))
+
+    def of(self, number: int, label: Any) -> int:
+        """Return the class id of the row of this number, from 1.
+
+        Raises:
+            MoefyError: it has no label, or one that the model does not have.
+        """
+        label = spelled(label)
+        if not label:
+            raise MoefyError(f"{self.path}: row {number} has no label")
+        if label not in self.ids:
+            raise MoefyError(f"{self.path}: row {number} has label {label!r}, which is none of {self.known}")
+        return self.ids[label]
 
 
 def class_ids(config: PreTrainedConfig, names: list[str] | None, table: str) -> dict[str, int]:

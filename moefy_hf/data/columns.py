@@ -23,6 +23,11 @@ def is_text(feature: Any) -> bool:
     return feature is None or getattr(feature, "dtype", None) in ("string", "large_string")
 
 
+def is_image(feature: Any) -> bool:
+    """Return whether a column holds images, also in a file whose writer did not say so."""
+    return getattr(feature, "_type", None) == "Image" or isinstance(feature, dict) and {*feature} == {"bytes", "path"}
+
+
 def text_columns(
     table: str, columns: Mapping[str, Any], text: str | None, pair: str | None, others: Iterable[str | None]
 ) -> tuple[str, str | None]:

@@ -22,6 +22,7 @@ STANDARD_INPUT = "-"
 CSV, JSON, PARQUET, TEXT = "csv", "json", "parquet", "text"  # as `datasets` calls them
 TSV = "tsv"
 KINDS = {".csv": CSV, ".tsv": TSV, ".json": JSON, ".jsonl": JSON, ".ndjson": JSON, ".parquet": PARQUET, ".txt": TEXT}
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 OTHER_TABLES = (".arrow", ".xlsx", ".xls", ".ods", ".feather", ".pkl")
 SPLITS = {  # words in names of files -> the split that they are of
     **dict.fromkeys(("train", "training"), "train"),
@@ -68,6 +69,8 @@ def open_dataset(path: str, streaming: bool) -> Opened:
         folder, _, split = (path, "", "") if Path(path).is_dir() else path.rpartition(":")
         if not folder or not Path(folder).is_dir():
             return open_hub(path, streaming)
+        if holds_images(Path(folder)):
+            return open_images(folder, split)
         files, kind = files_of(Path(folder))
         return open_files(files, kind, split or chosen_split(folder, files))
 
@@ -84,14 +87,49 @@ def kind_of(path: str) -> str:
     return KINDS.get(suffix, TEXT)
 
 
+def shown_in(folder: Path) -> list[Path]:
+    """Return what is in a folder and the folders in it, but what is hidden."""
+    found = (path.relative_to(folder) for path in sorted(folder.rglob("*")))
+    return [path for path in found if not any(part.startswith(".") for part in path.parts)]
+
+
+def holds_images(folder: Path) -> bool:
+    """Return whether a folder holds images, and no tables but what `datasets` reads beside them, metadata.csv."""
+    suffixes = {path.suffix.lower() for path in shown_in(folder) if path.stem != "metadata"}
+    return bool(suffixes & {*IMAGES}) and not suffixes & {*KINDS}
+
+
+def open_images(folder: str, split: str) -> Opened:
+    """Open a folder of images, as `datasets` has it: a folder per split, if there are several, and in it per class.
+
+    Raises:
+        MoefyError: no such split.
+    """
+    from datasets import load_dataset
+
+    splits = load_dataset("imagefolder", data_dir=folder, streaming=True)
+    split = split or chosen_split(folder, splits)
+    check_split(split, splits)
+    return opened(splits[split])
+
+
+def check_split(split: str, splits: Mapping[str, Any]) -> None:
+    """Check that there is a split.
+
+    Raises:
+        MoefyError: there is none; those that there are are named.
+    """
+    if split not in splits:
+        raise MoefyError(f"there is no split {split}; there are {', '.join(splits)}")
+
+
 def files_of(folder: Path) -> tuple[dict[str, list[Path]], str]:
     """Return the files of a folder by split, and their kind. Where not all names say a split, all are of "train".
 
     Raises:
         MoefyError: there are files of several kinds, or none.
     """
-    found = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.suffix.lower() in KINDS]
-    files = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+    files = [path for path in shown_in(folder) if path.suffix.lower() in KINDS]
     kinds = Counter(KINDS[path.suffix.lower()] for path in files)
     if len(kinds) != 1:
         held = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or f"no {', '.join(KINDS)}"
@@ -120,8 +158,7 @@ def open_files(splits: Mapping[str, list[Path]], kind: str, split: str, kept: An
     """
     from datasets import load_dataset
 
-    if split not in splits:
-        raise MoefyError(f"there is no split {split}; there are {', '.join(splits)}")
+    check_split(split, splits)
     settings: dict[str, Any] = {}
     if kind != PARQUET:
         for file in splits[split]:

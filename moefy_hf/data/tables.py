@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..arguments import about, positive, switch
 from ..errors import MoefyError
-from .classes import class_ids, spelled
+from .classes import Classes
 from .columns import LABELS, TARGETS, is_text, no_column, text_columns, usual_column
 from .opening import STANDARD_INPUT, open_dataset, said_plainly
 from .texts import Row, Texts, say
@@ -79,6 +79,15 @@ class TextSource:
             return "standard input"
         return Path(self.path).name if Path(self.path).exists() else self.path
 
+    def check_bounded(self) -> None:
+        """Check that not all rows of a stream are wanted.
+
+        Raises:
+            MoefyError: they are.
+        """
+        if self.streaming and self.max_rows is None:
+            raise MoefyError("with --streaming only some rows are read, and here all are needed: give --max_rows")
+
     def open(self) -> "TextTable":
         """Find the texts, and see which columns there are.
 
@@ -123,8 +132,8 @@ class TextTable:
             MoefyError: all rows of a stream are needed, or the model has no use for a column that was named.
         """
         source, columns, label, target = self.source, self.opened.columns, None, None
-        if source.streaming and not bounded and source.max_rows is None:
-            raise MoefyError("with --streaming only some rows are read, and here all are needed: give --max_rows")
+        if not bounded:
+            source.check_bounded()
         writes = model.config.is_encoder_decoder and model.can_generate()
         classifies = model._get_name().endswith("SequenceClassification")
         if source.target_column and not writes or labels and source.label_column and not classifies:
@@ -177,9 +186,7 @@ class TextRows:
         self.table, self.path, self.label, self.target = table, table.path, label, target
         self.labelled, self.name = label is not None, table.source.name
         self.said = False
-        names = getattr(table.opened.columns.get(label or ""), "names", None)
-        self.classes = class_ids(model.config, names, self.path) if label else {}
-        self.known = ", ".join(map(str, (model.config.id2label or {}).values()))
+        self.classes = Classes(model.config, self.path, table.opened.columns, label) if label else None
 
     def __iter__(self) -> Iterator[Row]:
         most, kept, empty = self.table.source.max_rows, 0, 0
@@ -220,14 +227,7 @@ class TextRows:
         texts = [column and self.stripped(number, column, cell) for column, cell in named]
         if not texts[0]:
             return Row("")
-        class_id = None
-        if self.label:
-            label = spelled(label)
-            if not label:
-                raise MoefyError(f"{self.path}: row {number} has no label")
-            if label not in self.classes:
-                raise MoefyError(f"{self.path}: row {number} has label {label!r}, which is none of {self.known}")
-            class_id = self.classes[label]
+        class_id = self.classes.of(number, label) if self.classes else None
         return Row(texts[0], texts[1], class_id, texts[2])
 
     def stripped(self, number: int, column: str, cell: Any) -> str:

@@ -1,7 +1,7 @@
 """What was read: texts, and what belongs to them."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 from tqdm.auto import tqdm
@@ -58,6 +58,10 @@ class Texts:
         """Return the rows at these positions, in this order."""
         rows = list(rows)
         return Texts(*(column and [column[row] for row in rows] for column in vars(self).values()))
+
+    def unlabelled(self) -> "Texts":
+        """Return what is read alone."""
+        return replace(self, labels=None, targets=None)
 
 
 def split_off(texts: Texts, every: int = 20, most: int = 64) -> tuple[Texts, Texts]:

@@ -51,8 +51,7 @@ def export(
             Runtime) and "gguf" (of Llama, Mistral, Qwen2 and Qwen3, for llama.cpp), exact; or "dense" (any model: all
             its neurons, no routers). By default the first served one that has its attention.
         tokenizer: saved beside the weights.
-        max_shard_bytes: size of a weights file; beyond the model itself so much memory is needed. Of a model whose
-            weights are offloaded it is 1 GB at most.
+        max_shard_bytes: size of a weights file, 1 GB at most of offloaded weights; so much memory is needed besides.
         int8: of "onnx": whether matrices become 8-bit; routers stay in float32.
         batches: of "onnx": inputs on which the graphs are compared with the model; made up by default.
         dense: the GGUF file of the dense model, which "gguf" needs: its metadata, tokenizer and types are kept.
@@ -76,10 +75,6 @@ def export(
         return export_gguf(model, output_dir, dense).output
     if dense is not None:
         raise MoefyError("dense is for to='gguf' alone")
-    if offloaded := is_offloaded(model):
-        max_shard_bytes = min(max_shard_bytes, OFFLOADED_SHARD)
-    if to == "onnx" and offloaded:
-        raise MoefyError("a graph is traced with the whole model in memory: load it without offloading for to='onnx'")
     if to != "onnx" and (int8 or batches is not None or not timing):
         raise MoefyError(f"int8, batches and timing belong to to='onnx', not to {to!r}")
     export_format = checked_format(model, to)
@@ -91,8 +86,13 @@ def export(
             write_onnx(model, folder, int8, batches, timing, progress)
             return output_dir
         tensors = own_tensors(model) if export_format is None else export_format.tensors(model)
-        write_shards(tensors, folder, max_shard_bytes)
+        write_shards(tensors, folder, shard_bytes(model, max_shard_bytes))
     return output_dir
+
+
+def shard_bytes(model: PreTrainedModel, wanted: int) -> int:
+    """Return the size of a weights file: small ones where weights are not in memory."""
+    return min(wanted, OFFLOADED_SHARD) if is_offloaded(model) else wanted
 
 
 def targets_of(model: PreTrainedModel) -> list[str]:
@@ -111,6 +111,8 @@ def checked_format(model: MoefiedModel, to: str | None) -> ExportFormat | None:
         MoefyError: there is none, or it has no place for all that the model does.
     """
     if to == "onnx":
+        if is_offloaded(model):
+            raise MoefyError("a graph is traced with the model in memory: load it without offloading for to='onnx'")
         check_onnx(model)
     if to in OTHERS:
         return None

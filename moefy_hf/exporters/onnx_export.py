@@ -16,7 +16,7 @@ from ..measure.contexts import evaluating
 from ..measure.made_up_inputs import made_up_batch
 from .onnx_ffn import check_ffn
 from .onnx_graphs import session_of, write_part
-from .onnx_parts import Example, made_up_batches, parts_of
+from .onnx_parts import Example, composite, inputs_for, made_up_batches, parts_of
 from .onnx_times import times_of
 
 FACTS = "moefy_onnx.json"
@@ -36,14 +36,15 @@ def check_onnx(model: MoefiedModel) -> None:
     if missing:
         raise MoefyError(f"ONNX export needs {', '.join(missing)}: pip install 'moefy-hf[onnx]'")
     if model.can_generate() and model.config.sub_configs:
-        towers = ", ".join(model.config.sub_configs)
-        raise MoefyError(f"{model._get_name()} is made of {towers}: export one of these models by itself")
+        raise MoefyError(f"{model._get_name()} is {composite(model)}")
     if model.dtype != torch.float32:
         raise MoefyError(f"this model is {model.dtype}; ONNX is written from float32: model.float() first")
     if model.device.type != "cpu":
         raise MoefyError(f"this model is on {model.device.type}; ONNX is written from the CPU: model.cpu() first")
     for site in model.moe_sites():
         check_ffn(site)
+    if not model.can_generate():
+        inputs_for(model, made_up_batch(model))
 
 
 def write_onnx(

@@ -129,8 +129,17 @@ def inputs_for(model: MoefiedModel, batch: Mapping[str, Any]) -> Batch:
             named.setdefault("token_type_ids", torch.zeros_like(named["input_ids"]))
     elif list(named) != ["pixel_values"]:
         names = ", ".join(batch)
-        raise UnsupportedModel(f"{model._get_name()} reads {names}: ONNX is written of models of texts or of images")
+        hint = f". It is {composite(model)}" if model.config.sub_configs else ""
+        raise UnsupportedModel(
+            f"{model._get_name()} reads {names}: ONNX is written of models of texts or of images{hint}"
+        )
     return named
+
+
+def composite(model: MoefiedModel) -> str:
+    """Return of what a composite model is made, and what would do instead."""
+    towers = ", ".join(model.config.sub_configs)
+    return f"made of {towers}: export one of these models by itself, loaded and converted alone"
 
 
 def made_up_batches(model: MoefiedModel, shapes: Iterable[tuple[int, int]] = ((1, 11), (3, 16))) -> list[Batch]:

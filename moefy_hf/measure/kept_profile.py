@@ -103,7 +103,7 @@ class Progress:
         """Give the profile its sample."""
         for stats, file in zip(self.profile.sites, self.files, strict=False):  # no file where nothing is kept
             if file.rows:
-                stats.inputs = file.mapped()
+                stats.inputs = file
 
 
 def digest(batch: Mapping[str, Any]) -> str:

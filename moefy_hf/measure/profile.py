@@ -41,7 +41,16 @@ class SiteProfile:
     def __init__(self, neurons: int):
         self.tokens = 0
         self.active, self.mass, self.total, self.square = (torch.zeros(neurons, dtype=torch.float64) for _ in range(4))
-        self.inputs: torch.Tensor | None = None
+        self._inputs: torch.Tensor | TensorFile | None = None
+
+    @property
+    def inputs(self) -> torch.Tensor | None:
+        """Return the sample; one that lies in a file is mapped anew, so that no more of it is held than is in use."""
+        return self._inputs.mapped() if isinstance(self._inputs, TensorFile) else self._inputs
+
+    @inputs.setter
+    def inputs(self, inputs: torch.Tensor | TensorFile | None) -> None:
+        self._inputs = inputs
 
     def update_(self, neurons: torch.Tensor) -> None:
         """Add tokens to the sums: neurons (T, f)."""
@@ -68,14 +77,15 @@ class SiteProfile:
         Raises:
             MoefyError: this profile kept none, or was closed.
         """
-        if self.inputs is None:
+        if (inputs := self.inputs) is None:
             raise MoefyError("this profile kept no sample of FFN inputs; profile with sample=True")
-        return FfnSample(self.inputs)
+        return FfnSample(inputs)
 
     @property
     def sampled(self) -> int:
         """Return the number of tokens whose inputs are kept."""
-        return 0 if self.inputs is None else len(self.inputs)
+        inputs = self.inputs
+        return 0 if inputs is None else len(inputs)
 
     @property
     def sparsity(self) -> float:

@@ -174,7 +174,7 @@ def timed(files: dict[Any, Path], threads: int, task: LanguageTask, quality: dic
         for key, seconds in each.taken.items():
             kind, name, share = key
             row = {"work": each.work, "threads": threads, "type": kind, "model": name, "k": share}
-            row |= {"tokens_per_second": each.tokens / quartiles(seconds)[1], "perplexity": quality[key]}
+            row |= {"tokens_per_second": each.amount / quartiles(seconds)[1], "perplexity": quality[key]}
             rows.append(row | against(each.taken[kind, DENSE, 1.0], seconds))
     return rows
 

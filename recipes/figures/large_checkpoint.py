@@ -5,10 +5,11 @@
     python recipes/figures/large_checkpoint.py make llama-8b --tokenizer "$tokenizer"
     python recipes/figures/large_checkpoint.py measure large.json -- moefy convert llama-8b llama-8b-moe \\
         --offload yes --data texts.txt --calibration_tokens 2048 --expert_size 64 --k 0.25 \\
-        --splitter gate_clustering --router similarity
+        --splitter gate_clustering --router similarity --json
 
 `make` writes the shape of Llama 3 8B in bfloat16, 16 GB, shard by shard; --layers writes fewer layers. `measure` runs
-a command and writes how long it took and the most memory that it held, pages of files that it has mapped included.
+a command and writes how long it took and the most memory that it held, pages of files that it has mapped included. Of
+a conversion it also writes the seconds of each step, which `--json` prints.
 """
 
 import argparse
@@ -96,13 +97,15 @@ def random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
 def measure(args: argparse.Namespace) -> None:
     """Run the command, and write its wall time in seconds and its largest resident set in GB."""
     started = time.perf_counter()
-    done = subprocess.run(args.command, check=False)
+    done = subprocess.run(args.command, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
+    printed = json.loads(done.stdout) if "--json" in args.command else {}
     found = {
         "command": " ".join(args.command),
         "seconds": round(time.perf_counter() - started, 1),
         "peak_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2),
+        "steps": {name: round(each, 1) for name, each in printed.get("seconds", {}).items()},
         "hardware": hardware(),
     }
     write_whole(args.output, json.dumps(found, indent=1) + "\n")

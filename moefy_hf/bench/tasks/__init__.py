@@ -4,6 +4,7 @@ from ..engines.base import ENCODER, ENCODER_DECODER, LANGUAGE_MODEL
 from .base import Reading, Task, Timed
 from .encoder_decoders import EncoderDecoderTask
 from .encoders import EncoderTask
+from .inputs import load_processor
 from .language_models import LanguageTask
 
 TASKS: dict[str, type[Task]] = {
@@ -12,4 +13,4 @@ TASKS: dict[str, type[Task]] = {
     ENCODER_DECODER: EncoderDecoderTask,
 }
 
-__all__ = ["TASKS", "Reading", "Task", "Timed"]
+__all__ = ["TASKS", "Reading", "Task", "Timed", "load_processor"]

@@ -1,7 +1,6 @@
 """A forward pass of an encoder, with or without a head."""
 
 from collections.abc import Mapping
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from ...measure.batches import unlabelled
 from ...measure.metrics import Quality, counted
 from ..engines.base import Batch, Encoder
-from .base import CHECKED_AT_ONCE, Task, Timed, median_tokens
+from .base import CHECKED_AT_ONCE, SIZES, TRIED, Task, Timed
 
 
 class Cosine:
@@ -31,17 +30,21 @@ class Cosine:
 class EncoderTask(Task):
     """A forward pass: accuracy where classes are known, else how alike best guesses or hidden states are to dense."""
 
+    defaults = {"batch_sizes": SIZES}
+    reads = ("input_ids", "pixel_values")
+
     def read(self) -> None:
-        self.labelled = list(self.in_batches(self.texts, CHECKED_AT_ONCE))
-        self.sized = {size: self.full_batches(size) for size in self.reading.batch_sizes}
+        self.labelled = self.inputs.in_batches(self.inputs.rows, CHECKED_AT_ONCE)
+        self.sized = {size: self.full_batches(size) for size in self.options["batch_sizes"]}
 
     @property
     def batches(self) -> list[Batch]:
-        return [unlabelled(batch) for batch in self.labelled]
+        return [unlabelled(batch) for batch in self.labelled[:TRIED]]
 
     def quality(self, running: Mapping[str, Encoder], most: int | None = None) -> tuple[str, dict[str, float]]:
         sums: dict[str, Any] = {}
-        for batch in self.bar(self.labelled[:most]):
+        for place in self.bar(range(len(self.labelled))[:most]):
+            batch = self.labelled[place]
             outputs = {name: model(unlabelled(batch)) for name, model in running.items()}
             reference, labels = self.compared(next(iter(outputs.values())), batch)
             for name, output in outputs.items():
@@ -61,8 +64,8 @@ class EncoderTask(Task):
     def times(self, running: Mapping[str, Encoder]) -> list[Timed]:
         found = []
         for size, batches in self.sized.items():
-            work = [{name: partial(model, batch) for name, model in running.items()} for batch in batches]
-            found.append(Timed("forward", size, median_tokens(batches), self.turns(f"batches of {size}", work)))
+            taken = self.turns(f"batches of {size}", running, batches, lambda model, batch: model(batch))
+            found.append(Timed("forward", size, self.inputs.amount(batches), taken, self.inputs.unit))
         return found
 
 

@@ -6,26 +6,34 @@ from functools import partial
 import torch
 
 from ...errors import MoefyError
+from ...measure.batches import check_batch
 from ...measure.metrics import Quality
 from ..engines.base import Batch, LanguageModel
 from ..timing import Call, take_turns
 from .base import Task, Timed
+from .inputs import TextInputs
 
 
 class LanguageTask(Task):
     """A prompt, then tokens one by one: perplexity on the texts."""
 
+    defaults = {"prompt": 64, "new_tokens": 32}
+    inputs: TextInputs
+
     def read(self) -> None:
-        limits = {"truncation": True, "max_length": self.max_length}
-        found = self.tokenizer(self.texts.texts, self.texts.pairs, **limits)["input_ids"]
-        with self.cut:
-            self.cut.count(self.texts, [len(ids) for ids in found])
+        inputs, rows = self.inputs, self.inputs.rows
+        limits = {"truncation": True, "max_length": inputs.max_length}
+        found = self.processor(rows.texts, rows.pairs, **limits)["input_ids"]
+        with inputs.cut:
+            inputs.cut.count(rows, [len(ids) for ids in found])
         self.ids = [torch.tensor(ids) for ids in found if len(ids) > 1]
-        size, rounds = self.reading.prompt, self.reading.rounds
+        for batch in self.batches:
+            check_batch(self.model, batch)
+        size, rounds = self.options["prompt"], self.reading.rounds
         stream = torch.cat(self.ids or [torch.tensor([], dtype=torch.long)])
-        self.prompts = stream[: len(stream) // size * size].view(-1, size)[:rounds]
-        if not len(self.prompts):
-            raise MoefyError(f"{self.reading.data.name} has {len(stream)} tokens, too few for a prompt of {size}")
+        self.prompts = list(stream[: len(stream) // size * size].view(-1, size)[:rounds])
+        if not self.prompts:
+            raise MoefyError(f"{inputs.data.name} has {len(stream)} tokens, too few for a prompt of {size}")
 
     @property
     def batches(self) -> list[Batch]:
@@ -42,9 +50,8 @@ class LanguageTask(Task):
         return "perplexity", {name: each.figures()["perplexity"] for name, each in sums.items()}
 
     def times(self, running: Mapping[str, LanguageModel]) -> list[Timed]:
-        new, prompts = self.reading.new_tokens, self.prompts
-        work = [{name: partial(first, model, ids) for name, model in running.items()} for ids in prompts]
-        found = [Timed("prompt", 1, len(prompts[0]), self.turns("prompts", work))]
+        new, prompts = self.options["new_tokens"], self.prompts
+        found = [Timed("prompt", 1, len(prompts[0]), self.turns("prompts", running, prompts, first))]
 
         def prepare(turn: int) -> dict[str, Call]:
             ids = prompts[turn % len(prompts)]

@@ -22,6 +22,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from ...data import pixels
 from .. import arguments as of
 from ..data import load_images, override
 from ..inputs import resolve
@@ -100,10 +101,8 @@ def make_model(run: Run) -> PreTrainedModel:
 
 def collate(processor: Any, data: of.ImageDataArguments, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Return rows of a dataset as a model-ready batch."""
-    channels = len(processor.image_mean)
-    images = [row[data.image_column].convert("L" if channels == 1 else "RGB") for row in rows]
     labels = torch.tensor([row[data.label_column] for row in rows])
-    return {**processor(images, return_tensors="pt"), "labels": labels}
+    return {**pixels(processor, [row[data.image_column] for row in rows]), "labels": labels}
 
 
 TASK = Task(
