@@ -189,13 +189,13 @@ def test_a_full_disk_is_an_error(bert, monkeypatch):
 
 def test_first_batches_are_kept_for_what_needs_whole_texts(bert, monkeypatch):
     batches = text_batches(5)
-    monkeypatch.setattr("moefy_hf.measure.profile.KEPT_TOKENS", real_count(batches[:2]) + 1)
+    monkeypatch.setattr("moefy_hf.measure.rounds.KEPT_TOKENS", real_count(batches[:2]) + 1)
     with profile(bert, batches, progress=False) as found:
         assert len(found.batches) == 3 and all(a is b for a, b in zip(found.batches, batches, strict=False))
 
 
 def test_image_batches_count_by_their_patches(monkeypatch):
-    monkeypatch.setattr("moefy_hf.measure.profile.KEPT_TOKENS", 7)
+    monkeypatch.setattr("moefy_hf.measure.rounds.KEPT_TOKENS", 7)
     batches = [{"pixel_values": torch.randn(1, 3, 8, 8)}] * 4  # five tokens each
     with profile(tiny_model("vit"), batches, progress=False) as found:
         assert len(found.batches) == 2

@@ -41,6 +41,7 @@ from .common import (
     show_table,
     text_batches,
 )
+from .launched import joined
 from .offloading import add_offload, wants_offload
 from .planned import EXIT_CODE, add_plan, found_plan, is_planned
 
@@ -83,8 +84,8 @@ def names_of_recipes() -> set[str]:
     return {field.name for cls in (TrainingArguments, *classes) for field in fields(cls)}
 
 
-def convert(args: Namespace) -> dict[str, Any]:
-    """Convert MODEL, check its quality, and save it; return the report.
+def convert(args: Namespace) -> dict[str, Any] | None:
+    """Convert MODEL, check its quality, and save it; return the report, in the process that writes.
 
     With a goal its settings are found first, and nothing is written where none reaches it.
 
@@ -92,15 +93,19 @@ def convert(args: Namespace) -> dict[str, Any]:
         MoefyError: what `moefy_` and `plan` find wrong, or a model that is of no use right after conversion, without
             --force.
     """
+    processes = joined(args.data, args.validation)
     planned, config = is_planned(args), config_of(args)
     if planned and args.offload == "yes":
         raise MoefyError(
             "a plan tries copies of the model in memory: --offload yes goes with settings (--k ...) alone"
         )
     output = output_of(args)
+    if planned and processes.size > 1:
+        raise MoefyError("a plan times models, which other processes disturb: plan in one process")
     args.seed = config.seed
     table = open_data(args) if args.data else None
-    model = load_model(args, offloaded=not planned and wants_offload(args))
+    offloaded = not planned and processes.by_first(lambda: wants_offload(args))
+    model = load_model(args, offloaded=offloaded)
     if not planned:  # a plan has settings of its own
         check_convertible(model, config, table)
     batches, held_out, result, speed = None, None, dict[str, Any](), None
@@ -115,19 +120,33 @@ def convert(args: Namespace) -> dict[str, Any]:
     if output is None:
         return result
     work = output.with_name(f".{output.name}.work") if is_offloaded(model) else None
-    report = moefy_(model, config, batches, work_dir=work)
+    report = moefy_(model, config, batches, work_dir=work, progress=processes.first, processes=processes)
+    facts = {"conversion": report, "calibration": table and table.source.name, "speed": speed}
+    check, line = processes.by_first(lambda: checked_and_saved(args, model, held_out, output, facts))
+    if work and processes.first:
+        shutil.rmtree(work)
+    if not processes.first:
+        return None
+    written = {"output": str(output), "table": "\n\n".join(filter(None, (result.get("table"), report.table(), line)))}
+    return result | report.to_dict() | written | {"prediction": check and check.to_dict()}
+
+
+def checked_and_saved(
+    args: Namespace, model: PreTrainedModel, held_out: TextBatches | None, output: Path, facts: dict[str, Any]
+) -> tuple[QualityCheck | None, str]:
+    """Check the quality of a model that was just converted, and save it; return what `check_of` does.
+
+    Raises:
+        MoefyError: it is of no use, and --force is not given.
+    """
     check, line = check_of(model, held_out)
     if check is not None and check.degenerate and not args.force:
         raise MoefyError(f"{check.message()}; nothing was written (--force writes it all the same)")
     with written_whole(output) as folder:
         save_beside(args, model, folder)
-        calibration = table and table.source.name
-        add_facts(folder, conversion=report, calibration=calibration, prediction=check, speed=speed)
+        add_facts(folder, **facts, prediction=check)
         add_license(folder, HfApi())
-    if work:
-        shutil.rmtree(work)
-    written = {"output": str(output), "table": "\n\n".join(filter(None, (result.get("table"), report.table(), line)))}
-    return result | report.to_dict() | written | {"prediction": check and check.to_dict()}
+    return check, line
 
 
 def output_of(args: Namespace) -> Path | None:

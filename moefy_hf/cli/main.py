@@ -6,6 +6,7 @@ import json
 import sys
 
 from ..errors import MoefyError
+from .launched import check_launched
 
 COMMANDS = {  # in the order of work: where its arguments are, which take torch and seconds to import; what it does
     "inspect": ("inspect_model:add_arguments", "What can be MoEfied in a model: its FFNs, and the sizes of experts."),
@@ -81,6 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = renamed(sys.argv[1:] if arguments is None else arguments)
     args = parser(arguments).parse_args(arguments)
     try:
+        check_launched(args.command)
         result = args.run(args)
     except (MoefyError, OSError) as error:  # what users can mend; anything else is a bug and shows its traceback
         print(f"moefy {args.command}: {' '.join(str(error).split())}", file=sys.stderr)

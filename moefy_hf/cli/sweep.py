@@ -31,6 +31,7 @@ from .common import (
     show_table,
     text_batches,
 )
+from .launched import joined
 
 MEASURES = "accuracy with labels or targets; of a language model perplexity; else agreement with the dense model"
 
@@ -58,14 +59,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--plot", metavar="FILE", help="picture of quality against FLOPs (needs matplotlib)")
 
 
-def sweep(args: Namespace) -> dict[str, Any]:
-    """Measure MODEL at several budgets, or find the budget for a quality; return rows and facts.
+def sweep(args: Namespace) -> dict[str, Any] | None:
+    """Measure MODEL at several budgets, or find the budget for a quality; return rows and facts, in the process that
+    writes.
 
     Raises:
         MoefyError: wrong arguments, texts that cannot be read, or a model that cannot be measured on texts.
         NotMoefied: MODEL is dense.
     """
     check_arguments(args)
+    processes = joined(args.data, args.calibration)
     tables = [open_data(args, path) for path in (args.data, args.calibration) if path]
     model = load_model(args)
     check_is_moefied(args, model)
@@ -81,15 +84,21 @@ def sweep(args: Namespace) -> dict[str, Any]:
     missing = [kind for kind in kinds if setting_name(kind) and kind not in known]  # of types, not of thresholds
     if missing and others is None:
         raise MoefyError(f"what {', '.join(missing)} compute is measured on other texts: give --calibration")
-    calibrate_thresholds_(model, others or [], missing)
+    calibrate_thresholds_(model, others or [], missing, progress=processes.first)
+    options: dict[str, Any] = {"progress": processes.first, "processes": processes}
+    lines: list[str] = []
     if args.quality is not None:
-        return searched(args, model, batches, kinds)
-    shares = [share_within(model, flops) for flops in args.flops] if args.flops else args.k
-    result = evaluate(model, batches, shares, controls=args.controls, selections=kinds, calibration=others)
-    if Path(args.model).is_dir():
+        result, lines = searched(model, batches, args.quality, kinds, **options)
+    else:
+        shares = [share_within(model, flops) for flops in args.flops] if args.flops else args.k
+        which = {"controls": args.controls, "selections": kinds, "calibration": others}
+        result = evaluate(model, batches, shares, **which, **options)
+    if not processes.first:
+        return None
+    if args.quality is None and Path(args.model).is_dir():
         add_facts(args.model, sweep=result, evaluation=tables[0].source.name)
     write(args, result)
-    return {"table": result.table(), **result.to_dict()}
+    return {"table": "\n".join([result.table(), *lines]), **result.to_dict()}
 
 
 def check_arguments(args: Namespace) -> None:
@@ -105,25 +114,26 @@ def check_arguments(args: Namespace) -> None:
         raise MoefyError(f"{', '.join(BASELINES)} set thresholds on other texts: give --calibration")
 
 
-def searched(args: Namespace, model: PreTrainedModel, batches: TextBatches, kinds: list[str]) -> dict[str, Any]:
-    """Find the fewest experts that have the quality --quality; return all rows that were measured.
+def searched(
+    model: PreTrainedModel, batches: TextBatches, quality: float, kinds: list[str], **options: Any
+) -> tuple[Sweep, list[str]]:
+    """Find the fewest experts that have a quality; return all rows that were measured, and lines for below them.
 
     Args:
-        args: with --quality.
         model: the MoEfied model.
         batches: what is measured on.
+        quality: relative to the dense model's.
         kinds: the types of selection, each searched by itself.
+        options: of `search`.
     """
     rows: list[dict[str, Any]] = []
-    lines: list[str] = []
+    lines = [""]
     for kind in kinds:
-        selection, searched_sweep = search(model, batches, args.quality, selection={"type": kind})
+        selection, searched_sweep = search(model, batches, quality, selection={"type": kind}, **options)
         rows += searched_sweep.rows[bool(rows) :]
         settings = ", ".join(f"{name}={value!r}" for name, value in selection.items())
-        lines.append(f"{args.quality:g} of dense: model.set_selection({settings})")
-    whole = Sweep(rows, searched_sweep.facts)
-    write(args, whole)
-    return {"table": "\n".join([whole.table(), "", *lines]), **whole.to_dict()}
+        lines.append(f"{quality:g} of dense: model.set_selection({settings})")
+    return Sweep(rows, searched_sweep.facts), lines
 
 
 def write(args: Namespace, result: Sweep) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import MoefyError
@@ -17,6 +16,8 @@ from ..measure.contexts import all_experts, evaluating, hooked
 from ..measure.hooks import run_with_hooks
 from ..measure.metrics import Quality, predictions
 from ..measure.padding import without_padding
+from ..measure.processes import ALONE, Processes
+from ..measure.progress import shared_batches
 from ..measure.router_inputs import inputs_from
 from ..modeling.ffn_sites import FfnSite
 from ..modeling.section import Section
@@ -28,9 +29,16 @@ GRID = (1 / 48, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # measured shares of a layer's exp
 
 
 def measure_sensitivity(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, progress: bool = True
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    progress: bool = True,
+    processes: Processes = ALONE,
 ) -> dict[str, list[list[float]]]:
     """Measure how far each layer, restricted alone to k experts, moves the model's predictions.
+
+    Args:
+        processes: that share the batches, of which all have all.
 
     Returns:
         `k`: for each routed layer the measured counts, the last of them E; `loss`: the mean divergence
@@ -40,11 +48,10 @@ def measure_sensitivity(
     sites = model.moe_sites()
     blocks = [block_of(model, site) for site in sites]
     grids: list[list[float]] = [_grid(site.act.num_experts, site.act.shared) for site in sites]
-    quality = [[Quality() for _ in ks] for ks in grids]
-    bar = tqdm(desc="sensitivity", unit="batch", disable=not progress)
-    positions = 0
-    with evaluating(model), torch.no_grad(), all_experts(model), bar:
-        for batch in batches:
+
+    def measured() -> list[Any]:
+        positions, quality = 0, [[Quality() for _ in ks[:-1]] for ks in grids]
+        for batch in shared_batches(batches, "sensitivity", processes, progress):
             with recorded([block for block in blocks if block is not None]) as outputs:
                 dense, _ = predictions(model, batch)
             positions += len(dense)
@@ -53,15 +60,18 @@ def measure_sensitivity(
                 known = before(outputs, block)  # layers before this one do what they did
                 known = {each: known[each] for each in known if each is not blocks[read]}  # its router's must run
                 with replayed(known):
-                    for k, restricted in zip(ks[:-1], layer, strict=False):
+                    for k, restricted in zip(ks, layer, strict=False):
                         site.act.selection = replace(everything, k=k - site.act.shared)
                         restricted.update_(predictions(model, batch)[0], dense, None)
                 site.act.selection = everything
-            bar.update()
+        return [positions, *itertools.chain(*quality)]
+
+    with evaluating(model), torch.no_grad(), all_experts(model):
+        positions, *sums = processes.added(measured)
     if positions == 0:
         raise MoefyError("sensitivity cannot be measured: no batch, or none with a position that counts, was given")
-    losses = [[each.divergence / each.count for each in layer[:-1]] + [0.0] for layer in quality]
-    return {"k": grids, "loss": losses}
+    means = iter([each.divergence / each.count for each in sums])
+    return {"k": grids, "loss": [[*itertools.islice(means, len(ks) - 1), 0.0] for ks in grids]}
 
 
 def _grid(num_experts: int, shared: int) -> list[float]:
@@ -70,11 +80,18 @@ def _grid(num_experts: int, shared: int) -> list[float]:
 
 
 def measure_angles(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, progress: bool = True
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    progress: bool = True,
+    processes: Processes = ALONE,
 ) -> dict[str, list[float]]:
     """Measure how far the layer around each routed FFN turns the hidden states, with all experts; needs no head.
 
     It is the coarse importance of CFSP (Wang et al., COLING 2025).
+
+    Args:
+        processes: that share the batches, of which all have all.
 
     Returns:
         `distance`: for each routed layer, arccos(cos(x, y)) / pi, from 0 to 1, of the hidden states x and y (d,) that
@@ -106,9 +123,15 @@ def measure_angles(
         )
         for position, layer in enumerate(layers)
     ]
-    with hooked(handles), all_experts(model), run_with_hooks(model, [], lambda *_: None) as run:
-        for batch in tqdm(batches, desc="importance", unit="batch", disable=not progress):
-            run(batch)
+
+    def measured() -> list[torch.Tensor]:
+        nonlocal batch
+        with hooked(handles), all_experts(model), run_with_hooks(model, [], lambda *_: None) as run:
+            for batch in shared_batches(batches, "importance", processes, progress):
+                run(batch)
+        return [sums]
+
+    (sums,) = processes.added(measured)
     if not sums[:, 1].all():
         raise MoefyError(
             "importance cannot be measured: no batch, or none with a token that is not padding, was given"

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from ..config import MoEficationConfig
 from ..io import is_hub_id
 from ..loading import check_moefied
+from ..measure.processes import ALONE, Processes
 from ..measure.profile import ModelProfile, NotFiniteError, profile
 from .budgets import COMPARING_PREDICTIONS
 from .checks import check_convertible, check_predictions, check_profile, with_allocation
@@ -72,6 +73,7 @@ def moefy_(
     *,
     work_dir: str | Path | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> ConversionReport:
     """MoEfy a dense model in place: profile, split, route, select. The same Python object, now of its Moefied class.
 
@@ -81,9 +83,10 @@ def moefy_(
         calibration: model-ready batches (mappings of tensors), shuffled; or a profile of this model, made with
             `profile`, to convert copies of it in several ways. Methods that learn nothing from data (splits "random",
             "parameter_clustering" and "gate_clustering" with routers that are not fitted) work without.
-
         work_dir: folder that keeps what is found, batch by batch and layer by layer. A conversion that was interrupted
             goes on from there, given the same model, settings and batches. It may be deleted afterwards.
+        processes: that share the work, see `moefy_hf.measure.processes.together`. Each is given the same, and has the
+            whole converted model afterwards; a `work_dir`, which all of them see, then keeps layers only.
 
     Raises:
         MoefyError: unsupported, already MoEfied, wrapped, adapted or sharded model, part of a larger one, settings
@@ -98,13 +101,16 @@ def moefy_(
     sites, sizes = check_convertible(model, config, calibration)
     config, base_model = with_allocation(config, model, calibration is not None), model.name_or_path or ""
     seconds: dict[str, float] = {}
-    work = None if work_dir is None else Work(work_dir, {"model": identity(model, sites), "settings": asdict(config)})
-    with profile_of(model, calibration, config, work, seconds, progress) as dense:
+    work = None
+    if work_dir is not None:
+        about = {"settings": asdict(config)}
+        work = processes.by_first(lambda: Work(work_dir, about | {"model": identity(model, sites)}))
+    with profile_of(model, calibration, config, work, seconds, progress, processes) as dense:
         if dense is not None:
             check_profile(config, sites, sizes, dense)
             if config.allocation in COMPARING_PREDICTIONS:
                 check_predictions(model, dense.batches)
-        experts = find_experts_(model, sites, config, dense, work=work, progress=progress)
+        experts = find_experts_(model, sites, config, dense, work=work, progress=progress, processes=processes)
         (moefied := check_moefied(model)).set_selection(**config.selection_section())
         seconds |= experts.seconds
         if config.compensation and dense is not None:
@@ -130,6 +136,7 @@ def profile_of(
     work: Work | None,
     seconds: dict[str, float],
     progress: bool,
+    processes: Processes,
 ) -> Iterator[ModelProfile | None]:
     """Give the profile that a conversion uses, and close it afterwards unless it is the caller's.
 
@@ -142,9 +149,9 @@ def profile_of(
     try:
         with timed(seconds, "profile"):
             which: dict[str, Any] = {"towers": config.towers, "layers": config.layers}
-            which["folder"] = work and work.folder / "profile"
-            tokens = config.calibration_tokens
-            dense = profile(model, calibration, max_tokens=tokens, progress=progress, **which)
+            which["folder"] = work.folder / "profile" if work and processes.size == 1 else None
+            options: dict[str, Any] = {"progress": progress, "processes": processes}
+            dense = profile(model, calibration, max_tokens=config.calibration_tokens, **which, **options)
     except NotFiniteError as error:
         if config.needs():
             raise

@@ -6,15 +6,16 @@ mean of what it should be for each of them.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import MoefyError
 from ..loading import check_moefied
+from ..measure.processes import ALONE, Processes
 from ..measure.profile import ModelProfile, check_sample
 from ..measure.router_inputs import check_same_sample, inputs_from, scores_of
 from ..measure.sample import CHUNK
@@ -24,7 +25,7 @@ from ..modeling.section import Section
 from ..modeling.selection import SELECTIONS
 from .expert_matching import expert_targets, shares_of
 from .thresholds import calibrate_thresholds_
-from .work import Found, Work, found
+from .work import Found, Work, each_layer
 
 HELD_OUT = 0.1  # share of the tokens that measures the fit: the last ones, so of other texts than the rest
 BATCH = 512  # tokens per step, as in the paper
@@ -64,6 +65,7 @@ def fit_routers_(
     seed: int = 0,
     work: Work | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> list[RouterFit]:
     """Train every layer's router, in place, on the profile's sample.
 
@@ -75,6 +77,7 @@ def fit_routers_(
         profile: of this model's routed FFNs, with a sample; neurons may have been permuted since.
         epochs: passes over the sample, learning rate `lr` (Adam) falling to zero along a cosine.
         work: keeps the routers that are fitted, and has those that were.
+        processes: that share the layers, each with the same model and profile.
 
     Raises:
         MoefyError: the model is not MoEfied; or the profile belongs to another number of FFNs, has no sample, or holds
@@ -86,6 +89,32 @@ def fit_routers_(
     """
     model = check_moefied(model)
     sites = model.moe_sites()
+    readers = _check_fittable(sites, profile)
+    fits: dict[int, RouterFit] = {}
+
+    def fit(position: int) -> Found:
+        fitted = _fit_one(sites, profile, readers, fits, position, epochs=epochs, lr=lr, seed=seed)
+        return sites[position].act.router.state_dict(), fitted.to_dict()
+
+    def take(position: int, fitted: Found) -> None:
+        tensors, facts = fitted
+        sites[position].act.router.load_state_dict(tensors)
+        fits[position] = RouterFit(**facts)
+
+    options: dict[str, Any] = {"work": work, "processes": processes, "progress": progress}
+    each_layer("router", len(sites), fit, take, apart=readers == [*range(len(sites))], **options)
+    if measured := [kind for kind in Section(model.config).thresholds if kind in SELECTIONS]:
+        calibrate_thresholds_(model, profile, measured)  # what the old routers spent says nothing of the new ones
+        model.set_selection()
+    return [fits[position] for position in range(len(sites))]
+
+
+def _check_fittable(sites: Sequence[FfnSite], profile: ModelProfile) -> list[int]:
+    """Return for each FFN the position of the one whose input its router reads.
+
+    Raises:
+        MoefyError: as `fit_routers_`.
+    """
     check_sample(sites, profile)
     readers = inputs_from(sites)
     check_same_sample(sites, profile, readers)
@@ -97,27 +126,14 @@ def fit_routers_(
             raise MoefyError(
                 f"{site.name}: {stats.tokens} calibration tokens cannot fit a router; at least {needed} are needed"
             )
-    fits: list[RouterFit] = []
-    for position, site in enumerate(tqdm(sites, desc="routers", unit="layer", disable=not progress)):
-
-        def fit(position: int = position, site: FfnSite = site) -> Found:
-            fitted = _fit_one(sites, profile, readers, fits, position, epochs=epochs, lr=lr, seed=seed)
-            return site.act.router.state_dict(), fitted.to_dict()
-
-        tensors, facts = found(work, f"router_{position}", fit)
-        site.act.router.load_state_dict(tensors)
-        fits.append(RouterFit(**facts))
-    if measured := [kind for kind in Section(model.config).thresholds if kind in SELECTIONS]:
-        calibrate_thresholds_(model, profile, measured)  # what the old routers spent says nothing of the new ones
-        model.set_selection()
-    return fits
+    return readers
 
 
 def _fit_one(
     sites: Sequence[FfnSite],
     profile: ModelProfile,
     readers: Sequence[int],
-    fits: Sequence[RouterFit],
+    fits: Mapping[int, RouterFit],
     position: int,
     *,
     epochs: int,

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..config import MoEficationConfig
 from ..conversion.permute import check_permutation, permute_neurons_
 from ..discovery.sites import remembered
 from ..loading import MoefiedModel, check_moefied, moefied_class
+from ..measure.processes import ALONE, Processes
 from ..measure.profile import ModelProfile, SiteProfile
 from ..modeling.adapters import IN_MEMORY
 from ..modeling.ffn_sites import FfnSite, find_sites
@@ -30,7 +30,7 @@ from .equality import DenseReference
 from .expert_matching import matched_orders
 from .fit_routers import RouterFit, fit_routers_
 from .thresholds import calibrate_thresholds_
-from .work import Found, Work, found
+from .work import Found, Work, each_layer
 
 _MADE: set[type[PreTrainedModel]] = set()  # MoEfied classes of which this process has made a model
 
@@ -63,6 +63,7 @@ def find_experts_(
     warm: bool = False,
     work: Work | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> Experts:
     """Split the neurons of a model, in place, fit its routers, and measure what its selection needs.
 
@@ -76,24 +77,27 @@ def find_experts_(
         optimizer: what it remembers of neurons is permuted with them.
         warm: the neurons lie in experts already; a split that cannot be improved on from there is kept.
         work: keeps what is found layer by layer, and has what was found.
+        processes: that share the work, each with the same model and profile.
     """
     result = Experts()
+    options: dict[str, Any] = {"work": work, "progress": progress, "processes": processes}
     with timed(result.seconds, "split"):
         moefied = check_moefied(model) if is_moefied(model) else None
-        result.orders = neuron_orders(sites, config, profile, warm=warm, work=work, progress=progress)
+        result.orders = neuron_orders(sites, config, profile, warm=warm, **options)
         with restored_on_error(model, sites):
             reference = DenseReference(model, sites, profile)
             if moefied is None:
                 moefied = install_checked_(model, config, reference)
             permute_checked_(moefied.moe_sites(), result.orders, optimizer, reference)
     with timed(result.seconds, "routers"):
-        result.fits = start_routers_(moefied, profile, config.seed, work=work, progress=progress)
+        result.fits = start_routers_(moefied, profile, config.seed, **options)
         kind = config.selection_section()["type"]
         if profile is not None and setting_name(kind):
             calibrate_thresholds_(moefied, profile, [kind])
     if profile is not None and config.allocation in MEASURES:
         with timed(result.seconds, "budgets"):
-            measured = MEASURES[config.allocation](moefied, profile.batches, progress=progress)
+            measure = MEASURES[config.allocation]
+            measured = measure(moefied, profile.batches, progress=progress, processes=processes)
             Section(moefied.config).set_measured(config.allocation, measured)
     return result
 
@@ -161,12 +165,14 @@ def permute_checked_(
         raise
 
 
-def start_routers_(
-    model: MoefiedModel, profile: ModelProfile | None, seed: int, *, work: Work | None = None, progress: bool = True
-) -> list[RouterFit]:
-    """Start every router from the experts that its FFN has now, in place, and fit those that learn from a profile."""
+def start_routers_(model: MoefiedModel, profile: ModelProfile | None, seed: int, **options: Any) -> list[RouterFit]:
+    """Start every router from the experts that its FFN has now, in place, and fit those that learn from a profile.
+
+    Args:
+        options: of `fit_routers_`.
+    """
     init_routers_(model, seed)
-    return fit_routers_(model, profile, seed=seed, work=work, progress=progress) if profile is not None else []
+    return fit_routers_(model, profile, seed=seed, **options) if profile is not None else []
 
 
 def neuron_orders(
@@ -177,27 +183,29 @@ def neuron_orders(
     warm: bool = False,
     work: Work | None = None,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> list[torch.Tensor]:
     """Find one order of neurons (f,) per FFN, expert by expert, as `config.splitter` groups them; change nothing.
 
     Corresponding experts have the same place in all layers where `config.router` chooses for all of them.
     """
-    orders = []
+    orders: dict[int, torch.Tensor] = {}
     num_experts = [split_sizes(site, config.num_experts, config.expert_size)[0] for site in sites]
-    bar = tqdm(sites, desc="split", unit="layer", disable=not progress)
-    for position, (site, experts) in enumerate(zip(bar, num_experts, strict=True)):
+
+    def split(position: int) -> Found:
+        site, stats = sites[position], profile.sites[position] if profile else None
         generator = torch.Generator().manual_seed(config.seed + position)
-        stats = profile.sites[position] if profile else None
+        with torch.autocast(site.device.type, enabled=False):  # half-precision sums scramble a split
+            order = neuron_order(site.weights(), stats, num_experts[position], config, generator, warm)
+        return {"order": order}, {}
 
-        how = stats, experts, config, generator, warm
+    def take(position: int, split: Found) -> None:
+        orders[position] = split[0]["order"]
+        check_permutation(sites[position], orders[position])
 
-        def split(site: FfnSite = site, how: Any = how) -> Found:
-            with torch.autocast(site.device.type, enabled=False):  # half-precision sums scramble a split
-                return {"order": neuron_order(site.weights(), *how)}, {}
-
-        orders.append(found(work, f"order_{position}", split)[0]["order"])
-        check_permutation(site, orders[-1])
-    return matched_orders(config.router, sites, orders, num_experts, profile, config.shared_experts)
+    each_layer("order", len(sites), split, take, work=work, processes=processes, progress=progress)
+    in_order = [orders[position] for position in range(len(sites))]
+    return matched_orders(config.router, sites, in_order, num_experts, profile, config.shared_experts)
 
 
 def neuron_order(

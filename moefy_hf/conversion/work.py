@@ -1,5 +1,6 @@
-"""What a conversion has found so far, on disk: one that was interrupted goes on from there."""
+"""What a conversion finds layer by layer: on disk, so that one that was interrupted goes on; in several processes."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import MoefyError
 from ..io import write_whole, written_file
+from ..measure.processes import Processes
 from ..modeling.ffn_sites import FfnSite
 
 Found = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]  # tensors, and what JSON can say
@@ -63,6 +66,38 @@ def identity(model: PreTrainedModel, sites: Sequence[FfnSite]) -> dict[str, Any]
     return {"class": type(model).__name__, "ffns": [site.key for site in sites], "weights": digests}
 
 
-def found(work: Work | None, name: str, find: Callable[[], Found]) -> Found:
-    """Return `work.found(name, find)`, or what is found now where nothing is kept."""
-    return find() if work is None else work.found(name, find)
+def each_layer(
+    name: str,
+    layers: int,
+    find: Callable[[int], Found],
+    take: Callable[[int, Found], None],
+    *,
+    work: Work | None,
+    processes: Processes,
+    apart: bool = True,
+    progress: bool = True,
+) -> None:
+    """Find something for each layer, the layers shared among processes, and take it in all of them.
+
+    Args:
+        name: of what is found.
+        layers: how many there are.
+        find: finds it for the layer at a position.
+        take: takes what was found for a layer; before the next is begun, where this process found it.
+        work: keeps what is found, and has what was.
+        apart: no layer needs what is taken for another; otherwise the first process finds it for all.
+    """
+
+    def part() -> dict[int, Found]:
+        here: dict[int, Found] = {}
+        mine = processes.share(range(layers)) if apart else range(layers if processes.first else 0)
+        for position in tqdm([*mine], desc=f"{name}s", unit="layer", disable=not progress):
+            now = functools.partial(find, position)
+            found = work.found(f"{name}_{position}", now) if work else now()
+            here[position] = {key: each.detach().cpu() for key, each in found[0].items()}, found[1]
+            take(position, found)
+        return here
+
+    for rank, there in enumerate(processes.gathered(part)):
+        for position, found in there.items() if rank != processes.rank else ():
+            take(position, found)

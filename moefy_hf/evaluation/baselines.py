@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..errors import MoefyError
@@ -24,6 +23,8 @@ from ..measure.contexts import all_experts, hooked
 from ..measure.flops import ModelFlops, ffn_flops
 from ..measure.metrics import Quality, predictions
 from ..measure.padding import without_padding
+from ..measure.processes import ALONE, Processes
+from ..measure.progress import shared_batches
 from ..modeling.ffn_sites import FfnSite, find_sites
 from ..modeling.selection_config import count_experts
 
@@ -199,6 +200,7 @@ def baseline_rows(
     budgets: Sequence[int | float],
     flops: ModelFlops,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
     """Return rows of a sweep as `evaluate` has them, of the dense self of a MoEfied model in evaluation mode.
 
@@ -208,6 +210,7 @@ def baseline_rows(
         baselines: names, see the head of this file.
         budgets: k as `set_selection` takes it: as much of the weights is computed as k experts are.
         flops: of the dense model.
+        processes: that share the batches, of which all have all.
 
     Raises:
         MoefyError: `calibration` or `batches` hold no token, or see `places_of`.
@@ -217,16 +220,25 @@ def baseline_rows(
         calibrated = {name: [place for site in sites for place in places_of(site, name)] for name in baselines}
         calibrate_(model, [place for places in calibrated.values() for place in places], calibration)
         possible = {(name, k): places_at(calibrated, name, k) for name in baselines for k in budgets}
-        points = {key: (places, Quality()) for key, places in possible.items() if places is not None}
-        reference = Quality()
-        for batch in tqdm(batches, desc="neuron-level baselines", unit="batch", disable=not progress):
-            dense, labels = predictions(model, batch)
-            reference.update_(dense, dense, labels)
-            for places, quality in points.values():
-                with left_out(model, places, batch):
-                    quality.update_(predictions(model, batch)[0], dense, labels)
+        points = {key: places for key, places in possible.items() if places is not None}
+
+        def measured() -> list[Any]:
+            qualities = [Quality() for _ in points]
+            for batch in shared_batches(batches, "neuron-level baselines", processes, progress):
+                dense, labels = predictions(model, batch)
+                for places, quality in zip(points.values(), qualities, strict=True):
+                    with left_out(model, places, batch):
+                        quality.update_(predictions(model, batch)[0], dense, labels)
+            counts = [[(place.computed, place.seen) for place in places] for places in points.values()]
+            return [*qualities, *(torch.tensor(each) for each in counts)]
+
+        sums = processes.added(measured)
     rows = []
-    for (name, k), (places, quality) in points.items():
+    for ((name, k), places), quality, counts in zip(
+        points.items(), sums[: len(points)], sums[len(points) :], strict=True
+    ):
+        for place, (computed, seen) in zip(places, counts.tolist(), strict=True):
+            place.computed, place.seen = computed, seen
         ffn, whole = flops.ratio(computed_flops(flops, find_sites(model), places))
         row: dict[str, Any] = {"router": name, "type": "neurons", "k": k, "allocation": "uniform"}
         rows.append(row | {"ffn_flops": ffn, "model_flops": whole} | quality.figures())

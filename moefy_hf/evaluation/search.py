@@ -10,6 +10,7 @@ from ..loading import MoefiedModel, check_moefied, routed
 from ..measure.contexts import selecting
 from ..measure.flops import ffn_flops, routed_costs
 from ..measure.metrics import is_causal
+from ..measure.processes import ALONE, Processes
 from ..modeling.section import Section
 from ..modeling.selection import threshold_of
 from ..modeling.selection_config import setting_name
@@ -97,6 +98,7 @@ def search(
     *,
     selection: Mapping[str, Any] | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> tuple[dict[str, Any], Sweep]:
     """Find the fewest experts that keep a quality, by bisection; the model comes back as it was.
 
@@ -104,6 +106,7 @@ def search(
         batches, quality: as in `find_budget`.
         selection: what is searched: a type and an allocation, those of the model by default. Types that depend on the
             token need `calibrate_thresholds_` before.
+        processes: that share the batches, as in `evaluate`.
 
     Returns:
         what `model.set_selection(**...)` takes: the threshold itself where one serves all layers ("tau", ...), else k;
@@ -119,7 +122,7 @@ def search(
         current = Section(model.config).selection
         kind, allocation = current["type"], current.get("allocation") or "uniform"
         experts = max(routed(site).num_experts for site in model.moe_sites())
-        sweeps: dict[int, Sweep] = {}
+        sweeps, options = dict[int, Sweep](), dict[str, Any](progress=progress, processes=processes)
 
         def enough(count: int) -> bool:
             sweeps[count] = evaluate(
@@ -130,7 +133,7 @@ def search(
                 allocations=[allocation],
                 controls=[],
                 local_tokens=0,
-                progress=progress,
+                **options,
             )
             relative = sweeps[count].rows[1]["relative_quality"]
             return relative <= quality if less else relative >= quality

@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import MoefyError
 from ..io import write_whole
 from ..loading import MoefiedModel, check_code, check_moefied, routed
 from ..measure.contexts import evaluating
-from ..measure.flops import ModelFlops, model_flops
-from ..measure.metrics import Quality, is_causal, predictions
+from ..measure.flops import ModelFlops
+from ..measure.metrics import is_causal
+from ..measure.processes import ALONE, Processes
 from ..modeling.ffn_sites import find_sites
 from ..modeling.section import Section
 from .baselines import baseline_rows
 from .controls import BASELINES, check_control
 from .local_figures import local_figures
-from .sweep_points import DENSE, SweepPoint, sweep_points
+from .measured import Measured, measure_points
+from .sweep_points import SweepPoint, sweep_points
 
 COLUMNS = {  # of the table: figure -> title and format; the quality stands after the FLOPs
     "router": ("router", "{}"),
@@ -95,23 +96,6 @@ class Sweep:
         plot_sweep(self, path)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What one pass over the batches measured.
-
-    Attributes:
-        flops: of the dense model.
-        dense: its quality.
-        qualities: of each point.
-        counts: for each point, the name of an FFN -> [experts computed, tokens], where that depends on the token.
-    """
-
-    flops: ModelFlops
-    dense: Quality
-    qualities: list[Quality]
-    counts: list[dict[str, list[float]]]
-
-
 def evaluate(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, Any]],
@@ -123,6 +107,7 @@ def evaluate(
     calibration: Iterable[Mapping[str, Any]] | None = None,
     local_tokens: int = 5_000,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> Sweep:
     """Sweep the budget of one converted model, beside its dense self and the controls; the model comes back as it was.
 
@@ -141,6 +126,8 @@ def evaluate(
         calibration: batches, some thousand tokens, that thresholds of "cats", "teal" and "wina" are set on.
         local_tokens: tokens on which each layer's captured mass, output error and chunk share are measured; 0 for
             none.
+        processes: that share the batches, see `moefy_hf.measure.processes.together`. Each calls this with the same
+            model and all batches, in the same order; each gets the whole sweep.
 
     Returns:
         rows with the quality ("accuracy", or "perplexity" for language models), loss, agreement of predictions with
@@ -161,10 +148,11 @@ def evaluate(
     budgets, (controls, baselines) = list(budgets), sorted_controls(controls, calibration)
     points = points_of(model, selections, controls, allocations, budgets)
     with evaluating(model), torch.no_grad():
-        measured = measure_points(model, batches, points, progress)
+        measured = measure_points(model, batches, points, progress, processes)
         rows = []
         if baselines and calibration is not None:
-            rows = baseline_rows(model, batches, calibration, baselines, budgets, measured.flops, progress)
+            options: dict[str, Any] = {"progress": progress, "processes": processes}
+            rows = baseline_rows(model, batches, calibration, baselines, budgets, measured.flops, **options)
     local = local_figures(model, batches, points, local_tokens) if local_tokens else None
     return sweep_of(model, points, measured, local, rows)
 
@@ -206,30 +194,6 @@ def points_of(
         with point.on(model):
             pass
     return points
-
-
-def measure_points(
-    model: MoefiedModel, batches: Iterable[Mapping[str, Any]], points: Sequence[SweepPoint], progress: bool
-) -> Measured:
-    """Compare a model at each point with its dense self, batch by batch.
-
-    Raises:
-        MoefyError: no position counts in any batch.
-    """
-    dense, qualities = Quality(), [Quality() for _ in points]
-    counts: list[dict[str, list[float]]] = [{} for _ in points]
-    flops = None
-    for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
-        with DENSE.on(model):
-            expected, labels = predictions(model, batch)
-            flops = flops or model_flops(model, batch)
-        dense.update_(expected, expected, labels)
-        for point, quality, count in zip(points, qualities, counts, strict=True):
-            with point.on(model), point.counting(model, batch, count):
-                quality.update_(predictions(model, batch)[0], expected, labels)
-    if flops is None or dense.count == 0:
-        raise MoefyError("there is nothing to evaluate on: `batches` is empty, or all its labels are -100")
-    return Measured(flops, dense, qualities, counts)
 
 
 def sweep_of(

@@ -32,6 +32,13 @@ class Quality:
         self.count = self.labelled = 0
         self.loss = self.correct = self.agree = self.divergence = 0.0
 
+    def __add__(self, other: "Quality") -> "Quality":
+        """Return the sums over the positions of both."""
+        both = Quality()
+        for name, value in vars(self).items():
+            setattr(both, name, value + getattr(other, name))
+        return both
+
     def update_(self, logits: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor | None) -> None:
         """Add the positions of one batch. One where logits overflowed neither agrees nor is correct.
 

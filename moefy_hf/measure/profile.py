@@ -17,12 +17,12 @@ from ..errors import CalibrationError, MoefyError
 from ..modeling.ffn_sites import FfnSite, FfnWeights, find_sites
 from ..modeling.install import selected_sites
 from .hooks import run_with_hooks
-from .kept_profile import Folder, Progress
+from .kept_profile import SUMS, Folder, Progress
 from .metrics import OVERFLOW
+from .processes import ALONE, Processes
 from .progress import token_bar
+from .rounds import Rounds
 from .sample import FfnSample, TensorFile
-
-KEPT_TOKENS = 4096  # of the batches that a profile keeps as they are
 
 
 class SiteProfile:
@@ -60,6 +60,15 @@ class SiteProfile:
         self.mass += a.abs().sum(0).double().cpu()
         self.total += a.sum(0).double().cpu()
         self.square += a.square().sum(0).double().cpu()
+
+    def empty(self) -> "SiteProfile":
+        """Return a profile of this FFN on no token."""
+        return SiteProfile(len(self.active))
+
+    def add_(self, other: "SiteProfile") -> None:
+        """Add the sums of other tokens, whose number is counted elsewhere."""
+        for name in SUMS:
+            getattr(self, name).add_(getattr(other, name))
 
     @property
     def sample(self) -> FfnSample:
@@ -175,6 +184,7 @@ def profile(
     layers: list[int] | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> ModelProfile:
     """Run calibration batches through the model once and describe what its FFNs do.
 
@@ -186,44 +196,41 @@ def profile(
         towers: parts of a composite model, see `MoEficationConfig`.
         layers: positions of the FFNs to profile; all by default.
         folder: keeps the sample, also when the profile is closed. One that was interrupted goes on there behind the
-            last batch that was run; the same batches must be given.
+            last batch that was run; the same batches must be given. Processes that share the work keep nothing.
         progress: show a progress bar.
+        processes: that share the work, see `together`. Each calls this with the same model and all batches, in the
+            same order; each gets the whole profile, with a sample of its own on disk.
 
     Raises:
         MoefyError: unsupported model type, no token in `batches`, hidden states that are not finite, or a folder with
-            the profile of other batches.
+            the profile of other batches, or with several processes.
         OSError: the disk is full.
 
     Example:
         >>> [site.sparsity for site in profile(model, batches, max_tokens=10_000).sites]
     """
+    if folder and processes.size > 1:
+        raise MoefyError(f"{processes.size} processes share this profile, which is not kept then: leave `folder` out")
     sites = selected_sites(find_sites(model, towers), layers)
     result = ModelProfile([SiteProfile(site.sizes[1]) for site in sites])
     state = Progress(result, sample, folder)
+    rounds = Rounds(result, state.files, max_tokens, processes)
     bar = token_bar(max_tokens, "profile", progress)
 
     def see(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
-        stats = result.sites[position]
         check_finite(sites[position].name, x, neurons)
-        x, neurons = x[: max_tokens - stats.tokens], neurons[: max_tokens - stats.tokens]
-        if sample and len(x):
-            state.files[position].append(x)
-        stats.update_(neurons)
-        bar.update(len(x) / len(sites))
+        bar.update(rounds.see(position, x, neurons) / len(sites))
 
     batch = None
     with bar, run_with_hooks(model, sites, see) as run:
-        bar.update(result.tokens)
-        for batch in state.new(iter(batches)):
-            if result.tokens < KEPT_TOKENS:
-                result.batches.append(batch)
-            run(batch)
-            if state.save(batch, result.tokens >= max_tokens):
-                break
+        for batch in rounds.run(state.new(iter(batches)), run):
+            bar.update(result.tokens - bar.n)
+            state.save(batch, result.tokens >= max_tokens)
     state.save(None, True)
     if result.tokens == 0:
         result.close()
         raise MoefyError(why_empty(batches, batch))
+    rounds.join_()
     state.map_sample()
     return result
 

@@ -1,6 +1,11 @@
-"""The bar that counts tokens."""
+"""The bars that count tokens and batches."""
+
+from collections.abc import Iterable, Mapping, Sized
+from typing import Any
 
 from tqdm.auto import tqdm
+
+from .processes import Processes
 
 
 def token_bar(tokens: int, title: str, progress: bool) -> tqdm:
@@ -11,3 +16,11 @@ def token_bar(tokens: int, title: str, progress: bool) -> tqdm:
     return tqdm(
         total=tokens, unit="token", unit_scale=True, desc=title, disable=not progress, mininterval=0.5, miniters=0
     )
+
+
+def shared_batches(
+    batches: Iterable[Mapping[str, Any]], title: str, processes: Processes, progress: bool
+) -> "tqdm[Mapping[str, Any]]":
+    """Return a bar over this process' part of batches."""
+    total = len(range(processes.rank, len(batches), processes.size)) if isinstance(batches, Sized) else None
+    return tqdm(processes.share(batches), desc=title, unit="batch", total=total, disable=not progress)

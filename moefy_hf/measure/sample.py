@@ -67,6 +67,8 @@ class TensorFile:
 
     def cut_to(self, rows: int, width: int, dtype: torch.dtype) -> None:
         """Go on behind the first rows (rows, width) of a file that was there before."""
+        if self.file is not None:
+            self.file.close()
         self.file = open(self.path, "r+b")
         self.file.truncate(rows * width * dtype.itemsize)
         self.file.seek(0, 2)
