@@ -71,7 +71,13 @@ def speed_models() -> str:
     )
 
 
-AGAINST = {"minilm": "MiniLM, movie reviews", "t5": "T5, Reuters R8", "smollm2": "SmolLM2-135M, prose"}
+AGAINST = {
+    "minilm": "MiniLM, movie reviews",
+    "r52": "MiniLM, Reuters R52",
+    "t5": "T5 of width 128, Reuters R8",
+    "vit": "ViT of width 128, Fashion-MNIST",
+    "smollm2": "SmolLM2-135M, prose",
+}
 WORK = {  # column -> (work, texts at once)
     "one text": ("forward", 1),
     "32 texts": ("forward", 32),
@@ -80,14 +86,16 @@ WORK = {  # column -> (work, texts at once)
 }
 
 
-def against(suffix: str = "") -> str:
+def against(*words: str) -> str:
     """Dense and MoEfied models in every engine: a line each, in its cells the two models; nothing without files.
 
     Args:
-        suffix: of the files' names.
+        words: the models, all by default, and the suffix of their files, if any.
     """
     lines = []
-    for name, title in AGAINST.items():
+    suffix = next((word for word in words if word.startswith("_")), "")
+    models = [word for word in words if word != suffix] or [*AGAINST]
+    for name, title in ((name, AGAINST[name]) for name in models):
         path = SPEED / f"against_{name}{suffix}.json"
         if not path.exists():
             continue

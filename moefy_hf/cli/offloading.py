@@ -1,6 +1,7 @@
 """Whether the weights of a model stay on disk, for commands that can do without them in memory."""
 
 import argparse
+import os
 from argparse import Namespace
 
 import psutil
@@ -25,7 +26,8 @@ def wants_offload(args: Namespace) -> bool:
         return bool(args.offload == "yes")
     if torch.accelerator.is_available():  # into whose memory they go
         return False
-    needed, free = size_of(args), psutil.virtual_memory().available
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each has a copy
+    needed, free = processes * size_of(args), psutil.virtual_memory().available
     if needed < FITS * free:
         return False
     logger.warning(

@@ -32,6 +32,7 @@ from .common import (
     text_batches,
 )
 from .launched import joined
+from .offloading import add_offload, wants_offload
 
 MEASURES = "accuracy with labels or targets; of a language model perplexity; else agreement with the dense model"
 
@@ -40,6 +41,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `moefy sweep`."""
     of_model(command, sweep, show_table)
     add_data(command, required=True, help=f"{DATA}: {MEASURES}")
+    add_offload(command)
     budgets = command.add_mutually_exclusive_group()
     shares, default = "budgets: shares of the experts, or their number", [0.1, 0.2, 0.3, 0.5]
     budgets.add_argument("--k", type=share_or_count, nargs="+", default=default, help=shares)
@@ -70,7 +72,7 @@ def sweep(args: Namespace) -> dict[str, Any] | None:
     check_arguments(args)
     processes = joined(args.data, args.calibration)
     tables = [open_data(args, path) for path in (args.data, args.calibration) if path]
-    model = load_model(args)
+    model = load_model(args, offloaded=processes.by_first(lambda: wants_offload(args)))
     check_is_moefied(args, model)
     tokenizer = load_tokenizer(args)
     texts = tables[0].read(model, labels=True)
