@@ -479,6 +479,7 @@ def test_a_layer_that_no_split_can_follow_stays_as_it_is():
 
 
 def test_layers_that_share_one_ffn_share_its_experts():
+    torch.manual_seed(0)
     config = {"vocab_size": 99, "embedding_size": 8, "hidden_size": 16, "intermediate_size": 48}
     config = transformers.AlbertConfig(**config, num_hidden_layers=3, num_attention_heads=2)
     model, inputs = transformers.AlbertForSequenceClassification(config).eval(), tiny_inputs("bert")

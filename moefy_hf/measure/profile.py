@@ -215,7 +215,7 @@ def profile(
     result = ModelProfile([SiteProfile(site.sizes[1]) for site in sites])
     state = Progress(result, sample, folder)
     rounds = Rounds(result, state.files, max_tokens, processes)
-    bar = token_bar(max_tokens, "profile", progress)
+    bar = token_bar(max_tokens, "profile", progress, result.tokens)
 
     def see(position: int, x: torch.Tensor, neurons: torch.Tensor, text: torch.Tensor) -> None:
         check_finite(sites[position].name, x, neurons)
@@ -224,7 +224,8 @@ def profile(
     batch = None
     with bar, run_with_hooks(model, sites, see) as run:
         for batch in rounds.run(state.new(iter(batches)), run):
-            bar.update(result.tokens - bar.n)
+            if processes.size > 1:  # what others have run, too
+                bar.update(result.tokens - bar.n)
             state.save(batch, result.tokens >= max_tokens)
     state.save(None, True)
     if result.tokens == 0:

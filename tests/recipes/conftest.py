@@ -33,7 +33,7 @@ def pictures_are_quick(request):
     """Drawing takes as long as converting: test_moefy_classification.py does, others get a picture of nothing."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ != "test_moefy_classification":
-            patch.setattr(plots, "plot_sweep", lambda sweep, path: path.write_bytes(b"\x89PNG"))
+            patch.setattr(plots, "plot_sweep", lambda sweep, path: Path(path).write_bytes(b"\x89PNG"))
         yield
 
 
