@@ -200,6 +200,32 @@ def test_a_profile_goes_on_behind_the_last_batch(tmp_path):
     handle.remove()
 
 
+def test_a_profile_of_something_else_is_not_taken_up(tmp_path):
+    model, kept = tiny_model("bert", HEADS["bert"]), tmp_path / "kept"
+    profile(model, batches("bert"), max_tokens=99, folder=kept, progress=False).close()
+    for options in ({"max_tokens": 300}, {"max_tokens": 99, "layers": [0]}):
+        with pytest.raises(CalibrationError, match="another model or number of tokens"):
+            profile(model, batches("bert"), folder=kept, progress=False, **options)
+    assert profile(model, batches("bert"), max_tokens=99, folder=kept, progress=False).tokens == 99
+
+
+def test_a_profile_takes_up_data_that_have_grown(tmp_path):
+    model, kept = tiny_model("bert", HEADS["bert"]), tmp_path / "kept"
+    whole = profile(model, batches("bert"), progress=False)
+    profile(model, batches("bert", 10), folder=kept, progress=False).close()
+    again = profile(model, batches("bert"), folder=kept, progress=False)
+    assert again.tokens == whole.tokens and torch.equal(again.sites[1].inputs, whole.sites[1].inputs)
+
+
+def test_weights_that_are_shared_on_disk_are_refused(dense):
+    """Each of the modules that share them would be read in an order of its own."""
+    model = on_disk(dense("llama"))
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (1, 0)]
+    model.all_tied_weights_keys = {**model.all_tied_weights_keys, names[0]: names[1]}
+    with pytest.raises(MoefyError, match="shares up_proj.weight with another module"):
+        moefy_(model, MoEficationConfig(**SETTINGS, k=0.5), batches("llama"), progress=False)
+
+
 def test_another_conversion_is_not_taken_up(tmp_path):
     config, work = MoEficationConfig(**SETTINGS, k=0.5, allocation="uniform"), tmp_path / "work"
     moefy_(tiny_model("bert", HEADS["bert"]), config, batches("bert"), work_dir=work, progress=False)

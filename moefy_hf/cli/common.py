@@ -124,9 +124,7 @@ def load_model(args: Namespace, offloaded: bool = False) -> PreTrainedModel:
         offloaded: leave weights on disk until they are used, and compute on the CPU.
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    trust = args.trust_remote_code
-    options: dict[str, Any] = {"head": args.head, "dtype": args.dtype, "trust_remote_code": trust}
-    model = load(args.model, args.revision, **options, **(on_disk() if offloaded else {}))
+    model = load_as_saved(args, offloaded)
     if device is not None and not offloaded:
         return model.to(device)  # type: ignore[arg-type]
     if args.dtype == "auto" and model.dtype == torch.bfloat16 and not computes_bfloat16():
@@ -135,10 +133,18 @@ def load_model(args: Namespace, offloaded: bool = False) -> PreTrainedModel:
     return model
 
 
-def on_disk() -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that leave weights on disk until they are used."""
-    _FOLDERS.append(TemporaryDirectory(prefix="moefy_offload_"))  # for weights that are saved in another shape
-    return {"device_map": {"": "disk"}, "offload_folder": _FOLDERS[-1].name}
+def load_as_saved(args: Namespace, offloaded: bool = False) -> PreTrainedModel:
+    """Load MODEL on the CPU, in --dtype.
+
+    Args:
+        args: with MODEL.
+        offloaded: leave weights on disk until they are used.
+    """
+    options: dict[str, Any] = {"head": args.head, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    if offloaded:
+        _FOLDERS.append(TemporaryDirectory(prefix="moefy_offload_"))  # for weights that are saved in another shape
+        options |= {"device_map": {"": "disk"}, "offload_folder": _FOLDERS[-1].name}
+    return load(args.model, args.revision, **options)
 
 
 def load_moefied(args: Namespace) -> MoefiedModel:

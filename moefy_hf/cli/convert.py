@@ -99,9 +99,9 @@ def convert(args: Namespace) -> dict[str, Any] | None:
         raise MoefyError(
             "a plan tries copies of the model in memory: --offload yes goes with settings (--k ...) alone"
         )
-    output = output_of(args)
     if planned and processes.size > 1:
         raise MoefyError("a plan times models, which other processes disturb: plan in one process")
+    output = output_of(args)
     args.seed = config.seed
     table = open_data(args) if args.data else None
     offloaded = not planned and processes.by_first(lambda: wants_offload(args))

@@ -17,16 +17,16 @@ from ..exporters.export import export, export_gguf
 from ..exporters.formats import EXPORT_FORMATS
 from ..exporters.onnx_export import FACTS
 from ..exporters.onnx_times import times_line
-from ..loading import check_moefied, load
+from ..loading import check_moefied
 from ..modeling.moefied import is_moefied
 from .common import (
     DATA,
     NEW_FOLDER,
     add_data,
+    load_as_saved,
     load_tokenizer,
     new_folder,
     of_model,
-    on_disk,
     open_data,
     show_output,
     text_batches,
@@ -63,9 +63,7 @@ def export_model(args: Namespace) -> dict[str, Any]:
     if args.to != "onnx" and (args.int8 or args.data or args.no_timing):
         raise MoefyError("--int8, --data and --no_timing belong to --to onnx")
     table = open_data(args) if args.data else None
-    # on the CPU, where it is written from
-    options = {"head": args.head, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    model = load(args.model, args.revision, **options, **(on_disk() if wants_offload(args) else {}))
+    model = load_as_saved(args, wants_offload(args))
     if args.k is not None and is_moefied(model):
         check_moefied(model).set_selection(k=args.k, allocation="uniform")
     if args.to == "gguf":
@@ -118,6 +116,4 @@ def image_processor(args: Namespace) -> Any:
 def permuted_adapter(args: Namespace) -> dict[str, Any]:
     """Write the adapter that fits MODEL; return the folder."""
     output = new_folder(args.output)
-    trust = args.trust_remote_code
-    model = load(args.model, args.revision, head=args.head, dtype=args.dtype, trust_remote_code=trust)
-    return {"output": str(permute_adapter(args.adapter, model, output))}
+    return {"output": str(permute_adapter(args.adapter, load_as_saved(args), output))}

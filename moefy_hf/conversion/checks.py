@@ -57,6 +57,8 @@ def check_convertible(
         chosen = config.selection_section()
         resolve_selection(chosen, [experts for experts, _ in sizes], shared=config.shared_experts)
     owners: dict[int, str] = {}
+    tied = {**(getattr(model, "all_tied_weights_keys", None) or {})}
+    tied_names = {*tied, *tied.values()}
     for site in sites:
         check_plain(site)
         for name, param, _, _ in site.neuron_dims():
@@ -65,6 +67,8 @@ def check_convertible(
                 kind = "on the meta device" if param.is_meta else f"a {type(param).__name__}"
                 wanted = "convert a model that is neither sharded, quantised nor without weights"
                 raise MoefyError(f"{site.name}.{name} is {kind}: {wanted}")
+            if offloaded and f"{site.name}.{name}" in tied_names:  # each would have an order of its own
+                raise MoefyError(f"{site.name} shares {name} with another module: load it into memory to convert it")
             if (other := owners.setdefault(id(param), site.key)) != site.key:
                 raise MoefyError(f"{site.key} and {other} share {name}: one order of neurons cannot suit both")
             if not offloaded and not param.isfinite().all():  # reading all of them takes long; a profile finds out

@@ -213,7 +213,8 @@ def profile(
         raise MoefyError(f"{processes.size} processes share this profile, which is not kept then: leave `folder` out")
     sites = selected_sites(find_sites(model, towers), layers)
     result = ModelProfile([SiteProfile(site.sizes[1]) for site in sites])
-    state = Progress(result, sample, folder)
+    of = {"max_tokens": max_tokens, "ffns": [[site.key, *site.sizes] for site in sites]}
+    state = Progress(result, of, sample, folder)
     rounds = Rounds(result, state.files, max_tokens, processes)
     bar = token_bar(max_tokens, "profile", progress, result.tokens)
 
@@ -226,8 +227,7 @@ def profile(
         for batch in rounds.run(state.new(iter(batches)), run):
             if processes.size > 1:  # what others have run, too
                 bar.update(result.tokens - bar.n)
-            state.save(batch, result.tokens >= max_tokens)
-    state.save(None, True)
+            state.save(batch)
     if result.tokens == 0:
         result.close()
         raise MoefyError(why_empty(batches, batch))

@@ -141,6 +141,11 @@ class PartialInputRouter(Router):
         ffn = self.ffn[0]()
         if ffn.up.dtype not in (torch.float32, torch.bfloat16, torch.float16):  # integers would be scores of anything
             raise RuntimeError(f"this router runs part of its FFN, whose weights are {ffn.up.dtype}: quantised?")
+        if any(each is not None and each.is_meta for each in (ffn.up, ffn.gate, ffn.down)):
+            raise RuntimeError(
+                "a partial_input router runs part of its FFN, whose weights are not in this process: give the model "
+                'another router, moefy_hf.reroute_(model, "linear", profile)'
+            )
         return ffn
 
     @torch.no_grad()
