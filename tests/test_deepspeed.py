@@ -1,32 +1,22 @@
 """DeepSpeed's ZeRO-2 and ZeRO-3 on CPUs. Not a dependency: `pip install deepspeed ninja`, and a C++ compiler."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import torchrun
 from sharded_run import tokens
 from tiny import convert, tiny_model
 
 from moefy_hf import load
 
 pytest.importorskip("deepspeed")
-HERE = Path(__file__).parent
 
 
 def launch(folder: Path, output: Path, stage: int, processes: int) -> dict[str, torch.Tensor]:
     """Train; return the weights that were saved."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    run = ["torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    command = [sys.executable, "-m", *run, str(HERE / "deepspeed_run.py"), str(folder), str(output), str(stage)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    words = (str(folder), str(output), str(stage))
+    done = torchrun("deepspeed_run.py", *words, processes=processes, timeout=400, DS_ACCELERATOR="cpu")
     assert (output / "losses.pt").exists(), done.stderr[-4000:]
     return load(output).state_dict()
 

@@ -1,17 +1,14 @@
 """Two processes that share a conversion or a sweep come to what one does."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import processes_run
 import pytest
 import torch
+from launching import torchrun
 from processes_run import CASES, HEADS, MOST, TOKENS
 from safetensors.torch import load_file
 from test_cli import number_tokenizer
@@ -19,21 +16,6 @@ from tiny import VOCAB, tiny_model
 
 from moefy_hf.cli.main import main
 from moefy_hf.measure.processes import ALONE
-
-HERE = Path(__file__).parent
-pytestmark = pytest.mark.xdist_group("processes")  # what its fixtures make is made once
-
-
-def launch(*words: str) -> subprocess.CompletedProcess:
-    """Run `processes_run` in two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
-    command = ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", str(HERE / "processes_run.py")]
-    return subprocess.run(
-        [sys.executable, "-m", *command, *words], capture_output=True, text=True, env=environment, timeout=300
-    )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +42,7 @@ def sweep(dense: Path, output: str) -> list[str]:
 @pytest.fixture(scope="module")
 def killed(dense):
     """A conversion whose second process is killed: how it ended, and after how many seconds."""
-    done = launch("die", str(dense / "died"), *conversion(dense, "shared", "--offload", "yes"))
+    done = torchrun("processes_run.py", "die", str(dense / "died"), *conversion(dense, "shared", "--offload", "yes"))
     return done, time.time() - float((dense / "died").read_text()), {path.name for path in dense.iterdir()}
 
 
@@ -68,7 +50,7 @@ def killed(dense):
 def shared(dense, killed):
     """What two processes found, when one of them had been killed before, and what they printed."""
     words = [*conversion(dense, "shared", "--offload", "yes"), "+", *sweep(dense, "shared")]
-    done = launch("share", str(dense), *words)
+    done = torchrun("processes_run.py", "share", str(dense), *words)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(dense / "found.pt"), done
 
